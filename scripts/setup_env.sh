@@ -1,0 +1,73 @@
+#!/usr/bin/env bash
+# Installs the requirements and the patched diffusers, and prints the interpreter that has them.
+# Usage: bash scripts/setup_env.sh [--dev]      (--dev: the tools of the tests and checks as well)
+#
+# The environment is that of $PYTHON when it is set, else the active virtual environment, else .venv, made when needed.
+# What is installed already is left alone; then no network is needed. All messages go to stderr.
+set -euo pipefail
+
+root=$(dirname -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")")
+export PIP_DISABLE_PIP_VERSION_CHECK=1
+
+say() { echo "setup_env.sh: $*" >&2; }
+fail() {
+    say "$@"
+    exit 1
+}
+is_new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
+
+make_venv() {
+    local base
+    for base in python3 python3.13 python3.12 python3.11; do
+        if is_new_enough "$base"; then
+            say "creating $root/.venv with $(command -v "$base")"
+            "$base" -m venv --clear "$root/.venv" >&2 ||
+                fail "cannot create .venv: install Python's venv module (Debian: apt-get install python3-venv)"
+            return
+        fi
+    done
+    fail "there is no Python 3.11 or newer; install one and set PYTHON=/path/to/python"
+}
+
+install() { # a file of requirements, unless it was installed already as it is now
+    local stamp=$prefix/.diffusers-npu.$1 wanted
+    wanted=$({ "$python" -VV && cat -- "$root/requirements.txt" "$root/$1"; } | sha256sum)
+    if [[ $(cat -- "$stamp" 2>/dev/null) != "$wanted" ]]; then
+        say "installing $1 into $prefix"
+        "$python" -m pip install --requirement "$root/$1" >&2 || fail "could not install $1; see pip's message above"
+        echo "$wanted" >"$stamp" # last, so that an interrupted installation is done again
+    fi
+}
+
+dev=false
+for argument in "$@"; do
+    case $argument in
+        --dev) dev=true ;;
+        *) fail "unknown option '$argument' (usage: bash scripts/setup_env.sh [--dev])" ;;
+    esac
+done
+
+exec 9>"$root/.setup.lock" # two set-ups at once, say of a run and of the tests, take turns
+flock 9
+
+if [[ -n ${PYTHON:-} ]]; then
+    python=$(command -v -- "$PYTHON") || fail "PYTHON=$PYTHON: there is no such program"
+elif [[ -n ${VIRTUAL_ENV:-} ]]; then
+    python=$VIRTUAL_ENV/bin/python
+else
+    python=$root/.venv/bin/python
+    "$python" -m pip --version >/dev/null 2>&1 || make_venv
+fi
+is_new_enough "$python" || fail "$python does not run or is older than Python 3.11"
+
+prefix=$("$python" -c 'import sys; print(sys.prefix)')
+install requirements.txt
+if [[ -e /dev/davinci_manager ]]; then # the Ascend driver's device node
+    install requirements-npu.txt
+fi
+PYTHON=$python bash "$root/apply_patch.sh" >&2
+if $dev; then # after diffusers: DeepCache asks for one, and this must be ours
+    install requirements-dev.txt
+fi
+
+echo "$python"

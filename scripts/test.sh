@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Sets up the environment, then checks format, lint and types and runs the tests.
+# Usage: bash scripts/test.sh [--slow] [pytest's arguments]      (--slow: only the cases that take minutes)
+set -euo pipefail
+
+cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/.."
+python=$(bash scripts/setup_env.sh --dev)
+export HF_HUB_OFFLINE=1 # no test may depend on the network
+
+if [[ ${1:-} == --slow ]]; then
+    shift
+    exec "$python" -m pytest -m slow "$@"
+fi
+"$python" -m ruff format --check .
+"$python" -m ruff check .
+"$python" -m mypy
+exec "$python" -m pytest "$@"

@@ -1,0 +1,21 @@
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from tests.tiny_models import save_tiny_sd
+
+
+@pytest.fixture(scope="session")
+def tiny_sd_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a saved, randomly initialised SD pipeline. Read only: copy it before you change it."""
+    return save_tiny_sd(tmp_path_factory.mktemp("models") / "tiny_sd")
+
+
+@pytest.fixture
+def tiny_sd(tiny_sd_dir: Path) -> StableDiffusionPipeline:
+    """A fresh pipeline from `tiny_sd_dir`, on the CPU in float32, in evaluation mode, without a progress bar."""
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_sd_dir, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
