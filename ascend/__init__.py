@@ -1,0 +1,1 @@
+"""The runtime around a model: devices, weights and graphs."""

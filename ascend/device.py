@@ -1,0 +1,254 @@
+"""One view of the devices: Ascend NPU, then CUDA GPU, then CPU.
+
+Looking for devices never raises. Asking for one that is absent raises `DeviceError`, which says why it is absent.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import random
+import re
+import sys
+from typing import Any
+
+import torch
+
+DEVICE_TYPES = ("npu", "cuda", "cpu")  # best first
+
+
+class DeviceError(RuntimeError):
+    """A device was asked for that this machine does not have."""
+
+
+@functools.cache
+def _torch_npu_failure() -> str | None:
+    """Why torch_npu cannot be used, or None when it can.
+
+    Without CANN's libraries its import raises OSError or ImportError; beside a CUDA build of torch, RuntimeError.
+    """
+    try:
+        import torch_npu  # noqa: F401
+    except ModuleNotFoundError as error:
+        if error.name == "torch_npu":
+            return "torch_npu is not installed"
+        return f"torch_npu needs the module {error.name}, which is not installed"
+    except (ImportError, OSError, RuntimeError) as error:
+        return f"torch_npu does not load ({error}); has CANN's set_env.sh been sourced?"
+    return None
+
+
+def is_npu_available() -> bool:
+    """Whether torch_npu loads and sees at least one NPU."""
+    return _torch_npu_failure() is None and torch.npu.is_available()
+
+
+def get_accelerator_type() -> str:
+    """The best type of device of this machine: `"npu"`, `"cuda"` or `"cpu"`."""
+    return next(kind for kind in DEVICE_TYPES if _device_count(kind))
+
+
+def get_all_devices() -> list[torch.device]:
+    """Every device of this machine, the best first."""
+    return [
+        torch.device(kind) if kind == "cpu" else torch.device(kind, index)
+        for kind in DEVICE_TYPES
+        for index in range(_device_count(kind))
+    ]
+
+
+def _device_count(kind: str) -> int:
+    if kind == "npu":
+        return torch.npu.device_count() if is_npu_available() else 0
+    if kind == "cuda":
+        return torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return 1
+
+
+@functools.cache
+def get_chip(device: torch.device) -> str | None:
+    """The NPU's chip as CANN names it, such as `"Ascend310P3"`; None for any other device."""
+    return torch.npu.get_device_name(device) if device.type == "npu" else None
+
+
+def get_device_info(device: torch.device | None = None) -> dict[str, Any]:
+    """What there is to know of `device` (default: the best) without computing on it.
+
+    Returns:
+        `type`, `index`, `name`, `chip`, `dtype` (the best one for inference), `count` (devices of that type) and
+        `total_memory` in bytes.
+    """
+    device = device or _best_device()
+    name = "CPU" if device.type == "cpu" else torch.get_device_module(device).get_device_name(device)
+    return {
+        "type": device.type,
+        "index": device.index,
+        "name": name,
+        "chip": get_chip(device),
+        "dtype": best_dtype(device),
+        "count": _device_count(device.type),
+        "total_memory": get_memory_info(device)["total"],
+    }
+
+
+def best_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the device computes in it, float16 on other accelerators (Ascend 310P), float32 on the CPU."""
+    if device.type == "cpu":
+        return torch.float32
+    module = torch.get_device_module(device)
+    has_bfloat16 = module.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if has_bfloat16 else torch.float16
+
+
+def get_memory_info(device: torch.device | None = None) -> dict[str, int]:
+    """Memory of `device` (default: the best) in bytes.
+
+    Returns:
+        `total` and `free` of the device; `allocated` by tensors and `reserved` by torch's allocator, of this process;
+        `peak`, the most that was allocated since `reset_peak_memory`. On the CPU `allocated` and `reserved` are the
+        process's resident memory and `peak` its high-water mark.
+    """
+    device = device or _best_device()
+    if device.type == "cpu":
+        return _host_memory_info()
+    module = torch.get_device_module(device)
+    free, total = module.mem_get_info(device)
+    return {
+        "total": total,
+        "free": free,
+        "allocated": module.memory_allocated(device),
+        "reserved": module.memory_reserved(device),
+        "peak": module.max_memory_allocated(device),
+    }
+
+
+def _host_memory_info() -> dict[str, int]:
+    import psutil
+
+    machine, resident = psutil.virtual_memory(), psutil.Process().memory_info().rss
+    return {
+        "total": machine.total,
+        "free": machine.available,
+        "allocated": resident,
+        "reserved": resident,
+        "peak": max(resident, _host_peak()),
+    }
+
+
+def _host_peak() -> int:
+    import resource
+
+    try:
+        with open("/proc/self/status", encoding="ascii") as status:
+            return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Start `peak` of `get_memory_info` anew. On the CPU this works where Linux allows it, else `peak` goes on."""
+    if device.type != "cpu":
+        torch.get_device_module(device).reset_peak_memory_stats(device)
+        return
+    try:
+        with open("/proc/self/clear_refs", "w", encoding="ascii") as clear_refs:
+            clear_refs.write("5")  # the high-water mark, see proc(5)
+    except OSError:
+        return
+
+
+def set_seed(seed: int) -> None:
+    """Seed the generators of Python, of NumPy where it is in use, and of torch on every device."""
+    random.seed(seed)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(seed % 2**32)
+    torch.manual_seed(seed)  # seeds the accelerators' default generators as well
+
+
+def _best_device() -> torch.device:
+    kind = get_accelerator_type()
+    return torch.device("cpu") if kind == "cpu" else torch.device(kind, 0)
+
+
+def find_device(name: str | torch.device | None = None) -> torch.device:
+    """The device called `name`: `"npu"`, `"cuda"`, `"cpu"`, or one of several as `"npu:1"`. None: the best there is.
+
+    Raises:
+        DeviceError: there is no such device.
+    """
+    if name is None:
+        return _best_device()
+    match = re.fullmatch(r"(npu|cuda|cpu)(?::(\d+))?", str(name))
+    if match is None:
+        raise DeviceError(f"device '{name}' is unknown: use npu, cuda or cpu, or one of several as npu:1")
+    kind, index = match[1], int(match[2] or 0)
+    count = _device_count(kind)
+    if count == 0:
+        reason = (_torch_npu_failure() or "torch_npu sees no NPU") if kind == "npu" else "torch sees no CUDA GPU"
+        raise DeviceError(f"device '{name}' is not there: {reason}")
+    if index >= count:
+        raise DeviceError(f"device '{name}' is not there: this machine's last one is {kind}:{count - 1}")
+    return torch.device("cpu") if kind == "cpu" else torch.device(kind, index)
+
+
+@functools.cache
+def _use_precompiled_kernels() -> None:
+    # 310P defaults to compiling every operator for every shape it meets, minutes for a first picture.
+    torch.npu.set_compile_mode(jit_compile=False)
+
+
+class DeviceManager:
+    """The device that a program computes on, chosen once.
+
+    Args:
+        preferred_device: as for `find_device`; None takes the environment's `PREFERRED_DEVICE`, else the best device.
+
+    Attributes:
+        device: with its index, and made the current device.
+        dtype: the best dtype for inference there, see `best_dtype`.
+
+    Raises:
+        DeviceError: there is no such device.
+    """
+
+    def __init__(self, preferred_device: str | torch.device | None = None) -> None:
+        self.device = find_device(preferred_device or os.environ.get("PREFERRED_DEVICE") or None)
+        if self.device.type == "npu":
+            _use_precompiled_kernels()
+        if self.device.type != "cpu":
+            torch.accelerator.set_device_index(self.device.index)
+        self.dtype = best_dtype(self.device)
+
+    def create_generator(self, seed: int) -> torch.Generator:
+        """A seeded generator on the CPU: there a seed gives the same numbers whatever the device."""
+        return torch.Generator().manual_seed(seed)
+
+    def memory_stats(self) -> dict[str, int]:
+        """Bytes, see `get_memory_info`."""
+        return get_memory_info(self.device)
+
+    def reset_peak_memory(self) -> None:
+        """See the function of that name."""
+        reset_peak_memory(self.device)
+
+    def empty_cache(self) -> None:
+        """Return unused memory of torch's allocator to the device."""
+        if self.device.type != "cpu":
+            torch.get_device_module(self.device).empty_cache()
+
+    def synchronize(self) -> None:
+        """Wait until the device has done all it was given."""
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+
+    def load_safetensors(self, path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
+        """See `ascend.weights.load_safetensors`."""
+        from ascend.weights import load_safetensors
+
+        return load_safetensors(path, self.device)
+
+    def set_memory_efficient_mode(self, pipe: Any) -> list[str]:
+        """See `ascend.weights.place_pipeline`."""
+        from ascend.weights import place_pipeline
+
+        return place_pipeline(pipe, self.device)

@@ -1,0 +1,79 @@
+"""Graph compilation of a Stable Diffusion pipeline: torchair on NPU, inductor elsewhere."""
+
+from __future__ import annotations
+
+import shutil
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+
+
+def compile_pipeline(pipe: StableDiffusionPipeline) -> dict[str, str]:
+    """Compile text encoder, UNet and VAE decoder in place, each as static graphs without a break.
+
+    The UNet becomes one graph per kind of call: with DeepCache a full and a shallow one. A new batch or picture size
+    makes new graphs. The parameters must not be changed afterwards (LoRA: load and fuse first), as graphs on NPU treat
+    them as constants in the layout that the chip's matrix unit reads.
+
+    Args:
+        pipe: a pipeline whose components are where they are to run.
+
+    Returns:
+        The compiled components' names and the backend of each, `"torchair"` or `"inductor"`.
+
+    Raises:
+        RuntimeError: a component is offloaded, or a backend lacks what it needs, such as a C++ compiler.
+    """
+    components = {"text_encoder": pipe.text_encoder, "unet": pipe.unet, "vae.decoder": pipe.vae.decoder}
+    for name, module in components.items():
+        if _is_offloaded(module):
+            raise RuntimeError(
+                f"{name} is offloaded, so its parameters move between calls and cannot be part of a graph: "
+                "leave out either compilation or offloading"
+            )
+    return {name: compile_module(module) for name, module in components.items()}
+
+
+def compile_module(module: nn.Module) -> str:
+    """Compile one module in place (see `compile_pipeline`) and return the name of the backend.
+
+    Raises:
+        RuntimeError: the backend lacks what it needs.
+    """
+    device = next(module.parameters()).device
+    module.requires_grad_(False)
+    if device.type == "npu":
+        module.compile(backend=_torchair_backend(module), fullgraph=True, dynamic=False)
+        return "torchair"
+
+    if device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++"))):
+        raise RuntimeError("compiling for the CPU needs a C++ compiler, and neither g++ nor clang++ is on the PATH")
+    # Convolutions of both devices run in this layout; without it each is wrapped in two copies.
+    module.to(memory_format=torch.channels_last)
+    module.compile(backend="inductor", fullgraph=True, dynamic=False)
+    return "inductor"
+
+
+def _is_offloaded(module: nn.Module) -> bool:
+    return any(hasattr(child, "_hf_hook") or hasattr(child, "_diffusers_hook") for child in module.modules())
+
+
+def _torchair_backend(module: nn.Module) -> Any:
+    """torchair's GE backend with frozen parameters; also turns the module's weights into the chip's own layouts.
+
+    Linear weights become FRACTAL_NZ, fp16 convolution weights FRACTAL_Z. 310P allows such formats from the start; the
+    other chips only after `allow_internal_format`, which must be set before the weights are cast.
+    """
+    import torch_npu  # noqa: F401  registers the torchair alias
+    import torchair
+    from torchair.experimental.inference import use_internal_format_weight
+
+    torch.npu.config.allow_internal_format = True
+    use_internal_format_weight(module)
+    config = torchair.CompilerConfig()
+    config.experimental_config.frozen_parameter = True
+    return torchair.get_npu_backend(compiler_config=config)

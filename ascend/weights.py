@@ -1,0 +1,79 @@
+"""Weights on their way to a device, without more memory than they need."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from ascend.device import get_memory_info
+
+# Of the free memory, what is left for activations when the weights stay on the device.
+ACTIVATION_SHARE = 0.3
+
+
+def load_safetensors(path: str | os.PathLike[str], device: torch.device) -> dict[str, torch.Tensor]:
+    """Read a .safetensors file, or a folder of them (sharded with an index, or a single file), onto `device`.
+
+    Tensors go one by one, so that host memory holds no second copy of them all.
+
+    Raises:
+        FileNotFoundError: the path, or a shard that the index names, does not exist.
+        ValueError: the folder holds no .safetensors file, or several and no index.
+    """
+    tensors = {}
+    for file in _shards(Path(path)):
+        with safe_open(file, framework="pt") as shard:
+            for name in shard.keys():  # noqa: SIM118  safe_open is not a dict
+                tensors[name] = shard.get_tensor(name).to(device)
+    return tensors
+
+
+def _shards(path: Path) -> list[Path]:
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist")
+    if path.is_file():
+        return [path]
+    files = sorted(path.glob("*.safetensors"))
+    indices = sorted(path.glob("*.safetensors.index.json"))
+    if len(indices) == 1:
+        files = [path / name for name in sorted(set(json.loads(indices[0].read_text())["weight_map"].values()))]
+    elif len(files) != 1:
+        raise ValueError(f"{path} holds {len(files)} .safetensors files and {len(indices)} indices; name the file")
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise FileNotFoundError(f"{path} lacks {', '.join(missing)}, which {indices[0].name} names")
+    return files
+
+
+def place_pipeline(pipe: Any, device: torch.device) -> list[str]:
+    """Bring a diffusers pipeline to `device` with as little memory as leaves the pictures as they are.
+
+    Pictures are decoded one at a time. Where the weights do not fit beside their activations, each component is on the
+    device only while it runs.
+
+    Returns:
+        What was done, in words.
+    """
+    done = []
+    if hasattr(pipe, "vae"):
+        pipe.vae.enable_slicing()
+        done.append("the VAE decodes one picture at a time")
+    weights = sum(
+        parameter.nbytes
+        for component in pipe.components.values()
+        if isinstance(component, torch.nn.Module)
+        for parameter in component.parameters()
+    )
+    available = get_memory_info(device)["free"] * (1 - ACTIVATION_SHARE)
+    if device.type != "cpu" and weights > available:
+        pipe.enable_model_cpu_offload(device=device)
+        done.append(f"components move to {device} in turn: {weights / 2**30:.1f} GiB do not fit at once")
+    else:
+        pipe.to(device)
+        done.append(f"all components are on {device}")
+    return done

@@ -1,0 +1,160 @@
+"""The device layer, on whatever devices this machine has."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import save_file
+
+from ascend.device import (
+    DeviceError,
+    DeviceManager,
+    best_dtype,
+    get_accelerator_type,
+    get_all_devices,
+    get_chip,
+    get_device_info,
+    get_memory_info,
+    is_npu_available,
+    set_seed,
+)
+from ascend.weights import place_pipeline
+
+CPU = torch.device("cpu")
+
+
+def run_python(code: str, python_path: Path | None = None, **environment: str) -> str:
+    paths = [str(path) for path in (python_path, Path.cwd()) if path]
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"} | environment,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+def test_devices_are_listed_best_first_and_end_with_the_cpu() -> None:
+    kinds = [device.type for device in get_all_devices()]
+    assert kinds == sorted(kinds, key=["npu", "cuda", "cpu"].index)
+    assert kinds[-1] == "cpu"
+    assert kinds[0] == get_accelerator_type()
+    assert is_npu_available() == ("npu" in kinds)
+
+
+def test_every_device_can_be_asked_for_by_name() -> None:
+    for device in get_all_devices():
+        manager = DeviceManager(str(device))
+        assert manager.device == device
+        assert torch.ones(2, device=manager.device, dtype=manager.dtype).sum().item() == 2
+        manager.synchronize()
+        manager.empty_cache()
+
+
+@pytest.mark.parametrize("failure", ["ImportError", "OSError", "RuntimeError"])
+def test_a_torch_npu_that_does_not_load_is_named_only_when_an_npu_is_asked_for(tmp_path: Path, failure: str) -> None:
+    package = tmp_path / "torch_npu"
+    package.mkdir()
+    (package / "__init__.py").write_text(f"raise {failure}('libascendcl.so: cannot open shared object file')")
+    code = """
+from ascend.device import DeviceError, DeviceManager, is_npu_available
+print(is_npu_available(), DeviceManager("cpu").device)
+try:
+    DeviceManager("npu:1")
+except DeviceError as error:
+    print(error)
+"""
+    first, second = run_python(code, tmp_path).splitlines()
+    assert first == "False cpu"
+    assert second.startswith("device 'npu:1' is not there: torch_npu does not load (libascendcl.so: cannot open")
+    assert "set_env.sh" in second
+
+
+@pytest.mark.parametrize("name", ["npu", "cuda", "cuda:99"])
+def test_an_absent_device_is_one_clear_error(name: str) -> None:
+    if name in {device.type for device in get_all_devices()}:
+        pytest.skip(f"this machine has {name}")
+    with pytest.raises(DeviceError, match=f"device '{name}' is not there: "):
+        DeviceManager(name)
+
+
+@pytest.mark.parametrize("name", ["tpu", "npu:", "cuda:-1", "cpu:x", "NPU"])
+def test_an_unknown_device_is_one_clear_error(name: str) -> None:
+    with pytest.raises(DeviceError, match="is unknown: use npu, cuda or cpu"):
+        DeviceManager(name)
+
+
+def test_the_environment_prefers_a_device_and_an_argument_overrules_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PREFERRED_DEVICE", "tpu")
+    with pytest.raises(DeviceError, match="'tpu'"):
+        DeviceManager()
+    assert DeviceManager("cpu").device == CPU
+    monkeypatch.setenv("PREFERRED_DEVICE", "cpu")
+    assert DeviceManager().device == CPU
+
+
+def test_the_cpu_computes_in_float32_and_has_no_chip() -> None:
+    assert best_dtype(CPU) == torch.float32
+    assert get_chip(CPU) is None
+    assert get_device_info(CPU)["total_memory"] > 0
+
+
+def test_equal_seeds_give_equal_numbers() -> None:
+    draws = []
+    for seed in (7, 7, 8):
+        set_seed(seed)
+        draws.append(torch.rand(3))
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+    generator = DeviceManager().create_generator(7)
+    assert generator.device == CPU
+    assert torch.equal(torch.rand(3, generator=generator), draws[0])
+
+
+def test_memory_of_the_cpu_is_the_process_own() -> None:
+    manager = DeviceManager("cpu")
+    manager.reset_peak_memory()
+    before = manager.memory_stats()
+    block = torch.ones(64 * 2**20)
+    after = get_memory_info(CPU)
+    assert after["allocated"] - before["allocated"] > 0.9 * block.nbytes
+    assert after["peak"] >= after["allocated"]
+    assert after["total"] > after["free"] > 0
+
+
+def test_safetensors_load_from_a_file_and_from_shards(tmp_path: Path) -> None:
+    tensors = {name: torch.randn(3) for name in "ab"}
+    save_file({"a": tensors["a"]}, tmp_path / "one.safetensors")
+    save_file({"b": tensors["b"]}, tmp_path / "two.safetensors")
+    manager = DeviceManager("cpu")
+    assert list(manager.load_safetensors(tmp_path / "one.safetensors")) == ["a"]
+    with pytest.raises(ValueError, match="2 .safetensors files and 0 indices"):
+        manager.load_safetensors(tmp_path)
+
+    weight_map = {"a": "one.safetensors", "b": "two.safetensors"}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    loaded = manager.load_safetensors(tmp_path)
+    assert all(torch.equal(loaded[name], tensors[name]) for name in tensors)
+
+    (tmp_path / "two.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="lacks two.safetensors"):
+        manager.load_safetensors(tmp_path)
+    with pytest.raises(FileNotFoundError, match="absent does not exist"):
+        manager.load_safetensors(tmp_path / "absent")
+
+
+def test_memory_efficient_mode_says_what_it_did_and_keeps_the_picture(tiny_sd: StableDiffusionPipeline) -> None:
+    def draw() -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return tiny_sd(["a", "b"], num_inference_steps=1, generator=generator, output_type="pt").images
+
+    plain = draw()
+    done = place_pipeline(tiny_sd, CPU)
+    assert done == ["the VAE decodes one picture at a time", "all components are on cpu"]
+    torch.testing.assert_close(draw(), plain, atol=1e-5, rtol=0)  # convolutions of one picture may round differently
