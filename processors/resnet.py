@@ -1,0 +1,50 @@
+"""Residual blocks that normalise and activate in one kernel."""
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.resnet import ResnetBlock2D
+
+
+class FusedResnetBlock2D(ResnetBlock2D):
+    """`ResnetBlock2D` whose GroupNorm and SiLU are one kernel on an NPU, and the same operations elsewhere.
+
+    A block becomes one by `fuse` and an ordinary one again by `unfuse`: the class changes, parameters and hooks stay.
+    """
+
+    def forward(self, input_tensor: torch.Tensor, temb: torch.Tensor | None) -> torch.Tensor:
+        hidden_states = self.conv1(group_norm_silu(self.norm1, input_tensor))
+        if self.time_emb_proj is not None:
+            temb = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb))[:, :, None, None]
+        if temb is not None and self.time_embedding_norm == "default":
+            hidden_states = hidden_states + temb
+        hidden_states = self.conv2(self.dropout(group_norm_silu(self.norm2, hidden_states)))
+        if self.conv_shortcut is not None:
+            input_tensor = self.conv_shortcut(input_tensor)
+        output = input_tensor + hidden_states
+        return output if self.output_scale_factor == 1 else output / self.output_scale_factor
+
+
+def fuse(block: ResnetBlock2D) -> None:
+    """Turn a block with SiLU into a fused one. Blocks that scale, shift or resample in between stay as they are."""
+    resamples = block.upsample is not None or block.downsample is not None
+    scales = block.time_embedding_norm == "scale_shift"
+    if isinstance(block.nonlinearity, torch.nn.SiLU) and not resamples and not scales:
+        block.__class__ = FusedResnetBlock2D
+
+
+def unfuse(block: ResnetBlock2D) -> None:
+    """Undo `fuse`."""
+    block.__class__ = ResnetBlock2D
+
+
+def group_norm_silu(norm: torch.nn.GroupNorm, hidden_states: torch.Tensor) -> torch.Tensor:
+    """`silu(norm(hidden_states))`. The NPU's kernel takes an affine norm in the dtype of its input."""
+    weight = norm.weight
+    # The devices differ while weights are offloaded: calling `norm` is what brings them back.
+    if (
+        hidden_states.device.type == "npu"
+        and weight.device == hidden_states.device
+        and weight.dtype == hidden_states.dtype
+    ):
+        return torch.ops.npu.npu_group_norm_silu(hidden_states, weight, norm.bias, norm.num_groups, norm.eps)[0]
+    return F.silu(norm(hidden_states))
