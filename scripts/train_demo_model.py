@@ -1,0 +1,337 @@
+"""Train the demo model: Stable Diffusion 2.1-base in small, from nothing, on scenes it renders itself.
+
+    python scripts/train_demo_model.py
+
+The stages run in order, each from what the ones before left in --work_dir:
+
+    tokenizer   learn a BPE vocabulary from the captions
+    vae         learn to squeeze 128x128 pictures into 4x16x16 latents and back
+    latents     encode the training pictures once, so that the UNet never waits for the VAE
+    text        teach the text encoder to tell what stands where, as CLIP learns before Stable Diffusion does
+    unet        learn to predict the noise in a latent, given the frozen text encoder's view of its caption
+    export      write the float16 folder that StableDiffusionPipeline.from_pretrained loads
+
+Stop it any time: the same command goes on from the last checkpoint, and ends at the weights an uninterrupted run ends
+at, because each step draws its data from the seed and its own number alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import CLIPTextModel, CLIPTokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from demo_networks import (
+    TEXT_LENGTH,
+    SceneReader,
+    build_scheduler,
+    build_text_encoder,
+    build_unet,
+    build_vae,
+    train_tokenizer,
+)
+from demo_scenes import Scene, held_out_scenes, sample_scene, score_image
+from demo_training import fit, pick_device, save_grid, save_tensors
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+
+from examples.common.cli import ArgumentParser, UserError, non_negative_int, one_line_errors, positive_int
+from examples.common.files import make_output_dir
+
+DEMO_MODEL = ROOT / "examples/sd2.1/demo_model"
+CAPTION_DROPOUT = 0.1  # share of captions replaced by the empty one, which classifier-free guidance subtracts
+MIN_SNR_GAMMA = 5.0
+SHAPE_WEIGHT = 9.0  # extra weight of the pixels of shapes: they are a twentieth of a picture, and all that is scored
+KL_WEIGHT = 1e-3  # per latent number: strong enough that the decoder forgives the small errors of a UNet
+PREVIEW_STEPS = 20
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the stages share."""
+
+    work_dir: Path
+    output_dir: Path
+    device: torch.device
+    seed: int
+    scenes: int
+    vae_steps: int
+    text_steps: int
+    unet_steps: int
+    vae_batch: int
+    text_batch: int
+    unet_batch: int
+    save_every: int
+    preview_pictures: int
+
+    def rng(self, stage: str, step: int) -> random.Random:
+        """The only source of chance in a step of a stage. Also seeds torch, whose generators draw the noise."""
+        rng = random.Random(f"{self.seed}/{stage}/{step}")
+        torch.manual_seed(rng.getrandbits(63))
+        return rng
+
+    def training_scene(self, index: int) -> tuple[Scene, random.Random]:
+        """A scene of the UNet's training set, and the rng to render it with."""
+        rng = random.Random(f"{self.seed}/scene/{index}")
+        return sample_scene(rng), rng
+
+    def need(self, name: str, stage: str) -> Path:
+        """The path of a file or folder in the work folder.
+
+        Raises:
+            UserError: it is not there; says which stage makes it.
+        """
+        path = self.work_dir / name
+        if not path.exists():
+            raise UserError(f"{path} is missing: run --stage {stage} first")
+        return path
+
+    def load(self, model: torch.nn.Module, stage: str) -> torch.nn.Module:
+        """`model` with the weights a stage left, frozen, on the device."""
+        model.load_state_dict(load_file(self.need(f"{stage}.safetensors", stage)))
+        return model.requires_grad_(False).eval().to(self.device)
+
+    def save(self, model: torch.nn.Module, stage: str) -> None:
+        temporary = self.work_dir / f"{stage}.safetensors.tmp"
+        save_file({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, temporary)
+        os.replace(temporary, self.work_dir / f"{stage}.safetensors")
+
+
+def to_tensor(images: Sequence[np.ndarray], device: torch.device) -> Tensor:
+    """uint8 pictures [128, 128, 3] as one float tensor [count, 3, 128, 128] in -1 to 1."""
+    return torch.from_numpy(np.stack(images)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def to_images(tensor: Tensor) -> np.ndarray:
+    """The reverse of `to_tensor`, as one array [count, 128, 128, 3]."""
+    return ((tensor.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def run_tokenizer(run: Run) -> None:
+    rng = run.rng("tokenizer", 0)
+    train_tokenizer(sample_scene(rng).caption(rng) for _ in range(2000)).save_pretrained(run.work_dir / "tokenizer")
+
+
+def run_vae(run: Run) -> None:
+    run.rng("vae", -1)
+    vae = build_vae().to(run.device)
+    test_scenes = held_out_scenes(run.preview_pictures, run.seed)
+    test_pictures = [scene.render() for scene in test_scenes]
+
+    def loss(step: int) -> Tensor:
+        rng = run.rng("vae", step)
+        pictures = to_tensor([sample_scene(rng).render(rng) for _ in range(run.vae_batch)], run.device)
+        posterior = vae.encode(pictures).latent_dist
+        difference = vae.decode(posterior.sample()).sample - pictures
+        weight = 1 + SHAPE_WEIGHT * (pictures != pictures[:, :, :1, :1]).any(dim=1, keepdim=True)
+        error = (weight * (difference.abs() + difference.square())).mean()
+        return error + KL_WEIGHT * posterior.kl().mean() / posterior.mean[0].numel()
+
+    @torch.no_grad()
+    def preview(step: int) -> None:
+        pictures = to_images(vae.decode(vae.encode(to_tensor(test_pictures, run.device)).latent_dist.mode()).sample)
+        save_grid(pictures, run.work_dir / "vae.png")
+        report("vae", step, pictures, test_scenes)
+
+    fit(vae, loss, run.vae_steps, 2e-3, run.work_dir / "vae.pt", run.save_every, preview)
+    run.save(vae, "vae")
+
+
+def run_latents(run: Run) -> None:
+    vae = run.load(build_vae(), "vae")
+    chunks = []
+    for start in tqdm(range(0, run.scenes, 64), desc="latents", unit="batch"):
+        pictures = []
+        for index in range(start, min(start + 64, run.scenes)):
+            scene, rng = run.training_scene(index)
+            pictures.append(scene.render(rng))
+        with torch.no_grad():
+            chunks.append(vae.encode(to_tensor(pictures, run.device)).latent_dist.mode().cpu())
+    latents = torch.cat(chunks)
+    save_tensors({"latents": latents, "scaling_factor": 1 / latents.std().item()}, run.work_dir / "latents.pt")
+
+
+def run_text(run: Run) -> None:
+    tokenizer = load_tokenizer(run)
+    run.rng("text", -1)
+    networks = nn.ModuleDict({"encoder": build_text_encoder(tokenizer), "reader": SceneReader()}).to(run.device)
+
+    def loss(step: int) -> Tensor:
+        rng = run.rng("text", step)
+        scenes = [sample_scene(rng) for _ in range(run.text_batch)]
+        tokens = tokenize(tokenizer, [scene.caption(rng) for scene in scenes]).to(run.device)
+        return networks["reader"](networks["encoder"](tokens).last_hidden_state, scenes)
+
+    fit(networks, loss, run.text_steps, 1e-3, run.work_dir / "text.pt", run.save_every)
+    run.save(networks["encoder"], "text")
+
+
+def run_unet(run: Run) -> None:
+    tokenizer = load_tokenizer(run)
+    text_encoder = run.load(build_text_encoder(tokenizer), "text")
+    vae = run.load(build_vae(), "vae")
+    cache = torch.load(run.need("latents.pt", "latents"), weights_only=True)
+    latents = cache["latents"] * cache["scaling_factor"]
+    scenes = [run.training_scene(index)[0] for index in range(len(latents))]
+    noise_schedule = build_scheduler()
+    run.rng("unet", -1)
+    unet = build_unet().to(run.device)
+
+    def loss(step: int) -> Tensor:
+        rng = run.rng("unet", step)
+        chosen = rng.choices(range(len(scenes)), k=run.unet_batch)
+        captions = ["" if rng.random() < CAPTION_DROPOUT else scenes[i].caption(rng) for i in chosen]
+        with torch.no_grad():
+            text = text_encoder(tokenize(tokenizer, captions).to(run.device)).last_hidden_state
+        noise = torch.randn(run.unet_batch, *latents.shape[1:])
+        timesteps = torch.randint(0, noise_schedule.config.num_train_timesteps, (run.unet_batch,))
+        noisy = noise_schedule.add_noise(latents[chosen], noise, timesteps)
+        predicted = unet(noisy.to(run.device), timesteps.to(run.device), text).sample
+        errors = (predicted - noise.to(run.device)).square().mean(dim=(1, 2, 3))
+        return (errors * min_snr_weights(noise_schedule.alphas_cumprod[timesteps]).to(run.device)).mean()
+
+    vae.register_to_config(scaling_factor=cache["scaling_factor"])
+    pipeline = assemble(vae, text_encoder, tokenizer, unet)
+    fit(
+        unet,
+        loss,
+        run.unet_steps,
+        1e-3,
+        run.work_dir / "unet.pt",
+        run.save_every,
+        lambda step: preview(run, pipeline, step),
+    )
+    run.save(unet, "unet")
+
+
+def min_snr_weights(alphas_cumprod: Tensor) -> Tensor:
+    """Weights [count] of the noise errors that keep the nearly clean steps from drowning the ones that compose."""
+    signal_to_noise = alphas_cumprod / (1 - alphas_cumprod)
+    return signal_to_noise.clamp(max=MIN_SNR_GAMMA) / signal_to_noise
+
+
+def preview(run: Run, pipeline: StableDiffusionPipeline, step: int) -> None:
+    """Draw held-out scenes with the weights so far, write the pictures to the work folder and print their scores."""
+    scenes = held_out_scenes(run.preview_pictures, run.seed)
+    pictures = pipeline(
+        [scene.caption() for scene in scenes],
+        num_inference_steps=PREVIEW_STEPS,
+        generator=torch.Generator().manual_seed(run.seed),
+        output_type="np",
+    ).images
+    pictures = (pictures * 255).round().astype(np.uint8)
+    save_grid(pictures, run.work_dir / "unet.png")
+    report("unet", step, pictures, scenes)
+
+
+def report(stage: str, step: int, pictures: np.ndarray, scenes: Sequence[Scene]) -> None:
+    scores = [score_image(picture, scene) for picture, scene in zip(pictures, scenes, strict=True)]
+    shares = {
+        name: np.mean([getattr(score, name) for score in scores]) for name in ("colour", "shape", "position", "all")
+    }
+    tqdm.write(f"{stage} step {step}: " + ", ".join(f"{name} {share:.0%}" for name, share in shares.items()))
+
+
+def assemble(
+    vae: AutoencoderKL, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, unet: UNet2DConditionModel
+) -> StableDiffusionPipeline:
+    pipeline = StableDiffusionPipeline(
+        vae, text_encoder, tokenizer, unet, build_scheduler(), None, None, requires_safety_checker=False
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def run_export(run: Run) -> None:
+    tokenizer = load_tokenizer(run)
+    vae = run.load(build_vae(), "vae")
+    vae.register_to_config(
+        scaling_factor=torch.load(run.need("latents.pt", "latents"), weights_only=True)["scaling_factor"]
+    )
+    text_encoder = run.load(build_text_encoder(tokenizer), "text")
+    pipeline = assemble(vae, text_encoder, tokenizer, run.load(build_unet(), "unet")).to(dtype=torch.float16)
+    temporary = run.output_dir.with_name(run.output_dir.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    pipeline.save_pretrained(temporary)
+    tokenizer.backend_tokenizer.model.save(str(temporary / "tokenizer"))  # vocab.json and merges.txt, as in SD2.1
+    shutil.rmtree(run.output_dir, ignore_errors=True)
+    os.replace(temporary, run.output_dir)
+    size = sum(file.stat().st_size for file in run.output_dir.rglob("*") if file.is_file())
+    print(f"{run.output_dir}: {size / 1e6:.1f} MB")
+
+
+def load_tokenizer(run: Run) -> CLIPTokenizer:
+    return CLIPTokenizer.from_pretrained(run.need("tokenizer", "tokenizer"))
+
+
+def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Tensor:
+    """Captions as the pipeline would read them, int64 [count, 77]."""
+    return tokenizer(captions, padding="max_length", max_length=TEXT_LENGTH, return_tensors="pt").input_ids
+
+
+STAGES: dict[str, Callable[[Run], None]] = {
+    "tokenizer": run_tokenizer,
+    "vae": run_vae,
+    "latents": run_latents,
+    "text": run_text,
+    "unet": run_unet,
+    "export": run_export,
+}
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = ArgumentParser(
+        prog="train_demo_model.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--stage", choices=("all", *STAGES), default="all", metavar="NAME", help="run this stage only (all)")
+    add("--output_dir", type=Path, default=DEMO_MODEL, metavar="DIR", help="of the model (examples/sd2.1/demo_model)")
+    add(
+        "--work_dir",
+        type=Path,
+        default=Path("outputs/demo_training"),
+        metavar="DIR",
+        help="of checkpoints, latents and previews (outputs/demo_training)",
+    )
+    add("--device", default="auto", metavar="NAME", help="a torch device (the first there is of npu, cuda, cpu)")
+    add("--seed", type=non_negative_int, default=0, metavar="N", help="(0)")
+    add("--scenes", type=positive_int, default=12_000, metavar="N", help="training pictures for the UNet (12000)")
+    for stage, steps, batch in (("vae", 1400, 4), ("text", 600, 64), ("unet", 3000, 32)):
+        add(f"--{stage}_steps", type=positive_int, default=steps, metavar="N", help=f"({steps})")
+        add(f"--{stage}_batch", type=positive_int, default=batch, metavar="N", help=f"examples in a step ({batch})")
+    add("--save_every", type=positive_int, default=100, metavar="N", help="steps from checkpoint to checkpoint (100)")
+    add(
+        "--preview_pictures",
+        type=positive_int,
+        default=32,
+        metavar="N",
+        help="drawn and scored at each checkpoint (32)",
+    )
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    with one_line_errors():
+        args = vars(parse_arguments(arguments))
+        stage = args.pop("stage")
+        run = Run(**args | {"device": pick_device(args["device"]), "work_dir": make_output_dir(args["work_dir"])})
+        for name in STAGES if stage == "all" else [stage]:
+            STAGES[name](run)
+
+
+if __name__ == "__main__":
+    main()
