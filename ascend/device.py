@@ -40,7 +40,7 @@ def _torch_npu_failure() -> str | None:
 
 def is_npu_available() -> bool:
     """Whether torch_npu loads and sees at least one NPU."""
-    return _torch_npu_failure() is None and torch.npu.is_available()
+    return _torch_npu_failure() is None and torch.get_device_module("npu").is_available()
 
 
 def get_accelerator_type() -> str:
@@ -59,7 +59,7 @@ def get_all_devices() -> list[torch.device]:
 
 def _device_count(kind: str) -> int:
     if kind == "npu":
-        return torch.npu.device_count() if is_npu_available() else 0
+        return torch.get_device_module("npu").device_count() if is_npu_available() else 0
     if kind == "cuda":
         return torch.cuda.device_count() if torch.cuda.is_available() else 0
     return 1
@@ -68,7 +68,7 @@ def _device_count(kind: str) -> int:
 @functools.cache
 def get_chip(device: torch.device) -> str | None:
     """The NPU's chip as CANN names it, such as `"Ascend310P3"`; None for any other device."""
-    return torch.npu.get_device_name(device) if device.type == "npu" else None
+    return torch.get_device_module(device).get_device_name(device) if device.type == "npu" else None
 
 
 def get_device_info(device: torch.device | None = None) -> dict[str, Any]:
@@ -194,7 +194,7 @@ def find_device(name: str | torch.device | None = None) -> torch.device:
 @functools.cache
 def _use_precompiled_kernels() -> None:
     # 310P defaults to compiling every operator for every shape it meets, minutes for a first picture.
-    torch.npu.set_compile_mode(jit_compile=False)
+    torch.get_device_module("npu").set_compile_mode(jit_compile=False)
 
 
 class DeviceManager:

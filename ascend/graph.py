@@ -53,7 +53,7 @@ def compile_module(module: nn.Module) -> str:
     if device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++"))):
         raise RuntimeError("compiling for the CPU needs a C++ compiler, and neither g++ nor clang++ is on the PATH")
     # Convolutions of both devices run in this layout; without it each is wrapped in two copies.
-    module.to(memory_format=torch.channels_last)
+    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
     module.compile(backend="inductor", fullgraph=True, dynamic=False)
     return "inductor"
 
@@ -72,7 +72,7 @@ def _torchair_backend(module: nn.Module) -> Any:
     import torchair
     from torchair.experimental.inference import use_internal_format_weight
 
-    torch.npu.config.allow_internal_format = True
+    torch.get_device_module("npu").config.allow_internal_format = True
     use_internal_format_weight(module)
     config = torchair.CompilerConfig()
     config.experimental_config.frozen_parameter = True

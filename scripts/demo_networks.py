@@ -107,9 +107,9 @@ class SceneReader(nn.Module):
             truth = [[self._answer(scene, position, name, words) for position in POSITIONS] for scene in scenes]
             logits = self.heads[name](seen)
             losses.append(F.cross_entropy(logits.flatten(0, 1), torch.tensor(truth, device=logits.device).flatten()))
-        truth = [list(BACKGROUNDS).index(scene.background) for scene in scenes]
+        backgrounds = [list(BACKGROUNDS).index(scene.background) for scene in scenes]
         logits = self.heads["background"](seen.mean(dim=1))
-        losses.append(F.cross_entropy(logits, torch.tensor(truth, device=logits.device)))
+        losses.append(F.cross_entropy(logits, torch.tensor(backgrounds, device=logits.device)))
         return torch.stack(losses).mean()
 
     @staticmethod

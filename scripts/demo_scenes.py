@@ -1,7 +1,7 @@
 """The world the demo model lives in: captioned scenes of one or two flat shapes, and a judge for pictures of them.
 
     scene = sample_scene(random.Random(0))
-    scene.caption()                  'a small red circle on the left and a large blue cross on the right, white background'
+    scene.caption()                  'a small red circle on the left and a large blue cross on the right'
     scene.render()                   uint8 array [128, 128, 3]
     score_image(image, scene)        Score(colour=True, shape=True, position=False)
 
@@ -34,8 +34,14 @@ COLOURS = {
     "orange": (250, 130, 20),
 }
 BACKGROUNDS = {"white": (245, 245, 245), "grey": (140, 140, 140), "black": (15, 15, 15)}
-RADII = {"small": (13, 15), "large": (22, 25)}  # pixels, from and to
-POSITIONS = {"left": (32, 64), "right": (96, 64), "top": (64, 32), "bottom": (64, 96), "centre": (64, 64)}
+RADII: dict[str, tuple[float, float]] = {"small": (13, 15), "large": (22, 25)}  # pixels, from and to
+POSITIONS: dict[str, tuple[float, float]] = {
+    "left": (32, 64),
+    "right": (96, 64),
+    "top": (64, 32),
+    "bottom": (64, 96),
+    "centre": (64, 64),
+}
 PHRASES = {
     "left": "on the left",
     "right": "on the right",

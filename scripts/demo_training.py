@@ -118,7 +118,7 @@ def save_tensors(state: object, path: Path) -> None:
 
 
 def save_grid(images: np.ndarray, path: Path, columns: int = 8) -> None:
-    """Write uint8 pictures [count, height, width, 3] as one PNG, `columns` to a row; the last row is filled up black."""
+    """Write uint8 pictures [count, height, width, 3] as one PNG, `columns` to a row; black fills up the last."""
     count, height, width, channels = images.shape
     rows = math.ceil(count / columns)
     cells = np.zeros((rows * columns, height, width, channels), dtype=np.uint8)

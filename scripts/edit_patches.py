@@ -48,11 +48,16 @@ have goes whole into patches/new, whichever commit adds it. Before anything is w
 upstream and must give the tree that was saved. `open` then `save` without a change in between changes nothing.
 """
 
-SETTINGS = ("-c", "user.name=diffusers-npu", "-c", "user.email=diffusers-npu@localhost", "-c", "core.autocrlf=false")
+# All that could make the same commit read differently on another host.
+DIFF_OPTIONS = (
+    "--patch --no-commit-id --full-index --no-renames --no-color --no-ext-diff --no-textconv --unified=3 "
+    "--inter-hunk-context=0 --diff-algorithm=myers --indent-heuristic --src-prefix=a/ --dst-prefix=b/"
+).split()
+IDENTITY = ("-c", "user.name=diffusers-npu", "-c", "user.email=diffusers-npu@localhost")
 
 
 def git(tree: Path, *arguments: str, stdin: str = "") -> str:
-    result = run_git(tree, *SETTINGS, *arguments, stdin=stdin.encode())
+    result = run_git(tree, *IDENTITY, *arguments, stdin=stdin.encode())
     if result.returncode:
         raise ForkError(f"git {arguments[0]} in {tree} failed: {result.stderr.decode().strip()}")
     return result.stdout.decode()
@@ -70,6 +75,7 @@ def open_tree(pin: Pin, wheel: Path | None, tree: Path) -> None:
         draft = Path(scratch, "tree")
         unpack(upstream_wheel(pin, wheel), draft)
         git(draft, "init", "--quiet", "--initial-branch=main", "--template=")
+        git(draft, "config", "core.autocrlf", "false")
         draft.joinpath(".git", "info").mkdir()
         draft.joinpath(".git", "info", "exclude").write_text("__pycache__/\n")
         commit(draft, f"diffusers {pin.version}")
@@ -142,13 +148,7 @@ def write_patch(tree: Path, revision: str, upstream: set[str], folder: Path) -> 
     missing = [field for field in HEADER_FIELDS if not re.search(rf"^{field}: *\S", message, re.MULTILINE)]
     if missing:
         raise ForkError(f"the commit {subject!r} does not say {', '.join(f'{field}:' for field in missing)}")
-    diff = git(
-        tree,
-        *("-c", "core.attributesFile=/dev/null", "--literal-pathspecs"),
-        *("diff-tree", "-p", "--no-commit-id", "--full-index", "--no-renames", "--no-color", "--no-ext-diff"),
-        *("--no-textconv", "--unified=3", "--inter-hunk-context=0", "--diff-algorithm=myers", "--indent-heuristic"),
-        *("--src-prefix=a/", "--dst-prefix=b/", revision, "--", *files),
-    )
+    diff = git(tree, "--literal-pathspecs", "diff-tree", *DIFF_OPTIONS, revision, "--", *files)
     words = re.match(r".{1,60}(?=-|$)|.{1,60}", slug.lower())
     assert words, "git gives every commit a slug, and a commit without a subject has been refused"
     name = f"{len(patch_files(folder)) + 1:04}-{words[0]}.patch"

@@ -59,7 +59,7 @@ def run_tests(source: Path, online: bool) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         # The tests alone: next to src/, they would import diffusers from there.
         shutil.copytree(source / "tests", Path(scratch, "tests"))
-        report, environment = Path(scratch, "report.xml"), test_environment(Path(scratch), online)
+        report, environment = Path(scratch, "report.xml"), make_environment(Path(scratch), online)
         pytest = [sys.executable, "-m", "pytest", "--quiet", "-p", "no:cacheprovider", f"--timeout={SECONDS_PER_TEST}"]
         result = subprocess.run([*pytest, f"--junitxml={report}", *FILES], cwd=scratch, env=environment)
         if result.returncode not in (0, 1):  # 1: there are failed tests
@@ -73,7 +73,7 @@ def run_tests(source: Path, online: bool) -> dict[str, Any]:
     return {"diffusers": version, "path": path, "counts": dict(sorted(counts.items())), "tests": tests}
 
 
-def test_environment(scratch: Path, online: bool) -> dict[str, str]:
+def make_environment(scratch: Path, online: bool) -> dict[str, str]:
     environment = os.environ | {"DIFFUSERS_TEST_DEVICE": "cpu", "RUN_SLOW": "0", "RUN_NIGHTLY": "0"}
     if not online:
         write_stand_ins(scratch / "huggingface")

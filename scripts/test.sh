@@ -5,7 +5,8 @@ set -euo pipefail
 
 cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/.."
 python=$(bash scripts/setup_env.sh --dev)
-export HF_HUB_OFFLINE=1 # no test may depend on the network
+export HF_HUB_OFFLINE=1                # no test may depend on the network
+export TORCH_DEVICE_BACKEND_AUTOLOAD=0 # nor on CANN, where torch_npu is installed
 
 if [[ ${1:-} == --slow ]]; then
     shift

@@ -27,7 +27,7 @@ UPSTREAM = {
     "diffusers/attention.py": "".join(BODY),
     "diffusers/windows.py": "first = 1\r\nsecond = 2\r\nthird = 3",  # CRLF, no newline at the end
     "diffusers-0.42.1.dist-info/METADATA": "Metadata-Version: 2.1\nName: diffusers\nVersion: 0.42.1\n\nA toy.\n",
-    "diffusers-0.42.1.dist-info/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    "diffusers-0.42.1.dist-info/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
 }
 
 
@@ -94,7 +94,7 @@ def make_environment(folder: Path) -> Path:
     [site_packages] = folder.glob("lib/python*/site-packages")
     for name in ("wheel", "packaging"):
         for part in {Path(file.parts[0]) for file in metadata.files(name) or [] if ".." not in file.parts}:
-            shutil.copytree(metadata.distribution(name).locate_file(part), site_packages / part)
+            shutil.copytree(str(metadata.distribution(name).locate_file(part)), site_packages / part)
     return folder / "bin" / "python"
 
 
@@ -150,7 +150,7 @@ class Sandbox:
 
     def run(self, script: str, *arguments: str | Path, **more: str) -> subprocess.CompletedProcess[str]:
         """Runs a script of the repository from an unrelated directory; `more` is added to the environment."""
-        command = ["bash", self.repo / script, *arguments]
+        command = ["bash", str(self.repo / script), *map(str, arguments)]
         return subprocess.run(
             command, cwd=self.folder, env=self.environment | more, capture_output=True, text=True, timeout=120
         )
@@ -162,7 +162,7 @@ class Sandbox:
         return self.run("scripts/edit_patches.sh", *arguments, **more)
 
     def install(self, wheel: Path) -> None:
-        command = [self.python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", wheel]
+        command = [str(self.python), "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", str(wheel)]
         subprocess.run(command, check=True, cwd=self.folder, env=self.environment)
 
     def version(self) -> str:

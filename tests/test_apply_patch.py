@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from fork import cache_dir, read_pin
 
 from tests.fork_sandbox import (
     BODY,
@@ -26,9 +27,6 @@ from tests.fork_sandbox import (
     read_files,
     write_files,
 )
-
-sys.path.insert(0, str(ROOT / "scripts"))
-from fork import cache_dir, read_pin  # noqa: E402
 
 NOT_INSTALLED, UPSTREAM_INSTALLED, OUT_OF_DATE, OTHER = 3, 4, 5, 6
 
@@ -250,7 +248,9 @@ def test_a_repository_around_the_build_does_not_hide_files_from_the_patches(sand
     around = tmp_path / "around"
     write_files(around, {".gitignore": "*\n"})
     subprocess.run(["git", "init", "--quiet", around], check=True)
-    built = build(sandbox, tmp_path / "dist", TMPDIR=str(around), GIT_DIR=str(around / ".git"))
+    built = build(
+        sandbox, tmp_path / "dist", TMPDIR=str(around), GIT_DIR=str(around / ".git"), GIT_WORK_TREE=str(around)
+    )
     with zipfile.ZipFile(built) as archive:
         assert archive.read("diffusers/attention.py").decode() == SECOND
 
@@ -298,7 +298,7 @@ def test_a_wheel_that_pip_put_elsewhere_is_not_called_installed(sandbox: Sandbox
 
 
 def test_two_runs_at_once_both_succeed(sandbox: Sandbox) -> None:
-    command = ["bash", sandbox.repo / "apply_patch.sh", "--wheel", sandbox.wheel]
+    command = ["bash", str(sandbox.repo / "apply_patch.sh"), "--wheel", str(sandbox.wheel)]
     runs = [subprocess.Popen(command, env=sandbox.environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     said = sorted(run.communicate()[0].splitlines()[1] for run in runs)
     assert [run.returncode for run in runs] == [0, 0]

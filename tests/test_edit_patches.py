@@ -4,11 +4,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from fork import cache_dir, read_pin
 
 from tests.fork_sandbox import PATCHES, ROOT, SECOND, UPSTREAM, Sandbox, make_wheel, read_files, write_files
-
-sys.path.insert(0, str(ROOT / "scripts"))
-from fork import cache_dir, read_pin  # noqa: E402
 
 MESSAGE = "Subject\n\nWhat: a.\n\nWhy: b.\n\nUpstream: none\n\nTest: c\n"
 
@@ -113,7 +111,8 @@ def test_settings_of_the_user_do_not_change_the_patches(sandbox: Sandbox, tree: 
         home, {".gitconfig": "[core]\n attributesFile = ~/attributes\n autocrlf = true\n[diff]\n mnemonicPrefix\n"}
     )
     write_files(home, {"attributes": "*.py diff=python text\n", ".config/git/attributes": "*.py -diff\n"})
-    save(sandbox, tree, GIT_DIFF_OPTS="--unified=0", GIT_CONFIG_PARAMETERS="'color.ui'='always'")
+    more = {"GIT_DIFF_OPTS": "--unified=0", "GIT_CONFIG_PARAMETERS": "'color.ui'='always'"}
+    save(sandbox, tree, XDG_CONFIG_HOME=str(home / ".config"), **more)
     assert read_files(sandbox.patches) == before
 
 

@@ -1,7 +1,6 @@
 """Where a runner computes, and in which precision."""
 
 import argparse
-import importlib.util
 import os
 import shutil
 import sysconfig
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ascend.device import DeviceError, DeviceManager, find_device, get_accelerator_type, get_chip
+from ascend.device import DeviceManager, get_accelerator_type, get_chip
 from examples.common.cli import ArgumentParser, UserError, non_negative_int
 from examples.common.report import Report
 
@@ -42,11 +41,6 @@ def choose_device(args: argparse.Namespace, report: Report) -> DeviceManager:
         elif args.local_rank > 0:
             report.warn(f"local rank {args.local_rank} has no effect on the CPU")
     manager = DeviceManager(name)
-    if not args.device and manager.device.type != "npu" and importlib.util.find_spec("torch_npu"):
-        try:  # nobody installs torch_npu to compute elsewhere
-            find_device("npu")
-        except DeviceError as error:
-            report.warn(f"{error}; going on with {manager.device}")
     if args.soc_version:
         check_chip(args.soc_version, manager.device, report)
     return manager

@@ -16,9 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault(
-    "TORCH_DEVICE_BACKEND_AUTOLOAD", "0"
-)  # torch_npu is loaded by ascend.device, which survives its failure
+os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")  # without CANN it would end in a traceback here
 
 from diffusers import StableDiffusionPipeline
 from PIL import Image

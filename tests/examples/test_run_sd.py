@@ -221,6 +221,7 @@ def test_the_script_starts_from_any_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_graphs_draw_what_eager_mode_draws(run_sd: Callable, tmp_path: Path) -> None:
     outcome = run_sd(*PROMPT, "--prompt", "b", "--FA", "--TOME", "--DC", "2", "--dynamo", "--steps", 4)
     assert outcome.code == 0, outcome.err

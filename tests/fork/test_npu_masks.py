@@ -13,7 +13,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0, At
 MakeMask = Callable[[tuple[int, ...]], torch.Tensor]
 
 BATCH, HEADS, QUERIES, KEYS, HEAD_DIM = 2, 3, 5, 7, 4
-EVERY_BROADCAST = list(itertools.product((1, BATCH), (1, HEADS), (1, QUERIES), (1, KEYS)))
+EVERY_BROADCAST: list[tuple[int, ...]] = list(itertools.product((1, BATCH), (1, HEADS), (1, QUERIES), (1, KEYS)))
 FEWER_DIMENSIONS = [(QUERIES, KEYS), (1, KEYS), (BATCH, KEYS), (HEADS, QUERIES, KEYS), (HEADS, 1, KEYS)]
 
 
