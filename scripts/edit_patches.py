@@ -49,10 +49,21 @@ upstream and must give the tree that was saved. `open` then `save` without a cha
 """
 
 # All that could make the same commit read differently on another host.
-DIFF_OPTIONS = (
-    "--patch --no-commit-id --full-index --no-renames --no-color --no-ext-diff --no-textconv --unified=3 "
-    "--inter-hunk-context=0 --diff-algorithm=myers --indent-heuristic --src-prefix=a/ --dst-prefix=b/"
-).split()
+DIFF_OPTIONS = [
+    "--patch",
+    "--no-commit-id",
+    "--full-index",
+    "--no-renames",
+    "--no-color",
+    "--no-ext-diff",
+    "--no-textconv",
+    "--unified=3",
+    "--inter-hunk-context=0",
+    "--diff-algorithm=myers",
+    "--indent-heuristic",
+    "--src-prefix=a/",
+    "--dst-prefix=b/",
+]
 IDENTITY = ("-c", "user.name=diffusers-npu", "-c", "user.email=diffusers-npu@localhost")
 
 
