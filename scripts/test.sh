@@ -5,8 +5,9 @@ set -euo pipefail
 
 cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/.."
 python=$(bash scripts/setup_env.sh --dev)
-export HF_HUB_OFFLINE=1                # no test may depend on the network
+export HF_HUB_OFFLINE=1 # no test may depend on the network
 export TORCH_DEVICE_BACKEND_AUTOLOAD=0 # nor on CANN, where torch_npu is installed
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # the models are too small to share among threads
 
 if [[ ${1:-} == --slow ]]; then
     shift
