@@ -6,6 +6,7 @@ import argparse
 import enum
 import fcntl
 import json
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -151,11 +152,14 @@ def install(wheel: Path, expected: State) -> None:
     with zipfile.ZipFile(wheel) as archive:
         targets = [Path(sysconfig.get_path("purelib"), name) for name in archive.namelist()]
     absent = [target for target in targets if not target.exists()]
+    on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # pip killed halfway leaves half a package
     try:
         pip(["install", "--no-deps", "--no-index", "--force-reinstall", str(wheel)], wheel.parent)
     except ForkError:
         remove(absent)  # pip brings back what it had removed, but leaves what it had added
         raise
+    finally:
+        signal.signal(signal.SIGINT, on_interrupt)
     check = subprocess.run([sys.executable, "-E", "-B", __file__, "--check"], capture_output=True, text=True)
     if check.returncode != expected.value:
         raise ForkError(

@@ -1,15 +1,18 @@
 import base64
+import contextlib
 import csv
 import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 import zipfile
 from pathlib import Path
 
+import psutil
 import pytest
 from fork import cache_dir, read_pin
 
@@ -290,6 +293,22 @@ def test_when_pip_fails_halfway_the_old_version_remains(sandbox: Sandbox) -> Non
     assert_refused(sandbox, "--wheel", sandbox.wheel, says=("pip install failed",))
     assert sandbox.apply("--check").returncode == UPSTREAM_INSTALLED
     assert sandbox.version() == "0.42.1"
+
+
+def test_an_interrupt_while_pip_works_does_not_tear_the_package(sandbox: Sandbox) -> None:
+    sandbox.install(sandbox.wheel)
+    command = ["bash", str(sandbox.repo / "apply_patch.sh"), "--wheel", str(sandbox.wheel)]
+    run = subprocess.Popen(command, env=sandbox.environment, stdout=subprocess.PIPE, start_new_session=True)
+    interrupts = 0
+    while run.poll() is None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if any("install" in child.cmdline() for child in psutil.Process(run.pid).children()):
+                os.killpg(run.pid, signal.SIGINT)
+                interrupts += 1
+        time.sleep(0.05)
+    assert interrupts > 0
+    assert sandbox.version() == "0.42.1+npu.1"
+    assert sandbox.apply("--check").returncode == 0
 
 
 def test_a_wheel_that_pip_put_elsewhere_is_not_called_installed(sandbox: Sandbox, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ NAME = FILES[0].removesuffix(".py").replace("/", ".")
 def source(tmp_path: Path) -> Path:
     """A checkout whose src/ must not be what is tested."""
     checkout = tmp_path / "checkout"
+    write_files(checkout, {str(Path(name).with_name("__init__.py")): "" for name in FILES})
     write_files(checkout, {name: "" for name in FILES} | {FILES[0]: SUITE})
     write_files(checkout, {"src/diffusers/__init__.py": "raise RuntimeError('imported from the checkout')\n"})
     return checkout
