@@ -1,6 +1,9 @@
 """One view of the devices: Ascend NPU, then CUDA GPU, then CPU.
 
 Looking for devices never raises. Asking for one that is absent raises `DeviceError`, which says why it is absent.
+
+Where torch_npu is installed and CANN is not, `import torch` itself fails, before anything here can tell why, unless
+`TORCH_DEVICE_BACKEND_AUTOLOAD=0` is in the environment.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from typing import Any
 import torch
 
 DEVICE_TYPES = ("npu", "cuda", "cpu")  # best first
+VISIBLE_DEVICES = {"npu": "ASCEND_RT_VISIBLE_DEVICES", "cuda": "CUDA_VISIBLE_DEVICES"}
 
 
 class DeviceError(RuntimeError):
@@ -23,9 +27,10 @@ class DeviceError(RuntimeError):
 
 @functools.cache
 def _torch_npu_failure() -> str | None:
-    """Why torch_npu cannot be used, or None when it can.
+    """Why torch_npu cannot be used, in one line, or None when it can.
 
-    Without CANN's libraries its import raises OSError or ImportError; beside a CUDA build of torch, RuntimeError.
+    Without CANN's libraries its import raises ImportError or OSError; beside a CUDA build of torch, RuntimeError; with
+    a wrong ASCEND_HOME_PATH or ASCEND_OPP_PATH, Exception itself.
     """
     try:
         import torch_npu  # noqa: F401
@@ -33,14 +38,16 @@ def _torch_npu_failure() -> str | None:
         if error.name == "torch_npu":
             return "torch_npu is not installed"
         return f"torch_npu needs the module {error.name}, which is not installed"
-    except (ImportError, OSError, RuntimeError) as error:
-        return f"torch_npu does not load ({error}); has CANN's set_env.sh been sourced?"
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]  # an error code and the time follow
+        hint = "; has CANN's set_env.sh been sourced?" if "cannot open shared object" in reason else ""
+        return f"torch_npu does not load ({reason}){hint}"
     return None
 
 
 def is_npu_available() -> bool:
     """Whether torch_npu loads and sees at least one NPU."""
-    return _torch_npu_failure() is None and torch.get_device_module("npu").is_available()
+    return _device_count("npu") > 0
 
 
 def get_accelerator_type() -> str:
@@ -58,16 +65,20 @@ def get_all_devices() -> list[torch.device]:
 
 
 def _device_count(kind: str) -> int:
-    if kind == "npu":
-        return torch.get_device_module("npu").device_count() if is_npu_available() else 0
-    if kind == "cuda":
-        return torch.cuda.device_count() if torch.cuda.is_available() else 0
-    return 1
+    if kind == "cpu":
+        return 1
+    if kind == "npu" and _torch_npu_failure():
+        return 0
+    module = torch.get_device_module(kind)
+    return module.device_count() if module.is_available() else 0
 
 
 @functools.cache
 def get_chip(device: torch.device) -> str | None:
-    """The NPU's chip as CANN names it, such as `"Ascend310P3"`; None for any other device."""
+    """The NPU's chip as CANN names it, such as `"Ascend310P3"`; None for any other device.
+
+    Code that is compiled calls it through `torch.compiler.assume_constant_result`: dynamo cannot trace torch_npu here.
+    """
     return torch.get_device_module(device).get_device_name(device) if device.type == "npu" else None
 
 
@@ -184,11 +195,26 @@ def find_device(name: str | torch.device | None = None) -> torch.device:
     kind, index = match[1], int(match[2] or 0)
     count = _device_count(kind)
     if count == 0:
-        reason = (_torch_npu_failure() or "torch_npu sees no NPU") if kind == "npu" else "torch sees no CUDA GPU"
-        raise DeviceError(f"device '{name}' is not there: {reason}")
+        raise DeviceError(f"device '{name}' is not there: {_absence(kind)}")
     if index >= count:
         raise DeviceError(f"device '{name}' is not there: this machine's last one is {kind}:{count - 1}")
     return torch.device("cpu") if kind == "cpu" else torch.device(kind, index)
+
+
+def _absence(kind: str) -> str:
+    """Why there is no device of type `kind`."""
+    if kind == "npu" and (failure := _torch_npu_failure()):
+        return failure
+    reason = "torch_npu sees no NPU" if kind == "npu" else "torch sees no CUDA GPU"
+    variable = VISIBLE_DEVICES[kind]
+    return f"{reason} (with {variable}={os.environ[variable]})" if variable in os.environ else reason
+
+
+def _environment_device() -> torch.device:
+    try:
+        return find_device(os.environ.get("PREFERRED_DEVICE") or None)
+    except DeviceError as error:
+        raise DeviceError(f"PREFERRED_DEVICE: {error}") from None  # it may have been set long ago and elsewhere
 
 
 @functools.cache
@@ -212,7 +238,10 @@ class DeviceManager:
     """
 
     def __init__(self, preferred_device: str | torch.device | None = None) -> None:
-        self.device = find_device(preferred_device or os.environ.get("PREFERRED_DEVICE") or None)
+        if preferred_device is None:
+            self.device = _environment_device()
+        else:
+            self.device = find_device(preferred_device)
         if self.device.type == "npu":
             _use_precompiled_kernels()
         if self.device.type != "cpu":

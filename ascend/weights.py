@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from ascend.device import get_memory_info
 
-# Of the free memory, what is left for activations when the weights stay on the device.
+# What is left for activations when the weights stay on the device.
 ACTIVATION_SHARE = 0.3
 
 
@@ -50,6 +50,18 @@ def _shards(path: Path) -> list[Path]:
     return files
 
 
+def fits(weights: int, resident: int, memory: dict[str, int]) -> bool:
+    """Whether a model leaves its activations enough of a device's memory, `ACTIVATION_SHARE` of what there is for both.
+
+    Args:
+        weights: bytes of all the parameters.
+        resident: bytes of those that are on the device already.
+        memory: of the device, from `get_memory_info`.
+    """
+    unused = memory["reserved"] - memory["allocated"]  # held by torch's allocator, as good as free
+    return weights <= (memory["free"] + unused + resident) * (1 - ACTIVATION_SHARE)
+
+
 def place_pipeline(pipe: Any, device: torch.device) -> list[str]:
     """Bring a diffusers pipeline to `device` with as little memory as leaves the pictures as they are.
 
@@ -60,17 +72,14 @@ def place_pipeline(pipe: Any, device: torch.device) -> list[str]:
         What was done, in words.
     """
     done = []
-    if hasattr(pipe, "vae"):
+    if getattr(pipe, "vae", None) is not None:
         pipe.vae.enable_slicing()
         done.append("the VAE decodes one picture at a time")
-    weights = sum(
-        parameter.nbytes
-        for component in pipe.components.values()
-        if isinstance(component, torch.nn.Module)
-        for parameter in component.parameters()
-    )
-    available = get_memory_info(device)["free"] * (1 - ACTIVATION_SHARE)
-    if device.type != "cpu" and weights > available:
+    modules = [component for component in pipe.components.values() if isinstance(component, torch.nn.Module)]
+    parameters = [parameter for module in modules for parameter in module.parameters()]
+    weights = sum(parameter.nbytes for parameter in parameters)
+    resident = sum(parameter.nbytes for parameter in parameters if parameter.device == device)
+    if device.type != "cpu" and not fits(weights, resident, get_memory_info(device)):
         pipe.enable_model_cpu_offload(device=device)
         done.append(f"components move to {device} in turn: {weights / 2**30:.1f} GiB do not fit at once")
     else:

@@ -23,7 +23,7 @@ from ascend.device import (
     is_npu_available,
     set_seed,
 )
-from ascend.weights import place_pipeline
+from ascend.weights import fits, place_pipeline
 
 CPU = torch.device("cpu")
 
@@ -57,11 +57,26 @@ def test_every_device_can_be_asked_for_by_name() -> None:
         manager.empty_cache()
 
 
-@pytest.mark.parametrize("failure", ["ImportError", "OSError", "RuntimeError"])
-def test_a_torch_npu_that_does_not_load_is_named_only_when_an_npu_is_asked_for(tmp_path: Path, failure: str) -> None:
+LIBRARY_MISSING = "libascendcl.so: cannot open shared object file"
+TWO_ACCELERATORS = "Two accelerators cannot be used at the same time"
+HOME_MISSING = "ASCEND_HOME_PATH : /nowhere does not exist."
+
+
+@pytest.mark.parametrize(
+    ("failure", "reason", "says_what_to_source"),
+    [
+        ("ImportError", LIBRARY_MISSING, True),
+        ("OSError", LIBRARY_MISSING, True),
+        ("RuntimeError", TWO_ACCELERATORS, False),
+        ("Exception", HOME_MISSING, False),
+    ],
+)
+def test_a_torch_npu_that_does_not_load_is_named_only_when_an_npu_is_asked_for(
+    tmp_path: Path, failure: str, reason: str, says_what_to_source: bool
+) -> None:
     package = tmp_path / "torch_npu"
     package.mkdir()
-    (package / "__init__.py").write_text(f"raise {failure}('libascendcl.so: cannot open shared object file')")
+    (package / "__init__.py").write_text(f"raise {failure}({reason + chr(10) + '[ERROR] ERR00007'!r})")
     code = """
 from ascend.device import DeviceError, DeviceManager, is_npu_available
 print(is_npu_available(), DeviceManager("cpu").device)
@@ -72,8 +87,8 @@ except DeviceError as error:
 """
     first, second = run_python(code, tmp_path).splitlines()
     assert first == "False cpu"
-    assert second.startswith("device 'npu:1' is not there: torch_npu does not load (libascendcl.so: cannot open")
-    assert "set_env.sh" in second
+    assert second.startswith(f"device 'npu:1' is not there: torch_npu does not load ({reason})")
+    assert ("set_env.sh" in second) == says_what_to_source
 
 
 @pytest.mark.parametrize("name", ["npu", "cuda", "cuda:99"])
@@ -84,7 +99,14 @@ def test_an_absent_device_is_one_clear_error(name: str) -> None:
         DeviceManager(name)
 
 
-@pytest.mark.parametrize("name", ["tpu", "npu:", "cuda:-1", "cpu:x", "NPU"])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has cuda")
+def test_what_hides_a_device_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    with pytest.raises(DeviceError, match="with CUDA_VISIBLE_DEVICES=7"):
+        DeviceManager("cuda")
+
+
+@pytest.mark.parametrize("name", ["", "tpu", "npu:", "cuda:-1", "cpu:x", "NPU"])
 def test_an_unknown_device_is_one_clear_error(name: str) -> None:
     with pytest.raises(DeviceError, match="is unknown: use npu, cuda or cpu"):
         DeviceManager(name)
@@ -92,7 +114,7 @@ def test_an_unknown_device_is_one_clear_error(name: str) -> None:
 
 def test_the_environment_prefers_a_device_and_an_argument_overrules_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PREFERRED_DEVICE", "tpu")
-    with pytest.raises(DeviceError, match="'tpu'"):
+    with pytest.raises(DeviceError, match="PREFERRED_DEVICE: device 'tpu' is unknown"):
         DeviceManager()
     assert DeviceManager("cpu").device == CPU
     monkeypatch.setenv("PREFERRED_DEVICE", "cpu")
@@ -158,3 +180,16 @@ def test_memory_efficient_mode_says_what_it_did_and_keeps_the_picture(tiny_sd: S
     done = place_pipeline(tiny_sd, CPU)
     assert done == ["the VAE decodes one picture at a time", "all components are on cpu"]
     torch.testing.assert_close(draw(), plain, atol=1e-5, rtol=0)  # convolutions of one picture may round differently
+
+
+def test_a_model_fits_when_it_leaves_memory_for_activations() -> None:
+    memory = {"free": 60, "allocated": 30, "reserved": 40}
+    assert fits(weights=49, resident=0, memory=memory)
+    assert not fits(weights=50, resident=0, memory=memory)
+    # A model that is on the device already needs no second place there.
+    assert fits(weights=70, resident=30, memory=memory)
+
+
+def test_a_pipeline_without_a_vae_is_placed_too(tiny_sd: StableDiffusionPipeline) -> None:
+    tiny_sd.vae = None
+    assert place_pipeline(tiny_sd, CPU) == ["all components are on cpu"]
