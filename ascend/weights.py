@@ -51,7 +51,7 @@ def _shards(path: Path) -> list[Path]:
 
 
 def fits(weights: int, resident: int, memory: dict[str, int]) -> bool:
-    """Whether a model leaves its activations enough of a device's memory, `ACTIVATION_SHARE` of what there is for both.
+    """Whether a model leaves its activations `ACTIVATION_SHARE` of the device memory that there is for both.
 
     Args:
         weights: bytes of all the parameters.

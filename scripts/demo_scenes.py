@@ -20,7 +20,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 from skimage.color import rgb2lab
-from skimage.measure import label, regionprops
+from skimage.draw import polygon2mask
+from skimage.measure import centroid, label, regionprops
 
 IMAGE_SIZE = 128  # pixels
 SUPERSAMPLING = 4
@@ -34,7 +35,7 @@ COLOURS = {
     "orange": (250, 130, 20),
 }
 BACKGROUNDS = {"white": (245, 245, 245), "grey": (140, 140, 140), "black": (15, 15, 15)}
-RADII: dict[str, tuple[float, float]] = {"small": (13, 15), "large": (22, 25)}  # pixels, from and to
+RADII: dict[str, tuple[float, float]] = {"small": (16, 18), "large": (25, 28)}  # pixels, from and to
 POSITIONS: dict[str, tuple[float, float]] = {
     "left": (32, 64),
     "right": (96, 64),
@@ -70,9 +71,8 @@ MAX_HELD_OUT = 2000  # a little less than there are, so that drawing different o
 
 # The judge's tolerances, set so that it passes renderings of every scene and rejects shapes a person would not name.
 _FOREGROUND_DISTANCE = 20.0  # CIELAB distance from the background at which a pixel belongs to an object
-_MIN_AREA = 100  # pixels; what is smaller is a speck, not an object (the smallest real one has about 260)
-_MIN_OVERLAP = 0.78  # intersection over union of a region with the ideal outline in its bounding box
-_MAX_STRETCH = 1.35  # longer side of the bounding box over the shorter
+_MIN_AREA = 100  # pixels; what is smaller is a speck, not an object (the smallest real one has about 500)
+_MIN_OVERLAP = 0.78  # intersection over union of a region with the ideal outline of its area and place
 _MAX_COLOUR_DISTANCE = 30.0  # CIELAB distance from the named colour at which it stops being that colour
 
 
@@ -204,14 +204,15 @@ def find_shapes(image: np.ndarray) -> list[FoundShape]:
     """The objects in a uint8 [height, width, 3] RGB picture: what differs from the colour of its border."""
     lab = rgb2lab(image)
     border = np.concatenate([lab[:3].reshape(-1, 3), lab[-3:].reshape(-1, 3), lab[:, :3].reshape(-1, 3)])
-    foreground = np.linalg.norm(lab - np.median(border, axis=0), axis=-1) > _FOREGROUND_DISTANCE
-    min_area = _MIN_AREA * foreground.size / IMAGE_SIZE**2
-    regions = [r for r in regionprops(label(foreground)) if r.area >= min_area]
+    distance = np.linalg.norm(lab - np.median(border, axis=0), axis=-1)
+    min_area = _MIN_AREA * distance.size / IMAGE_SIZE**2
+    regions = [r for r in regionprops(label(distance > _FOREGROUND_DISTANCE), distance) if r.area >= min_area]
     return [
         FoundShape(
             _name_colour(np.median(lab[tuple(region.coords.T)], axis=0)),
-            _name_shape(region.image),
-            _name_position(region.bbox, foreground.shape),
+            # An edge, sharp or soft, is where the picture is half way from the background to the object.
+            _name_shape(region.image & (region.image_intensity > np.median(distance[tuple(region.coords.T)]) / 2)),
+            _name_position(region.bbox, distance.shape),
         )
         for region in regions
     ]
@@ -225,25 +226,28 @@ def _name_colour(lab: np.ndarray) -> str | None:
 
 
 def _name_shape(mask: np.ndarray) -> str | None:
-    height, width = mask.shape
-    if max(height, width) > _MAX_STRETCH * min(height, width):
-        return None
-
-    def overlap(kind: str) -> float:
-        ideal = _outline_mask(kind, height, width)
-        return float((mask & ideal).sum() / (mask | ideal).sum())
-
-    overlaps = {kind: overlap(kind) for kind in SHAPES}
+    """The kind whose outline covers the mask best, of the same area and centroid: a blunt corner moves neither."""
+    overlaps = {kind: _overlap(mask, kind) for kind in SHAPES}
     best = max(overlaps, key=overlaps.__getitem__)
     return best if overlaps[best] >= _MIN_OVERLAP else None
 
 
-def _outline_mask(kind: str, height: int, width: int) -> np.ndarray:
-    """The ideal shape stretched to fill a box, bool [height, width]."""
-    canvas = Image.new("L", (width * SUPERSAMPLING, height * SUPERSAMPLING))
-    scale_x, scale_y = width * SUPERSAMPLING / 2, height * SUPERSAMPLING / 2
-    ImageDraw.Draw(canvas).polygon([((u + 1) * scale_x, (v + 1) * scale_y) for u, v in SHAPES[kind]], fill=255)
-    return np.asarray(canvas.reduce(SUPERSAMPLING)) > 127
+def _overlap(mask: np.ndarray, kind: str) -> float:
+    """Intersection over union of a bool mask [height, width] with the outline of `kind` laid over it."""
+    mask = np.pad(mask, max(mask.shape) // 2)  # room for corners that the mask lacks
+    (row, column), area = centroid(mask), mask.sum()
+    x, y, outline_area = _polygon_moments(np.array(SHAPES[kind]))
+    scale = (area / outline_area) ** 0.5
+    ideal = polygon2mask(mask.shape, [(row + (v - y) * scale, column + (u - x) * scale) for u, v in SHAPES[kind]])
+    return float((mask & ideal).sum() / (mask | ideal).sum())
+
+
+def _polygon_moments(outline: np.ndarray) -> tuple[float, float, float]:
+    """Centroid x and y, and the area, of a polygon [corners, 2] (the shoelace formula)."""
+    following = np.roll(outline, -1, axis=0)
+    cross = outline[:, 0] * following[:, 1] - following[:, 0] * outline[:, 1]
+    x, y = ((outline + following) * cross[:, None]).sum(axis=0) / (3 * cross.sum())
+    return float(x), float(y), float(abs(cross.sum()) / 2)
 
 
 def _name_position(bbox: tuple[int, int, int, int], shape: tuple[int, ...]) -> str:

@@ -96,20 +96,6 @@ def update_average(average: dict[str, Tensor], model: nn.Module, step: int) -> N
     torch._foreach_lerp_([average[name] for name, _ in parameters], [value for _, value in parameters], 1 - decay)
 
 
-def pick_device(name: str) -> torch.device:
-    """The device called `name`; "auto" is the accelerator there is, else the CPU.
-
-    Raises:
-        UserError: there is no such device.
-    """
-    if name == "auto":
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:  # the latter from a torch built without CUDA
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error
-
-
 def save_tensors(state: object, path: Path) -> None:
     """torch.save that leaves either the whole new file or the old one."""
     temporary = path.with_name(path.name + ".tmp")

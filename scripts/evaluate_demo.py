@@ -25,12 +25,19 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from demo_scenes import Scene, Score, held_out_scenes, score_image
+from demo_scenes import MAX_HELD_OUT, Scene, Score, held_out_scenes, score_image
 from demo_training import save_grid
 
 from ascend.graph import compile_pipeline
 from examples.common.cache_options import DEFAULT_INTERVAL
-from examples.common.cli import ArgumentParser, finite_float, non_negative_int, one_line_errors, positive_int
+from examples.common.cli import (
+    ArgumentParser,
+    UserError,
+    finite_float,
+    non_negative_int,
+    one_line_errors,
+    positive_int,
+)
 from examples.common.devices import add_device_arguments, check_compiler, choose_device, choose_dtype
 from examples.common.files import make_output_dir
 from examples.common.model_dir import load_pipeline, require_patched_diffusers
@@ -116,6 +123,8 @@ def run(args: argparse.Namespace) -> None:
     dtype = choose_dtype(args, manager, report)
     if any("dynamo" in CONFIGURATIONS[name] for name in args.configs):
         check_compiler(manager.device)
+    if args.num_prompts > MAX_HELD_OUT:
+        raise UserError(f"--num_prompts {args.num_prompts}: there are {MAX_HELD_OUT} held-out prompts")
     scenes = held_out_scenes(args.num_prompts, args.seed)
 
     rows: list[tuple[str, Sequence[float | None], str]] = []

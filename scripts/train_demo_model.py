@@ -7,6 +7,7 @@ The stages run in order, each from what the ones before left in --work_dir:
     tokenizer   learn a BPE vocabulary from the captions
     vae         learn to squeeze 128x128 pictures into 4x16x16 latents and back
     latents     encode the training pictures once, so that the UNet never waits for the VAE
+    decoder     teach the VAE's decoder to draw clean shapes from slightly wrong latents
     text        teach the text encoder to tell what stands where, as CLIP learns before Stable Diffusion does
     unet        learn to predict the noise in a latent, given the frozen text encoder's view of its caption
     export      write the float16 folder that StableDiffusionPipeline.from_pretrained loads
@@ -29,6 +30,7 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -47,9 +49,10 @@ from demo_networks import (
     train_tokenizer,
 )
 from demo_scenes import BACKGROUNDS, IMAGE_SIZE, POSITIONS, Scene, held_out_scenes, sample_scene, score_image
-from demo_training import fit, pick_device, save_grid, save_tensors
+from demo_training import fit, save_grid, save_tensors
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 
+from ascend.device import DeviceManager
 from examples.common.cli import ArgumentParser, UserError, non_negative_int, one_line_errors, positive_int
 from examples.common.files import make_output_dir
 
@@ -57,10 +60,12 @@ Model = TypeVar("Model", bound=torch.nn.Module)
 DEMO_MODEL = ROOT / "examples/sd2.1/demo_model"
 CAPTION_DROPOUT = 0.1  # share of captions replaced by the empty one, which classifier-free guidance subtracts
 MIN_SNR_GAMMA = 5.0
-CLOSE_UP_SHARE = 0.8  # of the VAE's steps
-INITIAL_LOGVAR = -6.0  # from noise of size one the VAE would take much longer to tell colours apart
+CLOSE_UP_SHARE = 0.85  # of the VAE's steps
+INITIAL_LOGVAR = -6.0  # start with nearly no noise in the latents
+THUMBNAIL_WEIGHT = 5.0  # of the rule that three latent channels hold the picture, reduced eight times
 SHAPE_WEIGHT = 4.0  # extra weight of the pixels of shapes: they are a twentieth of a picture, and all that is scored
-KL_WEIGHT = 1e-3  # per latent number: strong enough that the decoder forgives the small errors of a UNet
+KL_WEIGHT = 1e-3  # per latent number
+LATENT_NOISE = 0.2  # up to which the decoder learns to see through; the latents themselves have a size of about 0.7
 PREVIEW_STEPS = 20
 
 
@@ -74,9 +79,11 @@ class Run:
     seed: int
     scenes: int
     vae_steps: int
+    decoder_steps: int
     text_steps: int
     unet_steps: int
     vae_batch: int
+    decoder_batch: int
     text_batch: int
     unet_batch: int
     save_every: int
@@ -139,11 +146,14 @@ def run_vae(run: Run) -> None:
 
     def loss(step: int) -> Tensor:
         close_up = step < CLOSE_UP_SHARE * run.vae_steps
-        pictures, shapes = vae_batch(run.rng("vae", step), run.vae_batch, close_up, run.device)
+        rng = run.rng("vae", step)
+        pictures, shapes = render_batch([(sample_scene(rng), rng) for _ in range(run.vae_batch)], run.device, close_up)
         posterior = vae.encode(pictures).latent_dist
-        difference = vae.decode(posterior.sample()).sample - pictures
-        error = ((1 + SHAPE_WEIGHT * shapes) * (difference.abs() + difference.square())).mean()
-        return error + KL_WEIGHT * posterior.kl().mean() / posterior.mean[0].numel()
+        error = reconstruction_error(vae.decode(posterior.sample()).sample - pictures, shapes)
+        # Without this rule the encoder takes thousands of steps to tell yellow from orange.
+        thumbnail_error = (posterior.mean[:, :3] - F.avg_pool2d(pictures, 8)).square().mean()
+        divergence = posterior.kl().mean() / posterior.mean[0].numel()
+        return error + THUMBNAIL_WEIGHT * thumbnail_error + KL_WEIGHT * divergence
 
     @torch.no_grad()
     def preview(step: int) -> None:
@@ -169,6 +179,37 @@ def run_latents(run: Run) -> None:
     save_tensors({"latents": latents, "scaling_factor": 1 / latents.std().item()}, run.work_dir / "latents.pt")
 
 
+def run_decoder(run: Run) -> None:
+    """Teach the decoder to forgive errors like a UNet's. The encoder stays, and with it the latents."""
+    vae = run.load(build_vae(), "vae")
+    cache = torch.load(run.need("latents.pt", "latents"), weights_only=True)
+    run.rng("decoder", -1)
+    decoder = nn.ModuleDict({"post_quant_conv": vae.post_quant_conv, "decoder": vae.decoder}).requires_grad_(True)
+    test_scenes = held_out_scenes(run.preview_pictures, run.seed)
+    with torch.no_grad():
+        test_pictures = to_tensor([scene.render() for scene in test_scenes], run.device)
+        test_latents = vae.encode(test_pictures).latent_dist.mode()
+
+    def loss(step: int) -> Tensor:
+        rng = run.rng("decoder", step)
+        chosen = rng.choices(range(len(cache["latents"])), k=run.decoder_batch)
+        pictures, shapes = render_batch([run.training_scene(index) for index in chosen], run.device)
+        noise = torch.randn(run.decoder_batch, *cache["latents"].shape[1:])
+        level = LATENT_NOISE * torch.rand(run.decoder_batch, 1, 1, 1)
+        latents = (cache["latents"][chosen] + level * noise).to(run.device)
+        return reconstruction_error(vae.decode(latents).sample - pictures, shapes)
+
+    @torch.no_grad()
+    def preview(step: int) -> None:
+        noise = torch.randn(test_latents.shape, generator=torch.Generator().manual_seed(run.seed)).to(run.device)
+        pictures = to_images(vae.decode(test_latents + LATENT_NOISE / 2 * noise).sample)
+        save_grid(pictures, run.work_dir / "decoder.png")
+        report("decoder", step, pictures, test_scenes)
+
+    fit(decoder, loss, run.decoder_steps, 1e-3, run.work_dir / "decoder.pt", run.save_every, preview)
+    run.save(vae, "decoder")
+
+
 def run_text(run: Run) -> None:
     tokenizer = load_tokenizer(run)
     run.rng("text", -1)
@@ -187,7 +228,7 @@ def run_text(run: Run) -> None:
 def run_unet(run: Run) -> None:
     tokenizer = load_tokenizer(run)
     text_encoder = run.load(build_text_encoder(tokenizer), "text")
-    vae = run.load(build_vae(), "vae")
+    vae = run.load(build_vae(), "decoder")
     cache = torch.load(run.need("latents.pt", "latents"), weights_only=True)
     latents = cache["latents"] * cache["scaling_factor"]
     scenes = [run.training_scene(index)[0] for index in range(len(latents))]
@@ -242,15 +283,16 @@ def preview(run: Run, pipeline: StableDiffusionPipeline, step: int) -> None:
     report("unet", step, pictures, scenes)
 
 
-def vae_batch(rng: random.Random, count: int, close_up: bool, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Pictures [count, 3, size, size], and 1 where they show a shape [count, 1, size, size].
+def render_batch(
+    scenes: Sequence[tuple[Scene, random.Random]], device: torch.device, close_up: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Pictures [count, 3, size, size] of scenes, and 1 where they show a shape [count, 1, size, size].
 
     A close-up is a quarter of a picture around one of its shapes: most of what there is to learn, for a quarter of
     the work. GroupNorm sees other statistics there, so the last steps of the training have to be on whole pictures.
     """
     pictures, shapes = [], []
-    for _ in range(count):
-        scene = sample_scene(rng)
+    for scene, rng in scenes:
         picture = scene.render(rng)
         if close_up:
             size = IMAGE_SIZE // 2
@@ -262,6 +304,11 @@ def vae_batch(rng: random.Random, count: int, close_up: bool, device: torch.devi
         pictures.append(picture)
         shapes.append((picture != BACKGROUNDS[scene.background]).any(axis=-1))
     return to_tensor(pictures, device), torch.from_numpy(np.stack(shapes)).unsqueeze(1).to(device)
+
+
+def reconstruction_error(difference: Tensor, shapes: Tensor) -> Tensor:
+    """The mean error of decoded pictures, as a scalar. Takes [count, 3, h, w], and `shapes` of `render_batch`."""
+    return ((1 + SHAPE_WEIGHT * shapes) * (difference.abs() + difference.square())).mean()
 
 
 def report(stage: str, step: int, pictures: np.ndarray, scenes: Sequence[Scene]) -> None:
@@ -284,7 +331,7 @@ def assemble(
 
 def run_export(run: Run) -> None:
     tokenizer = load_tokenizer(run)
-    vae = run.load(build_vae(), "vae")
+    vae = run.load(build_vae(), "decoder")
     vae.register_to_config(
         scaling_factor=torch.load(run.need("latents.pt", "latents"), weights_only=True)["scaling_factor"]
     )
@@ -313,6 +360,7 @@ STAGES: dict[str, Callable[[Run], None]] = {
     "tokenizer": run_tokenizer,
     "vae": run_vae,
     "latents": run_latents,
+    "decoder": run_decoder,
     "text": run_text,
     "unet": run_unet,
     "export": run_export,
@@ -333,13 +381,13 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="DIR",
         help="of checkpoints, latents and previews (outputs/demo_training)",
     )
-    add("--device", default="auto", metavar="NAME", help="a torch device (the first there is of npu, cuda, cpu)")
+    add("--device", metavar="NAME", help="npu, cuda or cpu, or one of several as npu:1 (the best there is)")
     add("--seed", type=non_negative_int, default=0, metavar="N", help="(0)")
     add("--scenes", type=positive_int, default=12_000, metavar="N", help="training pictures for the UNet (12000)")
-    for stage, steps, batch in (("vae", 1250, 8), ("text", 600, 64), ("unet", 3000, 32)):
+    for stage, steps, batch in (("vae", 2200, 8), ("decoder", 2000, 8), ("text", 600, 64), ("unet", 5000, 16)):
         add(f"--{stage}_steps", type=positive_int, default=steps, metavar="N", help=f"({steps})")
         add(f"--{stage}_batch", type=positive_int, default=batch, metavar="N", help=f"examples in a step ({batch})")
-    add("--save_every", type=positive_int, default=100, metavar="N", help="steps from checkpoint to checkpoint (100)")
+    add("--save_every", type=positive_int, default=250, metavar="N", help="steps from checkpoint to checkpoint (250)")
     add(
         "--preview_pictures",
         type=positive_int,
@@ -354,7 +402,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with one_line_errors():
         args = vars(parse_arguments(arguments))
         stage = args.pop("stage")
-        run = Run(**args | {"device": pick_device(args["device"]), "work_dir": make_output_dir(args["work_dir"])})
+        device, work_dir = DeviceManager(args.pop("device")).device, make_output_dir(args.pop("work_dir"))
+        run = Run(device=device, work_dir=work_dir, **args)
         for name in STAGES if stage == "all" else [stage]:
             STAGES[name](run)
 

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from examples.common.cli import UserError
 
 TINY = ["--device", "cpu", "--scenes", "4", "--preview_pictures", "1", "--save_every", "2"]
-TINY += [
-    f"--{stage}_{what}={number}" for stage in ("vae", "text", "unet") for what, number in (("steps", 4), ("batch", 2))
-]
+STAGES = ("vae", "decoder", "text", "unet")
+TINY += [f"--{stage}_{what}={number}" for stage in STAGES for what, number in (("steps", 4), ("batch", 2))]
 
 
 def train(folder: Path, *arguments: str) -> None:
@@ -63,7 +62,7 @@ def test_latents_get_unit_variance(trained: Path):
     assert (cache["latents"] * config["scaling_factor"]).std().item() == pytest.approx(1)
 
 
-@pytest.mark.parametrize("stage", ["vae", "text", "unet"])
+@pytest.mark.parametrize("stage", STAGES)
 def test_interrupted_training_ends_at_the_same_weights(trained: Path, stage: str, monkeypatch: pytest.MonkeyPatch):
     weights = trained / f"work/{stage}.safetensors"
     expected = weights.read_bytes()
@@ -119,8 +118,7 @@ def test_unknown_device_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixtur
     with pytest.raises(SystemExit):
         train(tmp_path, "--device", "abacus")
     error = capsys.readouterr().err.strip()
-    assert error.startswith("error: --device abacus: ")
-    assert "\n" not in error
+    assert error == "error: device 'abacus' is unknown: use npu, cuda or cpu, or one of several as npu:1"
 
 
 def test_vocabulary_has_a_token_for_every_word():
