@@ -16,8 +16,8 @@ def compile_pipeline(pipe: StableDiffusionPipeline) -> dict[str, str]:
     """Compile text encoder, UNet and VAE decoder in place, each as static graphs without a break.
 
     The UNet becomes one graph per kind of call: with DeepCache a full and a shallow one. A new batch or picture size
-    makes new graphs. The parameters must not be changed afterwards (LoRA: load and fuse first), as graphs on NPU treat
-    them as constants in the layout that the chip's matrix unit reads.
+    makes new graphs. The parameters must not be changed afterwards (LoRA: load and fuse first), as the graphs treat
+    them as constants, in the layout that the matrix kernels read.
 
     Args:
         pipe: a pipeline whose components are where they are to run.
@@ -28,7 +28,8 @@ def compile_pipeline(pipe: StableDiffusionPipeline) -> dict[str, str]:
     Raises:
         RuntimeError: a component is offloaded, or a backend lacks what it needs, such as a C++ compiler.
     """
-    components = {"text_encoder": pipe.text_encoder, "unet": pipe.unet, "vae.decoder": pipe.vae.decoder}
+    all_components = {"text_encoder": pipe.text_encoder, "unet": pipe.unet, "vae.decoder": pipe.vae.decoder}
+    components = {name: module for name, module in all_components.items() if module is not None}
     for name, module in components.items():
         if _is_offloaded(module):
             raise RuntimeError(
@@ -54,7 +55,8 @@ def compile_module(module: nn.Module) -> str:
         raise RuntimeError("compiling for the CPU needs a C++ compiler, and neither g++ nor clang++ is on the PATH")
     # Convolutions of both devices run in this layout; without it each is wrapped in two copies.
     module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
-    module.compile(backend="inductor", fullgraph=True, dynamic=False)
+    # Frozen weights are packed once into the layouts of the matrix kernels, instead of in every call.
+    module.compile(backend="inductor", fullgraph=True, dynamic=False, options={"freezing": True})
     return "inductor"
 
 
