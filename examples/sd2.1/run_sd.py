@@ -55,6 +55,7 @@ from processors.tome_processor import check_ratio
 
 DEMO_MODEL = Path(__file__).with_name("demo_model")
 DEMO_PROMPTS = Path(__file__).with_name("prompts.txt")
+GUIDANCE_SCALE, DEMO_GUIDANCE_SCALE = 7.5, 2.5  # so small a model draws worse pictures with stronger guidance
 MAX_SEED = 2**63 - 1
 SETTINGS = ("negative_prompt", "steps", "guidance_scale", "height", "width", "num_images", "seed", "warmup")
 
@@ -71,7 +72,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--prompt_file", type=Path, metavar="FILE", help="UTF-8 text, a prompt on each line")
     add("--negative_prompt", default="", metavar="TEXT", help="what the pictures should not show")
     add("--steps", type=positive_int, default=50, metavar="N", help="denoising steps (50)")
-    add("--guidance_scale", type=finite_float, default=7.5, metavar="G", help="1 or less turns guidance off (7.5)")
+    add(
+        "--guidance_scale",
+        type=finite_float,
+        metavar="G",
+        help=f"1 or less turns guidance off ({GUIDANCE_SCALE}; demo model: {DEMO_GUIDANCE_SCALE})",
+    )
     add("--height", type=image_size, metavar="PIXELS", help="multiple of 8 (the model's)")
     add("--width", type=image_size, metavar="PIXELS", help="multiple of 8 (the model's)")
     add("--num_images", type=positive_int, default=1, metavar="N", help="pictures of each prompt, made together (1)")
@@ -106,6 +112,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
     args = parser.parse_args(arguments)
     args.prompts = choose_prompts(args)
+    if args.guidance_scale is None:
+        args.guidance_scale = DEMO_GUIDANCE_SCALE if args.model_path == DEMO_MODEL else GUIDANCE_SCALE
     args.cache = cache_options(args.DC, args.cache_schedule)
     if args.seed + len(args.prompts) * args.num_images > MAX_SEED:
         parser.error(f"--seed {args.seed} is too large: seeds end at {MAX_SEED}")
