@@ -58,7 +58,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--model_path", type=Path, default=ROOT / "examples/sd2.1/demo_model", metavar="DIR", help="(the demo model)")
     add("--num_prompts", type=positive_int, default=200, metavar="N", help="held-out prompts (200)")
     add("--steps", type=positive_int, default=50, metavar="N", help="denoising steps (50)")
-    add("--guidance_scale", type=finite_float, default=2.5, metavar="G", help="(2.5, as in run_sd.py)")
+    add("--guidance_scale", type=finite_float, default=1.5, metavar="G", help="(1.5, as in run_sd.py)")
     add("--seed", type=non_negative_int, default=0, metavar="N", help="of the first picture, the next has N+1 ... (0)")
     add("--batch_size", type=positive_int, default=20, metavar="N", help="pictures made together (20)")
     add(

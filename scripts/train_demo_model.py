@@ -66,7 +66,7 @@ THUMBNAIL_WEIGHT = 5.0  # of the rule that three latent channels hold the pictur
 SHAPE_WEIGHT = 4.0  # extra weight of the pixels of shapes: they are a twentieth of a picture, and all that is scored
 KL_WEIGHT = 1e-3  # per latent number
 LATENT_NOISE = 0.2  # up to which the decoder learns to see through; the latents themselves have a size of about 0.7
-PREVIEW_STEPS, PREVIEW_GUIDANCE_SCALE = 20, 2.5
+PREVIEW_STEPS, PREVIEW_GUIDANCE_SCALE = 20, 1.5
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ from processors.tome_processor import check_ratio
 
 DEMO_MODEL = Path(__file__).with_name("demo_model")
 DEMO_PROMPTS = Path(__file__).with_name("prompts.txt")
-GUIDANCE_SCALE, DEMO_GUIDANCE_SCALE = 7.5, 2.5  # so small a model draws worse pictures with stronger guidance
+GUIDANCE_SCALE, DEMO_GUIDANCE_SCALE = 7.5, 1.5  # so small a model draws worse pictures with stronger guidance
 MAX_SEED = 2**63 - 1
 SETTINGS = ("negative_prompt", "steps", "guidance_scale", "height", "width", "num_images", "seed", "warmup")
 
