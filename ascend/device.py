@@ -219,8 +219,11 @@ def _environment_device() -> torch.device:
 
 @functools.cache
 def _use_precompiled_kernels() -> None:
+    npu = torch.get_device_module("npu")
     # 310P defaults to compiling every operator for every shape it meets, minutes for a first picture.
-    torch.get_device_module("npu").set_compile_mode(jit_compile=False)
+    npu.set_compile_mode(jit_compile=False)
+    # And to convolutions with results in a private format, after which every operator is of the compiled kind again.
+    npu.config.allow_internal_format = False
 
 
 class DeviceManager:

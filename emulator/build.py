@@ -1,0 +1,192 @@
+"""Builds the emulated CANN libraries with g++, once for each content of sources, torch and torch_npu.
+
+One library holds everything. The names that torch_npu links to and opens are thin libraries that need the real one:
+the dynamic linker and dlsym both find its symbols through them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+
+from tqdm import tqdm
+
+from emulator import EmulatorError, stubs, toolkit
+
+SOURCES = Path(__file__).parent / "src"
+REAL = "cann_emulator"
+# DT_NEEDED of torch_npu and torchair, and what op_api_common.h and the function loaders open at run time.
+THIN = (
+    "acl_op_compiler",
+    "acl_tdt_channel",
+    "ascend_protobuf",
+    "ascendcl",
+    "fmk_parser",
+    "ge_runner",
+    "graph",
+    "hccl",
+    "opapi",
+)
+FLAGS = (
+    "-std=c++20",
+    "-O1",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wextra",
+    "-Wno-unused-parameter",
+    "-Wno-attribute-alias",
+)
+PRECOMPILED = "ATen/ATen.h"  # takes longer to read than any kernel to compile
+TORCH_LIBRARIES = ("torch_cpu", "c10")
+
+
+def cache_dir() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "cann_emulator"
+
+
+def torch_dir() -> Path:
+    spec = find_spec("torch")
+    if spec is None or spec.origin is None:
+        raise EmulatorError("torch is not installed in this Python; install requirements.txt first")
+    return Path(spec.origin).parent
+
+
+def torch_npu_site() -> Path:
+    """The directory of the unmodified torch_npu wheel, installed there when needed.
+
+    It is a place of the emulator's own: in the normal environment `import torch` would load torch_npu, and fail
+    wherever there is no CANN.
+    """
+    version = importlib.metadata.version("torch").split("+")[0]
+    python = f"cp{sys.version_info.major}{sys.version_info.minor}"
+    site = cache_dir() / f"torch_npu-{version}-{python}"
+    if site.is_dir():
+        return site
+    print(f"emulator: installing torch_npu {version} into {site}", file=sys.stderr)
+    cache_dir().mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache_dir()) as scratch:
+        target = Path(scratch) / "site"
+        requirements = [f"torch_npu=={version}", *_missing("pyyaml==6.0.3", "yaml")]
+        # Without dependencies: torch and numpy are here, and a second torch would hide them.
+        pip = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--quiet", "--no-deps"]
+        _run(*pip, "--target", target, *requirements)
+        _rename(target, site)
+    return site
+
+
+def _missing(requirement: str, module: str) -> list[str]:
+    return [] if find_spec(module) else [requirement]
+
+
+def _rename(source: Path, target: Path) -> None:
+    """Another process may have been faster; its result is as good."""
+    try:
+        source.rename(target)
+    except OSError:
+        if not target.is_dir():
+            raise
+
+
+def _compiler() -> str:
+    compiler = os.environ.get("CXX") or shutil.which("g++")
+    if compiler is None or shutil.which(compiler) is None:
+        raise EmulatorError("no C++ compiler: install g++ 11 or newer (Debian: apt-get install g++), or set CXX")
+    return compiler
+
+
+def _run(*command: str | Path) -> None:
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    if done.returncode != 0:
+        raise EmulatorError(f"{' '.join(str(part) for part in command)} failed:\n{done.stderr.strip()}")
+
+
+def _sources() -> list[Path]:
+    return sorted(SOURCES.rglob("*.cpp"), key=lambda path: -path.stat().st_size)  # the longest compilations first
+
+
+def _digest(site: Path) -> str:
+    """Changes with all that is compiled or linked; of the wheels the version stands for the content."""
+    compiler = subprocess.run([_compiler(), "--version"], capture_output=True, text=True).stdout
+    wheels = f"{torch_dir()} {importlib.metadata.version('torch')} {site}"
+    digest = hashlib.sha256(f"{compiler}{wheels}{FLAGS}{THIN}".encode())
+    for path in sorted([*SOURCES.rglob("*.*"), Path(stubs.__file__), Path(toolkit.__file__), Path(__file__)]):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _compile_all(site: Path, out: Path, jobs: int) -> list[Path]:
+    torch = torch_dir() / "include"
+    includes = [f"-I{path}" for path in (SOURCES, out, site / "torch_npu/include")]
+    includes += [f"-isystem{path}" for path in (torch, torch / "torch/csrc/api/include")]
+    options = [*FLAGS, f"-D_GLIBCXX_USE_CXX11_ABI={_torch_abi()}", *includes]
+    sources = _sources()
+
+    def compile_one(source: Path) -> Path:
+        target = out / f"{source.stem}.o"
+        _run(_compiler(), *options, "-c", source, "-o", target)
+        progress.update()
+        return target
+
+    with tqdm(total=len(sources) + 1, desc="emulator: building", unit="file") as progress:
+        header = out / PRECOMPILED
+        header.parent.mkdir()
+        header.write_text(f'#include_next "{PRECOMPILED}"\n')
+        _run(_compiler(), *options, "-x", "c++-header", header, "-o", f"{header}.gch")
+        progress.update()
+        with ThreadPoolExecutor(jobs) as pool:
+            return list(pool.map(compile_one, sources))
+
+
+def _torch_abi() -> int:
+    import torch
+
+    return int(torch.compiled_with_cxx11_abi())
+
+
+def _link(out: Path, objects: list[Path], site: Path) -> None:
+    """Links the real library twice: the first shows what is missing, the second has stubs for it."""
+    real = out / f"lib{REAL}.so"
+    torch_libraries = torch_dir() / "lib"
+    link: list[str | Path] = [_compiler(), "-shared", f"-Wl,-soname,{real.name}", "-o", real, *objects]
+    libraries = [f"-L{torch_libraries}", f"-Wl,-rpath,{torch_libraries}", *(f"-l{name}" for name in TORCH_LIBRARIES)]
+    _run(*link, *libraries)
+    required = stubs.required_symbols(site / "torch_npu", torch_dir())
+    missing = [name for name in required if name not in stubs.defined_symbols(real)]
+    generated = out / "stubs.cpp"
+    generated.write_text(stubs.stub_source(missing))
+    _run(_compiler(), "-fPIC", "-w", "-c", generated, "-o", out / "stubs.o")
+    _run(*link, out / "stubs.o", *libraries)
+    for name in THIN:
+        target = out / f"lib{name}.so"
+        _run(
+            *(_compiler(), "-shared", f"-Wl,-soname,{target.name}", "-Wl,--no-as-needed", "-Wl,-rpath,$ORIGIN"),
+            *(f"-L{out}", f"-l{REAL}", f"-Wl,-rpath-link,{torch_libraries}", "-o", target),
+        )
+
+
+def build(jobs: int = os.cpu_count() or 1) -> Path:
+    """The directory with the libraries and the toolkit tree; built if it is not there yet."""
+    site = torch_npu_site()
+    target = cache_dir() / _digest(site)
+    if target.is_dir():
+        return target
+    # Built aside and renamed, so that an interrupted or concurrent build leaves no half library behind.
+    with tempfile.TemporaryDirectory(dir=cache_dir()) as scratch:
+        objects_dir, result = Path(scratch) / "objects", Path(scratch) / "result"
+        objects_dir.mkdir()
+        (result / "lib").mkdir(parents=True)
+        _link(objects_dir, _compile_all(site, objects_dir, jobs), site)
+        for library in objects_dir.glob("*.so"):
+            library.rename(result / "lib" / library.name)
+        toolkit.write(result / "toolkit")
+        _rename(result, target)
+    return target

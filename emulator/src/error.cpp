@@ -1,0 +1,96 @@
+// Error reporting: messages are per thread, and reading one clears it, as aclGetRecentErrMsg documents.
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <cstdarg>
+#include <cstdio>
+#include <cstdlib>
+#include <mutex>
+
+#include "runtime.h"
+
+namespace cann {
+namespace {
+
+thread_local std::string pending;
+thread_local std::string returned;  // keeps the pointer given to the caller alive until the next call
+thread_local aclError last_error = ACL_SUCCESS;
+
+std::string vformat(const char* format, va_list arguments) {
+    char buffer[2048];
+    std::vsnprintf(buffer, sizeof buffer, format, arguments);
+    return buffer;
+}
+
+std::mutex guard;
+std::string fault_message;
+std::atomic<aclError> fault_code{ACL_SUCCESS};
+
+}  // namespace
+
+aclError fail_launch(aclError code, const std::string& message) {
+    // Errors on the main thread reach the caller at once, and nothing is dropped after them.
+    const bool on_main_thread = syscall(SYS_gettid) == getpid();
+    std::lock_guard<std::mutex> lock(guard);
+    if (!on_main_thread && fault_code == ACL_SUCCESS) {
+        fault_message = message;
+        fault_code = code;
+    }
+    return fail(code, "%s", message.c_str());
+}
+
+aclError fault() {
+    if (fault_code == ACL_SUCCESS) return ACL_SUCCESS;
+    std::lock_guard<std::mutex> lock(guard);
+    return fail(fault_code, "an earlier launch failed and torch_npu runs nothing after it: %s", fault_message.c_str());
+}
+
+aclError fail(aclError code, const char* format, ...) {
+    va_list arguments;
+    va_start(arguments, format);
+    pending = vformat(format, arguments);
+    va_end(arguments);
+    last_error = code;
+    return code;
+}
+
+std::string recent_message() { return pending; }
+
+void die(const char* format, ...) {
+    va_list arguments;
+    va_start(arguments, format);
+    const std::string reason = vformat(format, arguments);
+    va_end(arguments);
+    std::fprintf(stderr, "[CANN emulator] fatal: %s\n", reason.c_str());
+    std::fflush(nullptr);
+    std::abort();
+}
+
+}  // namespace cann
+
+CANN_API const char* aclGetRecentErrMsg() {
+    if (cann::pending.empty()) return nullptr;
+    cann::returned = "[CANN emulator] " + cann::pending;
+    cann::pending.clear();
+    return cann::returned.c_str();
+}
+
+CANN_API aclError aclrtPeekAtLastError(aclrtLastErrLevel) { return cann::last_error; }
+
+CANN_API aclError aclrtGetLastError(aclrtLastErrLevel) {
+    const aclError code = cann::last_error;
+    cann::last_error = ACL_SUCCESS;
+    return code;
+}
+
+CANN_API void aclAppLog(aclLogLevel level, const char* function, const char*, uint32_t line, const char* format, ...) {
+    // ASCEND_GLOBAL_LOG_LEVEL and ASCEND_SLOG_PRINT_TO_STDOUT are CANN's own switches for its log.
+    const char* print = std::getenv("ASCEND_SLOG_PRINT_TO_STDOUT");
+    const char* threshold = std::getenv("ASCEND_GLOBAL_LOG_LEVEL");
+    if (print == nullptr || *print != '1' || level < (threshold ? std::atoi(threshold) : ACL_ERROR)) return;
+    va_list arguments;
+    va_start(arguments, format);
+    std::printf("[%d] %s:%u %s\n", level, function, line, cann::vformat(format, arguments).c_str());
+    va_end(arguments);
+}

@@ -1,0 +1,70 @@
+#include "numerics.h"
+
+#include <ATen/core/dispatch/Dispatcher.h>
+
+#include "runtime.h"
+#include "settings.h"
+
+namespace cann {
+namespace {
+
+constexpr double kLargestHalf = 65504;
+constexpr float kRoundsToInfinity = 65520;
+
+bool is_16_bit_float(const at::Tensor& tensor) {
+    return tensor.defined() && (tensor.scalar_type() == at::kHalf || tensor.scalar_type() == at::kBFloat16);
+}
+
+bool host_has(const char* query) {
+    return c10::Dispatcher::singleton().findSchemaOrThrow(query, "").typed<bool()>().call();
+}
+
+bool host_multiplies(at::ScalarType dtype) {
+    static const bool bfloat16 = host_has("mkldnn::_is_mkldnn_bf16_supported");
+    static const bool float16 = host_has("mkldnn::_is_mkldnn_fp16_supported");
+    return dtype == at::kHalf ? float16 : bfloat16;
+}
+
+at::Tensor saturated(const at::Tensor& value) {
+    const at::Tensor wide = value.to(at::kFloat);
+    const bool in_range = wide.numel() == 0 || wide.abs().max().item<float>() < kRoundsToInfinity;  // false for NaN
+    if (in_range) return value;
+    overflowed = true;
+    return wide.nan_to_num(0., kLargestHalf, -kLargestHalf).clamp(-kLargestHalf, kLargestHalf);
+}
+
+at::Tensor round_to_half(const at::Tensor& value) {
+    return (saturates() ? saturated(value) : value).to(at::kHalf).to(at::kFloat);
+}
+
+at::Tensor round_to_hf32(const at::Tensor& value) {
+    constexpr int32_t kDropped = 1 << 13;
+    const at::Tensor bits = value.contiguous().view(at::kInt);
+    return (bits + kDropped / 2).bitwise_and(-kDropped).view(at::kFloat);
+}
+
+}  // namespace
+
+at::Tensor up(const at::Tensor& tensor) { return is_16_bit_float(tensor) ? tensor.to(at::kFloat) : tensor; }
+
+at::Tensor cube(const at::Tensor& tensor, int8_t cube_math_type) {
+    constexpr int8_t kAllowLower = 1, kUseHalf = 2, kUseHf32 = 3;
+    if (!tensor.defined()) return tensor;
+    if (is_16_bit_float(tensor)) return host_multiplies(tensor.scalar_type()) ? tensor : up(tensor);
+    if (tensor.scalar_type() != at::kFloat) return tensor;
+    if (!chip().inf_nan || cube_math_type == kUseHalf) return round_to_half(tensor);
+    return cube_math_type == kAllowLower || cube_math_type == kUseHf32 ? round_to_hf32(tensor) : tensor;
+}
+
+void put(const at::Tensor& out, const at::Tensor& value) {
+    const bool may_overflow = out.scalar_type() == at::kHalf && value.is_floating_point() && saturates();
+    move(out, may_overflow ? saturated(value) : value);
+}
+
+void move(const at::Tensor& out, const at::Tensor& value) {
+    TORCH_CHECK(out.numel() == value.numel(), "the result has the shape ", value.sizes(), ", but the output ",
+                out.sizes());
+    out.copy_(out.sizes() == value.sizes() ? value : value.reshape(out.sizes()));
+}
+
+}  // namespace cann

@@ -1,0 +1,160 @@
+// Activations, normalisations, pooling and resizing. Statistics are float32.
+#include "operator.h"
+
+namespace cann {
+namespace {
+
+const char* gelu_form(int64_t approximate) { return approximate == 1 ? "tanh" : "none"; }
+
+// The two halves of a dimension.
+std::pair<Tensor, Tensor> halves(const Tensor& self, int64_t dim) {
+    const auto parts = up(self).chunk(2, dim);
+    return {parts[0], parts[1]};
+}
+
+void put_if_given(const Tensor& out, const Tensor& value) {
+    if (out.defined() && out.numel() > 0) put(out, value);
+}
+
+void layer_norm(const Tensor& input, const Ints& shape, const Tensor& weight, const Tensor& bias, double eps, const Tensor& out,
+                const Tensor& mean, const Tensor& rstd) {
+    const auto [y, m, r] = at::native_layer_norm(up(input), shape, up(weight), up(bias), eps);
+    put(out, y);
+    put_if_given(mean, m);
+    put_if_given(rstd, r);
+}
+
+struct GroupNormResult {
+    Tensor y, mean, rstd;
+};
+
+GroupNormResult group_norm(const Tensor& self, const Tensor& gamma, const Tensor& beta, int64_t groups, double eps) {
+    const Tensor x = up(self).contiguous();
+    const int64_t batch = x.size(0), channels = x.size(1);
+    const int64_t pixels = x.numel() / std::max<int64_t>(batch * channels, 1);
+    auto [y, mean, rstd] = at::native_group_norm(x, up(gamma), up(beta), batch, channels, pixels, groups, eps);
+    return {y, mean, rstd};
+}
+
+// y and 1 / rms over the trailing dimensions that gamma has.
+std::pair<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& gamma, double epsilon) {
+    Ints dims(gamma.dim());
+    for (int64_t i = 0; i < gamma.dim(); ++i) dims[i] = -1 - i;
+    const Tensor wide = up(x);
+    const Tensor rstd = at::rsqrt(wide.square().mean(dims, true) + epsilon);
+    return {wide * rstd * up(gamma), rstd};
+}
+
+enum RotaryMode { kHalf = 0, kInterleave = 1 };
+
+Tensor rotate(const Tensor& x, int64_t mode) {
+    if (mode == kHalf) {
+        const auto parts = x.chunk(2, -1);
+        return at::cat({-parts[1], parts[0]}, -1);
+    }
+    TORCH_CHECK(mode == kInterleave, "rotary mode ", mode, " is not emulated");
+    const Tensor pairs = x.unflatten(-1, {-1, 2});
+    return at::stack({-pairs.select(-1, 1), pairs.select(-1, 0)}, -1).flatten(-2);
+}
+
+Tensor rotary(const Tensor& x, const Tensor& cos, const Tensor& sin, int64_t mode) {
+    const Tensor wide = up(x);
+    return wide * up(cos) + rotate(wide, mode) * up(sin);
+}
+
+}  // namespace
+}  // namespace cann
+
+// The chip's Gelu is the tanh form whatever torch was asked for.
+FUNCTION(Gelu, (Tensor self), at::gelu(self, "tanh"))
+FUNCTION(GeluV2, (Tensor x, int64_t approximate), at::gelu(x, gelu_form(approximate)))
+FUNCTION(FastGelu, (Tensor self), up(self) * at::sigmoid(up(self) * 1.702))
+ACLNN(GeluMul, (Tensor input, std::string approximate, Tensor out) {
+    const auto [gate, value] = halves(input, -1);
+    put(out, at::gelu(gate, approximate == "tanh" ? "tanh" : "none") * value);
+})
+ACLNN(GeGluV3, (Tensor self, int64_t dim, int64_t approximate, bool activateLeft, Tensor out, Tensor out_gelu) {
+    const auto [left, right] = halves(self, dim);
+    const Tensor activated = at::gelu(activateLeft ? left : right, gelu_form(approximate));
+    put(out, activated * (activateLeft ? right : left));
+    put(out_gelu, activated);
+})
+ACLNN(SwiGlu, (Tensor x, int64_t dim, Tensor out) {
+    const auto [gate, value] = halves(x, dim);
+    put(out, at::silu(gate) * value);
+})
+FUNCTION(Glu, (Tensor self, int64_t dim), at::glu(up(self), dim))
+FUNCTION(LeakyRelu, (Tensor self, Scalar slope), at::leaky_relu(self, slope))
+FUNCTION(Logit, (Tensor self, double eps), at::logit(up(self), eps < 0 ? std::nullopt : std::optional(eps)))
+FUNCTION(Softmax, (Tensor self, int64_t dim), at::softmax(up(self), dim))
+FUNCTION(LogSoftmax, (Tensor self, int64_t dim), at::log_softmax(up(self), dim))
+ACLNN(ScaledMaskedSoftmax, (Tensor x, Tensor mask, double scale, bool fixed_triu, Tensor y) {
+    constexpr double kMasked = -10000;
+    put(y, at::softmax(at::masked_fill(up(x) * scale, mask.to(at::kBool), kMasked), -1));
+})
+
+ACLNN(LayerNorm, (Tensor input, Ints shape, Tensor weight, Tensor bias, double eps, Tensor out, Tensor mean, Tensor rstd) {
+    layer_norm(input, shape, weight, bias, eps, out, mean, rstd);
+})
+ACLNN(FastLayerNorm, (Tensor input, Ints shape, Tensor weight, Tensor bias, double eps, Tensor out, Tensor mean, Tensor rstd) {
+    layer_norm(input, shape, weight, bias, eps, out, mean, rstd);
+})
+ACLNN(GroupNorm, (Tensor self, Tensor gamma, Tensor beta, int64_t N, int64_t C, int64_t HxW, int64_t group, double eps,
+                  Tensor out, Tensor mean, Tensor rstd) {
+    const auto result = group_norm(self, gamma, beta, group, eps);
+    put(out, result.y);
+    put_if_given(mean, result.mean);
+    put_if_given(rstd, result.rstd);
+})
+ACLNN(GroupNormSilu, (Tensor self, Tensor gamma, Tensor beta, int64_t group, double eps, Tensor out, Tensor mean, Tensor rstd) {
+    const auto result = group_norm(self, gamma, beta, group, eps);
+    put(out, at::silu(result.y));
+    put_if_given(mean, result.mean);
+    put_if_given(rstd, result.rstd);
+})
+ACLNN(GroupNormSwish, (Tensor self, Tensor gamma, Tensor beta, int64_t group, std::string data_format, double eps, bool activate,
+                       double scale, Tensor out, Tensor mean, Tensor rstd) {
+    const auto result = group_norm(self, gamma, beta, group, eps);
+    put(out, activate ? result.y * at::sigmoid(result.y * scale) : result.y);
+    put_if_given(mean, result.mean);
+    put_if_given(rstd, result.rstd);
+})
+ACLNN(RmsNorm, (Tensor x, Tensor gamma, double epsilon, Tensor y, Tensor rstd) {
+    const auto [normed, scale] = rms_norm(x, gamma, epsilon);
+    put(y, normed);
+    put_if_given(rstd, scale);
+})
+ACLNN(AddRmsNorm, (Tensor x1, Tensor x2, Tensor gamma, double epsilon, Tensor y, Tensor rstd, Tensor x) {
+    put(x, up(x1) + up(x2));
+    const auto [normed, scale] = rms_norm(x, gamma, epsilon);
+    put(y, normed);
+    put_if_given(rstd, scale);
+})
+ACLNN(AddLayerNorm, (Tensor x1, Tensor x2, Tensor gamma, Tensor beta, Tensor bias, double epsilon, bool additional_output,
+                     Tensor y, Tensor mean, Tensor rstd, Tensor x) {
+    const Tensor sum = bias.defined() ? up(x1) + up(x2) + up(bias) : up(x1) + up(x2);
+    layer_norm(sum, gamma.sizes().vec(), gamma, beta, epsilon, y, mean, rstd);
+    if (additional_output) put(x, sum);
+})
+
+ACLNN(RotaryPositionEmbedding, (Tensor x, Tensor cos, Tensor sin, int64_t mode, Tensor out) { put(out, rotary(x, cos, sin, mode)); })
+ACLNN(ApplyRotaryPosEmb, (Tensor query, Tensor key, Tensor cos, Tensor sin, int64_t layout) {
+    put(query, rotary(query, cos, sin, kHalf));
+    put(key, rotary(key, cos, sin, kHalf));
+})
+ACLNN(ApplyRotaryPosEmbV2, (Tensor query, Tensor key, Tensor cos, Tensor sin, int64_t layout, std::string mode) {
+    const int64_t code = mode == "interleave" ? kInterleave : kHalf;
+    put(query, rotary(query, cos, sin, code));
+    put(key, rotary(key, cos, sin, code));
+})
+
+FUNCTION(UpsampleNearest2d, (Tensor self, Ints size), at::upsample_nearest2d(self, size))
+// A scale of 0 or below stands for one that was not given.
+FUNCTION(UpsampleNearest2dV2, (Tensor self, Ints size, float scale_h, float scale_w),
+         at::upsample_nearest2d(self, size, scale_h > 0 ? std::optional<double>(scale_h) : std::nullopt,
+                                scale_w > 0 ? std::optional<double>(scale_w) : std::nullopt))
+ACLNN(AvgPool2d, (Tensor self, Ints kernel, Ints strides, Ints paddings, bool ceil_mode, bool count_include_pad,
+                  int64_t divisor, int8_t cube_math_type, Tensor out) {
+    put(out, at::avg_pool2d(up(self), kernel, strides, paddings, ceil_mode, count_include_pad,
+                            divisor == 0 ? std::nullopt : std::optional(divisor)));
+})

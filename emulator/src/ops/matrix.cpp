@@ -1,0 +1,73 @@
+// The matrix unit: products and convolutions with float32 sums (numerics.h says what becomes of the operands).
+#include "operator.h"
+
+namespace cann {
+namespace {
+
+Tensor add_product(const Tensor& self, const Tensor& product, const Scalar& beta, const Scalar& alpha) {
+    const Tensor scaled = alpha.equal(1) ? product : product * alpha;
+    // As in torch, a beta of 0 ignores NaN and infinity in `self`.
+    return beta.equal(0) ? scaled : scaled + up(self) * beta;
+}
+
+Tensor addmm(const Tensor& self, const Tensor& mat1, const Tensor& mat2, const Scalar& beta, const Scalar& alpha, int8_t math) {
+    const Tensor left = cube(mat1, math), right = cube(mat2, math);
+    // One rounding only: a product in 16 bits would be rounded before the addition.
+    if (left.scalar_type() == at::kFloat) return add_product(self, at::mm(left, right), beta, alpha);
+    return at::addmm(self, left, right, beta, alpha);
+}
+
+Tensor baddbmm(const Tensor& self, const Tensor& batch1, const Tensor& batch2, const Scalar& beta, const Scalar& alpha, int8_t math) {
+    const Tensor left = cube(batch1, math), right = cube(batch2, math);
+    if (left.scalar_type() == at::kFloat) return add_product(self, at::bmm(left, right), beta, alpha);
+    return at::baddbmm(self, left, right, beta, alpha);
+}
+
+}  // namespace
+}  // namespace cann
+
+#define PRODUCT(NAME, F)                                                                     \
+    ACLNN(NAME, (Tensor self, Tensor mat2, Tensor out, int8_t cube_math_type) {              \
+        put(out, F(cube(self, cube_math_type), cube(mat2, cube_math_type)));                 \
+    })
+PRODUCT(Mm, at::mm)
+PRODUCT(Matmul, at::matmul)
+PRODUCT(MatmulWeightNz, at::matmul)
+PRODUCT(BatchMatMul, at::bmm)
+PRODUCT(BatchMatMulWeightNz, at::bmm)
+ACLNN(Mv, (Tensor self, Tensor vec, Tensor out, int8_t cube_math_type) {
+    put(out, at::mv(cube(self, cube_math_type), cube(vec, cube_math_type)));
+})
+FUNCTION(Dot, (Tensor self, Tensor tensor), at::dot(up(self), up(tensor)))
+FUNCTION(Addr, (Tensor self, Tensor vec1, Tensor vec2, Scalar beta, Scalar alpha), at::addr(self, vec1, vec2, beta, alpha))
+INPLACE(Addr, (Tensor self, Tensor vec1, Tensor vec2, Scalar beta, Scalar alpha), at::addr(self, vec1, vec2, beta, alpha))
+
+ACLNN(Addmm, (Tensor self, Tensor mat1, Tensor mat2, Scalar beta, Scalar alpha, Tensor out, int8_t cube_math_type) {
+    put(out, addmm(self, mat1, mat2, beta, alpha, cube_math_type));
+})
+ACLNN(AddmmWeightNz, (Tensor self, Tensor mat1, Tensor mat2, Scalar beta, Scalar alpha, Tensor out, int8_t cube_math_type) {
+    put(out, addmm(self, mat1, mat2, beta, alpha, cube_math_type));
+})
+ACLNN(InplaceAddmm, (Tensor self, Tensor mat1, Tensor mat2, Scalar beta, Scalar alpha, int8_t cube_math_type) {
+    put(self, addmm(self, mat1, mat2, beta, alpha, cube_math_type));
+})
+ACLNN(Addmv, (Tensor self, Tensor mat, Tensor vec, Scalar alpha, Scalar beta, Tensor out, int8_t cube_math_type) {
+    put(out, add_product(self, at::mv(up(cube(mat, cube_math_type)), up(cube(vec, cube_math_type))), beta, alpha));
+})
+ACLNN(Baddbmm, (Tensor self, Tensor batch1, Tensor batch2, Scalar beta, Scalar alpha, Tensor out, int8_t cube_math_type) {
+    put(out, baddbmm(self, batch1, batch2, beta, alpha, cube_math_type));
+})
+ACLNN(InplaceBaddbmm, (Tensor self, Tensor batch1, Tensor batch2, Scalar beta, Scalar alpha, int8_t cube_math_type) {
+    put(self, baddbmm(self, batch1, batch2, beta, alpha, cube_math_type));
+})
+ACLNN(Addbmm, (Tensor self, Tensor batch1, Tensor batch2, Scalar beta, Scalar alpha, Tensor out, int8_t cube_math_type) {
+    const Tensor product = at::bmm(up(cube(batch1, cube_math_type)), up(cube(batch2, cube_math_type))).sum(0);
+    put(out, add_product(self, product, beta, alpha));
+})
+
+ACLNN(Convolution, (Tensor input, Tensor weight, Tensor bias, Ints stride, Ints padding, Ints dilation, bool transposed,
+                    Ints outputPadding, int64_t groups, Tensor output, int8_t cubeMathType) {
+    const Tensor x = cube(input, cubeMathType), kernel = cube(weight, cubeMathType);
+    const Tensor offset = bias.defined() ? bias.to(x.scalar_type()) : bias;
+    put(output, at::convolution(x, kernel, offset, stride, padding, dilation, transposed, outputPadding, groups));
+})

@@ -1,0 +1,68 @@
+"""What the operator tests share: inputs of many layouts, and the comparison with float32 on the CPU."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+
+import torch
+
+SATURATES = os.environ.get("CANN_EMULATOR_SOC", "").startswith("Ascend310P")
+FLOATS = (torch.float32, torch.float16) if SATURATES else (torch.float32, torch.float16, torch.bfloat16)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+# A unit in the last place: a result may be rounded twice where the reference is rounded once.
+TOLERANCES = {torch.float32: 2e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7, torch.float64: 1e-12}
+
+Layout = Callable[[torch.Tensor], torch.Tensor]
+
+
+def transposed(x: torch.Tensor) -> torch.Tensor:
+    return x.transpose(0, -1).contiguous().transpose(0, -1)
+
+
+def strided(x: torch.Tensor) -> torch.Tensor:
+    """The same values, every second element of a larger tensor, behind an offset."""
+    wide = x.new_zeros(*x.shape[:-1], 2 * x.shape[-1] + 1)
+    wide[..., 1::2] = x
+    return wide[..., 1::2]
+
+
+LAYOUTS: dict[str, Layout] = {"contiguous": lambda x: x, "transposed": transposed, "strided": strided}
+SHAPES = ((3, 5), (2, 3, 17), (1, 1), (0, 4), (16, 32))
+
+
+def on_npu(x: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """`x` on the NPU in a layout there, not merely copied from one on the CPU."""
+    return layout(x.to("npu"))
+
+
+def numbers(shape: Sequence[int], dtype: torch.dtype, seed: int = 0, low: float = -3, high: float = 3) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    if dtype == torch.bool:
+        return torch.rand(tuple(shape), generator=generator) < 0.5
+    if not dtype.is_floating_point:
+        low, high = (0, 10) if dtype == torch.uint8 else (-10, 10)
+        return torch.randint(int(low), int(high), tuple(shape), generator=generator, dtype=dtype)
+    return (torch.rand(tuple(shape), generator=generator) * (high - low) + low).to(dtype)
+
+
+def reference(x: torch.Tensor) -> torch.Tensor:
+    """Half precision as float32: what is computed from it has no error of its own."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, factor: float = 1) -> None:
+    """`actual`, on the NPU, against a reference on the CPU: within `factor` units in the last place of its dtype."""
+    assert actual.device.type == "npu"
+    result = actual.cpu()
+    assert result.shape == expected.shape
+    if not result.is_floating_point():
+        assert torch.equal(result, expected.to(result.dtype))
+        return
+    if SATURATES and result.dtype == torch.float16:
+        largest = torch.finfo(torch.float16).max
+        expected = expected.nan_to_num(0, largest, -largest).clamp(-largest, largest)
+    tolerance = factor * TOLERANCES[result.dtype]
+    torch.testing.assert_close(
+        result.double(), expected.to(result.dtype).double(), rtol=tolerance, atol=tolerance, equal_nan=True
+    )

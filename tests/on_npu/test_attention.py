@@ -1,0 +1,237 @@
+"""The fused attention operators against a plain float32 softmax, and what each chip refuses."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch_npu
+
+from tests.on_npu.helpers import FLOATS, SATURATES, assert_close, numbers
+
+HALVES = [dtype for dtype in FLOATS if dtype != torch.float32]
+ALL_TOKENS = 2**31 - 1
+only_310p = pytest.mark.skipif(not SATURATES, reason="of 310P")
+not_310p = pytest.mark.skipif(SATURATES, reason="310P has no kernel")
+
+
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, dropped: torch.Tensor | None = None
+) -> torch.Tensor:
+    """[batch, heads, length, head_dim] in float32."""
+    scores = q.float() @ k.float().transpose(-1, -2) * scale
+    if dropped is not None:
+        scores = scores.masked_fill(dropped, -math.inf)
+    return scores.softmax(-1) @ v.float()
+
+
+def operands(
+    dtype: torch.dtype, batch: int = 2, heads: int = 3, queries: int = 32, keys: int = 32, head_dim: int = 16
+) -> list[torch.Tensor]:
+    lengths = (queries, keys, keys)
+    return [numbers((batch, heads, n, head_dim), dtype, seed, -1, 1) for seed, n in enumerate(lengths)]
+
+
+def lay_out(x: torch.Tensor, layout: str) -> torch.Tensor:
+    if layout == "BNSD":
+        return x
+    x = x.transpose(1, 2).contiguous()
+    return x if layout == "BSND" else x.flatten(2)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("layout", ("BSH", "BNSD", "BSND"))
+@pytest.mark.parametrize("keys", (32, 77))
+def test_prompt_attention_without_a_mask(keys: int, layout: str, dtype: torch.dtype) -> None:
+    q, k, v = operands(dtype, keys=keys)
+    out = torch_npu.npu_prompt_flash_attention(
+        *(lay_out(x, layout).to("npu") for x in (q, k, v)), num_heads=3, scale_value=0.25, input_layout=layout
+    )
+    assert_close(out, lay_out(attention(q, k, v, 0.25), layout), factor=4)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_the_defaults_of_prompt_attention_are_scale_one_and_one_head(dtype: torch.dtype) -> None:
+    q, k, v = (lay_out(x, "BSH") for x in operands(dtype))
+    out = torch_npu.npu_prompt_flash_attention(*(x.to("npu") for x in (q, k, v)))
+    expected = attention(*(x.unsqueeze(1) for x in (q, k, v)), scale=1).squeeze(1)
+    assert_close(out, expected, factor=4)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_prompt_attention_drops_where_the_mask_is_true_and_beyond_next_tokens(dtype: torch.dtype) -> None:
+    q, k, v = operands(dtype)
+    dropped = torch.rand(2, 1, 32, 32, generator=torch.Generator().manual_seed(3)) < 0.3
+    arguments = {"num_heads": 3, "scale_value": 0.25, "input_layout": "BNSD", "atten_mask": dropped.to("npu")}
+    there = [x.to("npu") for x in (q, k, v)]
+    out = torch_npu.npu_prompt_flash_attention(*there, next_tokens=ALL_TOKENS, **arguments)
+    assert_close(out, attention(q, k, v, 0.25, dropped), factor=4)
+    out = torch_npu.npu_prompt_flash_attention(*there, **arguments)  # next_tokens is 0: nothing above the diagonal
+    above = torch.ones(32, 32, dtype=torch.bool).triu(1)
+    expected = attention(q, k, v, 0.25, (dropped | above).index_fill(3, torch.tensor([0]), False) | dropped)
+    rows = ~(dropped | above).all(-1)  # rows that keep a key; what the operator gives for others is not defined
+    assert torch.allclose(out.cpu().float()[rows.expand(2, 3, 32)], expected[rows.expand(2, 3, 32)], atol=0.02)
+
+
+@only_310p
+def test_310p_gives_a_fully_masked_row_the_softmax_of_its_scores() -> None:
+    q, k, v = operands(torch.float16)
+    dropped = torch.zeros(1, 1, 32, 32, dtype=torch.bool)
+    dropped[..., 5, :] = True
+    out = torch_npu.npu_prompt_flash_attention(
+        *(x.to("npu") for x in (q, k, v)),
+        **{"num_heads": 3, "scale_value": 0.25, "input_layout": "BNSD", "next_tokens": ALL_TOKENS},
+        atten_mask=dropped.to("npu"),
+    )
+    torch.testing.assert_close(out.cpu().float()[:, :, 5], attention(q, k, v, 0.25)[:, :, 5], atol=0.01, rtol=0)
+
+
+REFUSALS_310P = {
+    "float32": ({"dtype": torch.float32}, {}, "must be float16"),
+    "mask over 77 keys": ({"keys": 77}, {"mask": (32, 77)}, "attention mask must be NULL"),
+    "mask over unequal lengths": ({"keys": 48}, {"mask": (32, 48)}, "attention mask must be NULL"),
+    "mask over 17 tokens": ({"queries": 17, "keys": 17}, {"mask": (17, 17)}, "attention mask must be NULL"),
+    "pre_tokens": ({}, {"pre_tokens": 8}, "pre_tokens"),
+    "next_tokens": ({}, {"next_tokens": 8}, "next_tokens"),
+    "sparse_mode": ({}, {"sparse_mode": 2}, "sparse_mode"),
+    "grouped queries": ({}, {"num_key_value_heads": 3}, "num_key_value_heads"),
+    "head_dim": ({"head_dim": 528}, {}, "head_dim"),
+    "batch": ({"batch": 129, "queries": 2, "keys": 2}, {}, "batch"),
+    "sequence lengths": ({}, {"actual_seq_lengths": [8, 8]}, "actual_seq_lengths"),
+}
+
+
+@only_310p
+@pytest.mark.parametrize("name", REFUSALS_310P)
+def test_what_310p_refuses(name: str) -> None:
+    shape, arguments, message = REFUSALS_310P[name]
+    arguments = dict(arguments)
+    if "mask" in arguments:
+        arguments["atten_mask"] = torch.zeros(arguments.pop("mask"), dtype=torch.bool, device="npu")
+    q, k, v = (x.to("npu") for x in operands(**{"dtype": torch.float16, **shape}))
+    with pytest.raises(RuntimeError, match=message):
+        torch_npu.npu_prompt_flash_attention(q, k, v, num_heads=3, input_layout="BNSD", **arguments)
+
+
+@only_310p
+def test_310p_takes_bool_masks_only() -> None:
+    q, k, v = (x.to("npu") for x in operands(torch.float16))
+    mask = torch.zeros(32, 32, dtype=torch.int8, device="npu")
+    with pytest.raises(RuntimeError, match="must be bool"):
+        torch_npu.npu_prompt_flash_attention(q, k, v, num_heads=3, input_layout="BNSD", atten_mask=mask)
+
+
+@only_310p
+def test_310p_has_no_other_fused_attention_and_no_bfloat16() -> None:
+    q, k, v = (x.to("npu") for x in operands(torch.float16))
+    with pytest.raises(RuntimeError, match="no kernel for this chip"):
+        torch_npu.npu_fusion_attention(q, k, v, 3, "BNSD")
+    with pytest.raises(RuntimeError, match="no kernel for this chip"):
+        torch_npu.npu_fused_infer_attention_score(q, k, v, num_heads=3, input_layout="BNSD")
+    x = torch.zeros(3, dtype=torch.bfloat16).to("npu")  # torch_npu lets it in, the first kernel does not
+    with pytest.raises(RuntimeError, match="bfloat16, which Ascend310P3 does not have"):
+        (x + x).cpu()
+
+
+@not_310p
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("layout", ("BSH", "BNSD", "BSND"))
+def test_inference_attention(layout: str, dtype: torch.dtype) -> None:
+    q, k, v = operands(dtype, keys=77)
+    there = [lay_out(x, layout).to("npu") for x in (q, k, v)]
+    dropped = torch.rand(2, 1, 32, 77, generator=torch.Generator().manual_seed(3)) < 0.3
+    for mask in (None, dropped):
+        out, lse = torch_npu.npu_fused_infer_attention_score(
+            *there,
+            **{"num_heads": 3, "scale": 0.25, "input_layout": layout, "softmax_lse_flag": True},
+            atten_mask=None if mask is None else mask.to("npu"),
+        )
+        assert_close(out, lay_out(attention(q, k, v, 0.25, mask), layout), factor=4)
+        scores = q.float() @ k.float().transpose(-1, -2) * 0.25
+        expected = (scores if mask is None else scores.masked_fill(mask, -math.inf)).logsumexp(-1, keepdim=True)
+        assert_close(lse, expected, factor=8)
+
+
+@not_310p
+def test_inference_attention_with_grouped_queries_causal_masks_and_lengths() -> None:
+    q, _, _ = operands(torch.float16, heads=4)
+    _, k, v = operands(torch.float16, heads=2)
+    out, _ = torch_npu.npu_fused_infer_attention_score(
+        *(x.to("npu") for x in (q, k, v)), num_heads=4, num_key_value_heads=2, scale=0.25, input_layout="BNSD"
+    )
+    repeated = [x.repeat_interleave(2, dim=1) for x in (k, v)]
+    assert_close(out, attention(q, *repeated, 0.25), factor=4)
+
+    triangle = torch.ones(2048, 2048, dtype=torch.bool).triu(1).to("npu")
+    q, k, v = operands(torch.float16)
+    arguments = {"num_heads": 3, "scale": 0.25, "input_layout": "BNSD"}
+    there = [x.to("npu") for x in (q, k, v)]
+    for mode in (2, 3):
+        out, _ = torch_npu.npu_fused_infer_attention_score(*there, atten_mask=triangle, sparse_mode=mode, **arguments)
+        causal = torch.ones(32, 32, dtype=torch.bool).triu(1)
+        assert_close(out, attention(q, k, v, 0.25, causal), factor=4)
+
+    out, _ = torch_npu.npu_fused_infer_attention_score(*there, actual_seq_lengths_kv=[32, 20], **arguments)
+    beyond = torch.zeros(2, 1, 1, 32, dtype=torch.bool)
+    beyond[1, ..., 20:] = True
+    assert_close(out, attention(q, k, v, 0.25, beyond), factor=4)
+
+
+REFUSALS_910B = {
+    "float32": ({"dtype": torch.float32}, {}, "float16, bfloat16"),
+    "head_dim 20": ({"head_dim": 20}, {}, "multiple of 16"),
+    "head_dim 528": ({"head_dim": 528}, {}, "at most 512"),
+    "sparse_mode": ({}, {"sparse_mode": 7}, "sparse_mode"),
+    "small causal mask": ({}, {"sparse_mode": 2, "mask": (32, 32)}, "2048"),
+}
+
+
+@not_310p
+@pytest.mark.parametrize("name", REFUSALS_910B)
+def test_what_910b_refuses(name: str) -> None:
+    shape, arguments, message = REFUSALS_910B[name]
+    arguments = dict(arguments)
+    if "mask" in arguments:
+        arguments["atten_mask"] = torch.zeros(arguments.pop("mask"), dtype=torch.bool, device="npu")
+    q, k, v = (x.to("npu") for x in operands(**{"dtype": torch.float16, **shape}))
+    with pytest.raises(RuntimeError, match=message):
+        torch_npu.npu_fused_infer_attention_score(q, k, v, num_heads=3, input_layout="BNSD", **arguments)
+
+
+@not_310p
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("layout", ("BSH", "BNSD", "BSND", "SBH"))
+def test_fusion_attention(layout: str, dtype: torch.dtype) -> None:
+    q, k, v = operands(dtype, keys=48)
+    batch_second = layout == "SBH"
+    there = [lay_out(x, "BSH").transpose(0, 1) if batch_second else lay_out(x, layout) for x in (q, k, v)]
+    dropped = torch.rand(2, 1, 32, 48, generator=torch.Generator().manual_seed(3)) < 0.3
+    for mask in (None, dropped):
+        out, maximum, total, *_ = torch_npu.npu_fusion_attention(
+            *(x.to("npu") for x in there),
+            *(3, layout),
+            scale=0.25,
+            atten_mask=None if mask is None else mask.to("npu"),
+        )
+        scores = q.float() @ k.float().transpose(-1, -2) * 0.25
+        scores = scores if mask is None else scores.masked_fill(mask, -math.inf)
+        expected = scores.softmax(-1) @ v.float()
+        expected = lay_out(expected, "BSH").transpose(0, 1) if batch_second else lay_out(expected, layout)
+        assert_close(out, expected, factor=8)
+        peak = scores.amax(-1, keepdim=True)
+        assert_close(maximum, peak.expand(-1, -1, -1, 8), factor=8)
+        assert_close(total, (scores - peak).exp().sum(-1, keepdim=True).expand(-1, -1, -1, 8), factor=16)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("masked", (False, True))
+def test_scaled_dot_product_attention(masked: bool, dtype: torch.dtype) -> None:
+    q, k, v = operands(dtype, keys=48)
+    kept = torch.rand(2, 1, 32, 48, generator=torch.Generator().manual_seed(3)) < 0.7 if masked else None
+    out = torch.nn.functional.scaled_dot_product_attention(
+        *(x.to("npu") for x in (q, k, v)), attn_mask=None if kept is None else kept.to("npu")
+    )
+    expected = attention(q, k, v, 0.25, None if kept is None else ~kept)
+    # 310P computes float32 products in float16, and the softmax between the two products is rounded as well.
+    assert_close(out, expected, factor=1000 if dtype == torch.float32 else 8)

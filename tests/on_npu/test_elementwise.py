@@ -1,0 +1,172 @@
+"""Element by element, against float32 on the CPU, over dtypes, shapes and layouts."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from tests.on_npu.helpers import FLOATS, INTEGERS, LAYOUTS, SHAPES, assert_close, numbers, on_npu, reference
+
+Function = Callable[..., torch.Tensor]
+
+ANY = (-3.0, 3.0)
+POSITIVE = (0.1, 3.0)
+UNIT = (-0.9, 0.9)
+UNARY: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("abs", "atan", "ceil", "cos", "erf", "erfc", "exp", "expm1", "floor", "frac", "neg"), ANY),
+    **dict.fromkeys(
+        ("relu", "round", "sigmoid", "sign", "sin", "sinh", "square", "tanh", "trunc", "asinh", "cosh"), ANY
+    ),
+    **dict.fromkeys(("log", "log10", "log1p", "log2", "reciprocal", "rsqrt", "sqrt"), POSITIVE),
+    **dict.fromkeys(("acos", "asin", "atanh", "erfinv"), UNIT),
+    "exp2": ANY,
+    "tan": (-1.0, 1.0),
+    "acosh": (1.1, 3.0),
+}
+INPLACE = ("abs_", "exp_", "floor_", "neg_", "sqrt_", "cos_", "sin_", "sigmoid_", "tanh_", "reciprocal_", "log_")
+BINARY: dict[str, Function] = {
+    "add": torch.add,
+    "sub": torch.sub,
+    "mul": torch.mul,
+    "div": torch.div,
+    "maximum": torch.maximum,
+    "minimum": torch.minimum,
+    "atan2": torch.atan2,
+    "add alpha": lambda x, y: torch.add(x, y, alpha=3),
+    "sub alpha": lambda x, y: torch.sub(x, y, alpha=3),
+    "lerp": lambda x, y: torch.lerp(x, y, 0.25),
+    "lerp tensor": lambda x, y: torch.lerp(x, y, torch.full_like(x, 0.25)),
+    "where": lambda x, y: torch.where(x > y, x, y),
+    "addcmul": lambda x, y: torch.addcmul(x, x, y, value=0.5),
+    "addcdiv": lambda x, y: torch.addcdiv(x, x, y, value=0.5),
+    "clamp": lambda x, y: torch.clamp(x, -1, 1) + y,
+    "clamp min": lambda x, y: torch.clamp(x, min=-1) + y,
+    "clamp max": lambda x, y: torch.clamp(x, max=1) + y,
+    "fmod": torch.fmod,
+    "remainder": torch.remainder,
+    "floor divide": torch.floor_divide,
+    "truncated divide": lambda x, y: torch.div(x, y, rounding_mode="trunc"),
+}
+STEPS = (
+    "fmod",
+    "remainder",
+    "floor divide",
+    "truncated divide",
+)  # a last bit of the quotient moves them by a whole one
+COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
+SCALARS: dict[str, Function] = {
+    "add": lambda x: x + 2,
+    "sub": lambda x: x - 2,
+    "rsub": lambda x: 2 - x,
+    "mul": lambda x: x * 3,
+    "div": lambda x: x / 4,
+    "pow": lambda x: x**2,
+    "rpow": lambda x: 2**x,
+    "float": lambda x: x * 0.5,
+}
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("name", UNARY)
+def test_unary(name: str, dtype: torch.dtype) -> None:
+    function = getattr(torch, name)
+    low, high = UNARY[name]
+    for shape in SHAPES:
+        x = numbers(shape, dtype, low=low, high=high)
+        for layout in LAYOUTS.values():
+            assert_close(function(on_npu(x, layout)), function(reference(x)), factor=2)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("name", INPLACE)
+def test_unary_in_place(name: str, dtype: torch.dtype) -> None:
+    x = numbers((4, 6), dtype, low=0.2, high=2)
+    for layout in LAYOUTS.values():
+        there = on_npu(x, layout)
+        getattr(there, name)()
+        assert_close(there, getattr(reference(x).clone(), name)(), factor=2)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("name", BINARY)
+def test_binary(name: str, dtype: torch.dtype) -> None:
+    function = BINARY[name]
+    for shape in SHAPES:
+        x, y = numbers(shape, dtype), numbers(shape, dtype, seed=1, low=0.5)
+        if name in STEPS:
+            x, y = x.round(), y.round().clamp(min=1)
+        for layout in LAYOUTS.values():
+            expected = function(reference(x), reference(y))
+            assert_close(function(on_npu(x, layout), on_npu(y, layout)), expected, factor=4)
+
+
+@pytest.mark.parametrize("dtype", INTEGERS, ids=str)
+@pytest.mark.parametrize("function", (torch.add, torch.sub, torch.mul, torch.maximum, torch.minimum))
+def test_binary_of_integers(function: Function, dtype: torch.dtype) -> None:
+    x, y = numbers((5, 7), dtype), numbers((5, 7), dtype, seed=1)
+    assert_close(function(x.to("npu"), y.to("npu")), function(x, y))
+
+
+@pytest.mark.parametrize("shapes", [((3, 1), (1, 5)), ((5,), (2, 3, 5)), ((), (4,)), ((2, 1, 4), (3, 1))], ids=str)
+def test_broadcasting(shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
+    x, y = numbers(shapes[0], torch.float32), numbers(shapes[1], torch.float32, seed=1)
+    for function in (torch.add, torch.mul, torch.sub, torch.eq):
+        assert_close(function(x.to("npu"), y.to("npu")), function(x, y))
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, *INTEGERS], ids=str)
+@pytest.mark.parametrize("name", COMPARISONS)
+def test_comparisons(name: str, dtype: torch.dtype) -> None:
+    function = getattr(torch, name)
+    x, y = numbers((6, 7), dtype).round(), numbers((6, 7), dtype, seed=1).round()
+    assert_close(function(x.to("npu"), y.to("npu")), function(x, y))
+    assert_close(function(x.to("npu"), 1), function(x, 1))
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("name", SCALARS)
+def test_with_a_scalar(name: str, dtype: torch.dtype) -> None:
+    x = numbers((5, 7), dtype)
+    assert_close(SCALARS[name](x.to("npu")), SCALARS[name](reference(x)), factor=2)
+
+
+@pytest.mark.parametrize("dtype", (torch.bool, *INTEGERS), ids=str)
+def test_bits_and_logic(dtype: torch.dtype) -> None:
+    x, y = numbers((4, 9), dtype), numbers((4, 9), dtype, seed=1)
+    for function in (
+        operator.and_,
+        operator.or_,
+        operator.xor,
+        torch.logical_and,
+        torch.logical_or,
+        torch.logical_xor,
+    ):
+        assert_close(function(x.to("npu"), y.to("npu")), function(x, y))
+    assert_close(torch.bitwise_not(x.to("npu")), torch.bitwise_not(x))
+    assert_close(torch.logical_not(x.to("npu")), torch.logical_not(x))
+
+
+def test_infinity_and_nan() -> None:
+    x = torch.tensor([1.0, float("inf"), -float("inf"), float("nan"), 0.0])
+    for function in (torch.isfinite, torch.isnan, torch.isinf):
+        assert_close(function(x.to("npu")), function(x))
+    assert_close(torch.nan_to_num(x.to("npu"), 1, 2, 3), torch.nan_to_num(x, 1, 2, 3))
+
+
+@pytest.mark.parametrize("source", [*FLOATS, *INTEGERS, torch.bool], ids=str)
+@pytest.mark.parametrize("target", [*FLOATS, *INTEGERS, torch.bool], ids=str)
+def test_casts(source: torch.dtype, target: torch.dtype) -> None:
+    x = numbers((4, 9), source, low=0, high=100)
+    for layout in LAYOUTS.values():
+        assert_close(on_npu(x, layout).to(target), x.to(target))
+
+
+def test_type_promotion() -> None:
+    whole, real = numbers((3, 4), torch.int64), numbers((3, 4), torch.float32)
+    for function in (torch.add, torch.mul, torch.div, torch.sub):
+        assert_close(function(whole.to("npu"), real.to("npu")), function(whole, real))
+    assert (whole.to("npu") / 2).dtype == torch.float32
+    assert (numbers((3,), torch.float16).to("npu") + real[0, :3].to("npu")).dtype == torch.float32

@@ -1,0 +1,157 @@
+"""Operators that move, search and reduce, against the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.on_npu.helpers import FLOATS, INTEGERS, LAYOUTS, assert_close, numbers, on_npu, reference
+
+Function = Callable[[torch.Tensor], torch.Tensor]
+
+MOVES: dict[str, Function] = {
+    "slice": lambda x: x[1:, ::2].clone(),
+    "transpose": lambda x: x.transpose(0, 1).contiguous(),
+    "permute": lambda x: x.permute(2, 0, 1).contiguous(),
+    "flip": lambda x: x.flip(0, 2),
+    "roll": lambda x: x.roll((1, 2), (0, 1)),
+    "repeat": lambda x: x.repeat(2, 1, 3),
+    "repeat interleave": lambda x: x.repeat_interleave(2, dim=1),
+    "cat": lambda x: torch.cat([x, x + 1], dim=1),
+    "stack": lambda x: torch.stack([x, x + 1], dim=-1),
+    "split": lambda x: torch.cat(x.split(2, dim=1)[::-1], dim=1),
+    "chunk": lambda x: torch.cat(x.chunk(2, dim=-1)[::-1], dim=-1),
+    "pad": lambda x: F.pad(x, (1, 2, 0, 1), value=7),
+    "tril": lambda x: x.tril(1),
+    "triu": lambda x: x.triu(-1),
+    "index": lambda x: x[torch.tensor([2, 0, 1], device=x.device)],
+    "index two": lambda x: x[torch.tensor([2, 0], device=x.device), torch.tensor([1, 3], device=x.device)],
+    "index last": lambda x: x[:, :, torch.tensor([1, 1, 0], device=x.device)],
+    "index mask": lambda x: x[x > 0],
+    "index select": lambda x: x.index_select(1, torch.tensor([3, 0], device=x.device)),
+    "gather": lambda x: x.gather(1, torch.tensor([[[3], [0]]], device=x.device).expand(3, 2, 6)),
+    "masked fill": lambda x: x.masked_fill(x > 0, 5),
+    "masked select": lambda x: x.masked_select(x > 0),
+    "nonzero": lambda x: (x > 0).nonzero(),
+    "put": lambda x: x.clone().index_put_((torch.tensor([0, 2], device=x.device),), x.new_tensor(4)),
+    "put accumulate": lambda x: x.clone().index_put_((torch.tensor([0, 0], device=x.device),), x[:2], accumulate=True),
+    "assign": lambda x: _assigned(x),
+    "scatter": lambda x: x.scatter(1, torch.tensor([[[3], [0]]], device=x.device).expand(3, 2, 6), x[:, 2:] + 1),
+    "scatter add": lambda x: x.scatter_add(1, torch.tensor([[[3], [3]]], device=x.device).expand(3, 2, 6), x[:, 2:]),
+    "index add": lambda x: x.index_add(1, torch.tensor([1, 1], device=x.device), x[:, :2]),
+    "expand": lambda x: x[:, :1].expand(3, 4, 6).contiguous(),
+    "unfold": lambda x: x.unfold(2, 3, 2).contiguous(),
+    "fill": lambda x: x.clone().fill_(3),
+    "zeros like": torch.zeros_like,
+    "ones like": torch.ones_like,
+}
+
+
+def _assigned(x: torch.Tensor) -> torch.Tensor:
+    y = x.clone()
+    y[1:, ::2, 3] = x[:2, 1::2, 0]
+    return y
+
+
+REDUCTIONS: dict[str, Function] = {
+    "sum": lambda x: x.sum(),
+    "sum dim": lambda x: x.sum(1),
+    "sum dims": lambda x: x.sum((0, 2), keepdim=True),
+    "mean": lambda x: x.mean(),
+    "mean dim": lambda x: x.mean(-1, keepdim=True),
+    "prod": lambda x: x.prod(1),
+    "amax": lambda x: x.amax((0, 1)),
+    "amin": lambda x: x.amin(-1),
+    "max": lambda x: x.max(),
+    "min": lambda x: x.min(),
+    "max dim": lambda x: x.max(1)[0],
+    "std": lambda x: x.std(-1),
+    "var": lambda x: x.var((0, 1), correction=0),
+    "norm": lambda x: torch.linalg.vector_norm(x, dim=-1),
+    "cumsum": lambda x: x.cumsum(1),
+    "cumprod": lambda x: x.cumprod(1),
+    "softmax": lambda x: x.softmax(-1),
+    "log softmax": lambda x: x.log_softmax(1),
+    "logsumexp": lambda x: x.logsumexp(-1),
+    "sort": lambda x: x.sort(-1, descending=True)[0],
+    "topk": lambda x: x.topk(3, dim=-1)[0],
+}
+INDICES: dict[str, Function] = {
+    "argmax": lambda x: x.argmax(-1),
+    "argmin": lambda x: x.argmin(1),
+    "argsort": lambda x: x.argsort(stable=True, dim=-1),
+    "sort": lambda x: x.sort(stable=True, dim=-1)[1],
+    "topk": lambda x: x.topk(2, dim=-1)[1],
+    "any": lambda x: (x > 1).any(1),
+    "all": lambda x: (x > -2).all(-1),
+    "any of all": lambda x: (x > 1).any(),
+    "searchsorted": lambda x: torch.searchsorted(x.sort(-1)[0], x),
+}
+FACTORIES: dict[str, Callable[[str], torch.Tensor]] = {
+    "arange": lambda device: torch.arange(2, 20, 3, device=device),
+    "arange float": lambda device: torch.arange(0, 1, 0.125, device=device),
+    "linspace": lambda device: torch.linspace(-1, 1, 9, device=device),
+    "full": lambda device: torch.full((2, 3), 1.5, device=device),
+    "ones": lambda device: torch.ones(4, dtype=torch.int32, device=device),
+    "zeros": lambda device: torch.zeros(2, 0, device=device),
+    "eye": lambda device: torch.eye(3, 4, device=device),
+    "tensor": lambda device: torch.tensor([[1, 2], [3, 4]], device=device),
+    "scalar": lambda device: torch.tensor(2.5, device=device),
+    "tril indices": lambda device: torch.ones(4, 4, dtype=torch.bool, device=device).tril(),
+}
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.int64, torch.int32], ids=str)
+@pytest.mark.parametrize("name", MOVES)
+def test_moves(name: str, dtype: torch.dtype) -> None:
+    x = numbers((3, 4, 6), dtype)
+    for layout in LAYOUTS.values():
+        assert_close(MOVES[name](on_npu(x, layout)), MOVES[name](x))
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("name", REDUCTIONS)
+def test_reductions(name: str, dtype: torch.dtype) -> None:
+    x = numbers((3, 4, 6), dtype)
+    for layout in LAYOUTS.values():
+        assert_close(REDUCTIONS[name](on_npu(x, layout)), REDUCTIONS[name](reference(x)), factor=2)
+
+
+@pytest.mark.parametrize("dtype", INTEGERS, ids=str)
+def test_sums_of_integers(dtype: torch.dtype) -> None:
+    x = numbers((5, 6), dtype)
+    assert_close(x.to("npu").sum(), x.sum())
+    assert_close(x.to("npu").sum(1), x.sum(1))
+    assert_close(x.to("npu").cumsum(0), x.cumsum(0))
+
+
+@pytest.mark.parametrize("name", INDICES)
+def test_indices(name: str) -> None:
+    x = numbers((3, 4, 6), torch.float32)
+    for layout in LAYOUTS.values():
+        assert_close(INDICES[name](on_npu(x, layout)), INDICES[name](x))
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+def test_factories(name: str) -> None:
+    assert_close(FACTORIES[name]("npu"), FACTORIES[name]("cpu"))
+
+
+def test_unique() -> None:
+    x = torch.tensor([3, 1, 3, 2, 1])
+    for actual, expected in zip(
+        torch.unique(x.to("npu"), return_inverse=True, return_counts=True),
+        torch.unique(x, return_inverse=True, return_counts=True),
+        strict=True,
+    ):
+        assert_close(actual, expected)
+
+
+def test_item_and_printing() -> None:
+    x = torch.tensor([1.5, 2.5], device="npu")
+    assert x.sum().item() == 4.0
+    assert "2.5" in repr(x)
+    assert torch.equal(x, x.clone())

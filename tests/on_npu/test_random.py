@@ -1,0 +1,65 @@
+"""Random numbers: torch_npu's generator decides, and equal states give equal numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from tests.on_npu.helpers import FLOATS
+
+DRAWS: dict[str, Callable[[torch.dtype], torch.Tensor]] = {
+    "randn": lambda dtype: torch.randn(5000, dtype=dtype, device="npu"),
+    "rand": lambda dtype: torch.rand(5000, dtype=dtype, device="npu"),
+    "normal_": lambda dtype: torch.empty(5000, dtype=dtype, device="npu").normal_(3, 2),
+    "uniform_": lambda dtype: torch.empty(5000, dtype=dtype, device="npu").uniform_(-2, 6),
+    "bernoulli_": lambda dtype: torch.empty(5000, dtype=dtype, device="npu").bernoulli_(0.25),
+    "randint": lambda dtype: torch.randint(-3, 4, (5000,), device="npu").to(dtype),
+}
+MOMENTS = {
+    "randn": (0, 1),
+    "rand": (0.5, 12**-0.5),
+    "normal_": (3, 2),
+    "uniform_": (2, 8 * 12**-0.5),
+    "bernoulli_": (0.25, 0.75**0.5 / 2),
+    "randint": (0, 2),
+}
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("name", DRAWS)
+def test_draws(name: str, dtype: torch.dtype) -> None:
+    torch.npu.manual_seed(7)
+    first, second = DRAWS[name](dtype), DRAWS[name](dtype)
+    assert not torch.equal(first, second)
+    torch.npu.manual_seed(7)
+    assert torch.equal(DRAWS[name](dtype), first)
+    mean, deviation = MOMENTS[name]
+    assert abs(first.float().mean().item() - mean) < 0.06 * max(deviation, 0.5)
+    assert abs(first.float().std().item() - deviation) < 0.04 * deviation
+
+
+def test_a_generator_has_its_own_state() -> None:
+    one, two = (torch.Generator("npu").manual_seed(3) for _ in range(2))
+    assert torch.equal(torch.randn(9, device="npu", generator=one), torch.randn(9, device="npu", generator=two))
+    state = one.get_state()
+    drawn = torch.randn(9, device="npu", generator=one)
+    one.set_state(state)
+    assert torch.equal(torch.randn(9, device="npu", generator=one), drawn)
+
+
+def test_permutations_and_choices() -> None:
+    torch.npu.manual_seed(0)
+    assert torch.randperm(50, device="npu").sort()[0].tolist() == list(range(50))
+    chosen = torch.multinomial(torch.tensor([0.0, 0.5, 0.5], device="npu"), 1000, replacement=True)
+    assert set(chosen.tolist()) == {1, 2}
+    assert set(torch.multinomial(torch.tensor([1.0, 2.0, 3.0], device="npu"), 3).tolist()) == {0, 1, 2}
+
+
+def test_dropout() -> None:
+    x = torch.ones(4096, device="npu")
+    kept = torch.nn.functional.dropout(x, 0.25).cpu()
+    assert set(kept.unique().tolist()) <= {0.0, 1 / 0.75} or torch.allclose(kept[kept > 0], torch.tensor(1 / 0.75))
+    assert abs((kept > 0).float().mean().item() - 0.75) < 0.03
+    assert torch.equal(torch.nn.functional.dropout(x, 0.25, training=False), x)
