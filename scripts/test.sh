@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up the environment, then checks format, lint and types and runs the tests.
+# Sets up the environment, then checks format, lint and types and runs the tests, also on emulated NPUs.
 # Usage: bash scripts/test.sh [--slow] [pytest's arguments]      (--slow: only the cases that take minutes)
 set -euo pipefail
 
@@ -16,4 +16,10 @@ fi
 "$python" -m ruff format --check .
 "$python" -m ruff check .
 "$python" -m mypy
-exec "$python" -m pytest "$@"
+"$python" -m pytest "$@"
+
+if (($# == 0)); then # the same on emulated chips, with the genuine torch_npu
+    for soc in Ascend310P3 Ascend910B3; do
+        "$python" -m emulator run --soc "$soc" -- "$python" -m pytest tests/on_npu
+    done
+fi
