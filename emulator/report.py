@@ -14,7 +14,7 @@ from typing import Any
 
 from emulator import EmulatorError
 
-FORMAT_CONVERSIONS = ("NpuFormatCast", "Identity")
+FORMAT_CONVERSIONS = ("Identity",)
 COLUMNS = ("operator", "launches", "GFLOP", "MB", "host ms", "chip ms (estimate)")
 
 

@@ -1,10 +1,15 @@
-"""Runs diffusers' own tests against the installed diffusers, on the CPU, and compares two runs.
+"""Runs diffusers' own tests against the installed diffusers, on the CPU or an NPU, and compares two runs.
 
     git clone --depth 1 --branch v0.42.1 https://github.com/huggingface/diffusers
     pip install -r requirements-dev.txt -r scripts/requirements-upstream-tests.txt
     bash apply_patch.sh --revert && python scripts/run_upstream_tests.py --source diffusers --output upstream.json
     bash apply_patch.sh          && python scripts/run_upstream_tests.py --source diffusers --output fork.json \\
                                         --compare upstream.json
+
+On an emulated NPU, against the run on the CPU:
+
+    python -m emulator run --soc Ascend910B3 -- python scripts/run_upstream_tests.py --source diffusers --device npu \\
+        --output npu.json --compare fork.json
 
 Which tests: the files that exercise what the patches touch (FILES). Of these the slow and nightly ones and those
 that need a GPU skip themselves. Without --online nothing is fetched: the tiny tokenizers and models that most
@@ -25,6 +30,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -47,21 +53,22 @@ FILES = (
     "tests/pipelines/stable_diffusion_2/test_stable_diffusion.py",
 )
 SECONDS_PER_TEST = 600
+NPU_SPEC = Path(__file__).with_name("npu_device_spec.py")
 
 Outcomes = dict[str, dict[str, str]]  # test -> {"outcome": passed | failed | skipped, "reason": one line}
 
 
-def run_tests(source: Path, online: bool) -> dict[str, Any]:
-    """Runs FILES of the checkout `source` and returns which diffusers was tested and how each test ended."""
-    missing = [name for name in FILES if not (source / name).is_file()]
+def run_tests(source: Path, online: bool, device: str, files: Sequence[str] = FILES) -> dict[str, Any]:
+    """Runs `files` of the checkout `source` on `device`. Says which diffusers was tested and how each test ended."""
+    missing = [name for name in files if not (source / name).is_file()]
     if missing:
         raise ForkError(f"{source} is no checkout of huggingface/diffusers: it lacks {', '.join(missing)}")
     with tempfile.TemporaryDirectory() as scratch:
         # The tests alone: next to src/, they would import diffusers from there.
         shutil.copytree(source / "tests", Path(scratch, "tests"))
-        report, environment = Path(scratch, "report.xml"), make_environment(Path(scratch), online)
+        report, environment = Path(scratch, "report.xml"), make_environment(Path(scratch), online, device)
         pytest = [sys.executable, "-m", "pytest", "--quiet", "-p", "no:cacheprovider", f"--timeout={SECONDS_PER_TEST}"]
-        result = subprocess.run([*pytest, f"--junitxml={report}", *FILES], cwd=scratch, env=environment)
+        result = subprocess.run([*pytest, f"--junitxml={report}", *files], cwd=scratch, env=environment)
         if result.returncode not in (0, 1):  # 1: there are failed tests
             raise ForkError(f"pytest ended with exit code {result.returncode}, see above")
         tests = read_report(report)
@@ -73,8 +80,13 @@ def run_tests(source: Path, online: bool) -> dict[str, Any]:
     return {"diffusers": version, "path": path, "counts": dict(sorted(counts.items())), "tests": tests}
 
 
-def make_environment(scratch: Path, online: bool) -> dict[str, str]:
-    environment = os.environ | {"DIFFUSERS_TEST_DEVICE": "cpu", "RUN_SLOW": "0", "RUN_NIGHTLY": "0"}
+def make_environment(scratch: Path, online: bool, device: str) -> dict[str, str]:
+    environment = os.environ | {"DIFFUSERS_TEST_DEVICE": device, "RUN_SLOW": "0", "RUN_NIGHTLY": "0"}
+    if device == "npu":
+        shutil.copy(NPU_SPEC, scratch)
+        # With the task queue a failed launch would end all later tests too.
+        environment |= {"DIFFUSERS_TEST_BACKEND": "torch_npu", "DIFFUSERS_TEST_DEVICE_SPEC": NPU_SPEC.name}
+        environment |= {"TASK_QUEUE_ENABLE": "0"}
     if not online:
         write_stand_ins(scratch / "huggingface")
         environment |= {"HF_HOME": str(scratch / "huggingface"), "HF_HUB_OFFLINE": "1"}
@@ -121,6 +133,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--source", metavar="DIR", type=Path, required=True, help="checkout of huggingface/diffusers")
     parser.add_argument("--output", metavar="FILE", type=Path, required=True, help="where the outcomes go, as JSON")
     parser.add_argument("--compare", metavar="BASELINE", type=Path, help="outcomes of an earlier run to compare with")
+    parser.add_argument("--device", choices=("cpu", "npu"), default="cpu", help="what the tests run on (cpu)")
+    parser.add_argument("--files", nargs="+", metavar="FILE", default=FILES, help="test files of the checkout (FILES)")
     parser.add_argument("--online", action="store_true", help="fetch from the hub what the tests ask for")
     return parser.parse_args()
 
@@ -128,7 +142,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     arguments = parse_arguments()
     baseline = json.loads(arguments.compare.read_text("utf-8")) if arguments.compare else None
-    outcomes = run_tests(arguments.source, arguments.online)
+    outcomes = run_tests(arguments.source, arguments.online, arguments.device, arguments.files)
     write_json(arguments.output, outcomes)
     print(f"diffusers {outcomes['diffusers']} in {outcomes['path']}: {outcomes['counts']}")
     return 1 if baseline and compare(baseline, outcomes) else 0

@@ -126,10 +126,26 @@ namespace {
 using Operands = std::vector<std::shared_ptr<TensorArgument>>;
 using Kernel = void (*)(const Operands& inputs, const Operands& outputs, const aclopAttr& attributes);
 
+// An input in host memory: small, and gone after the call.
+struct HostOperand : TensorArgument {
+    explicit HostOperand(const aclDataBuffer& buffer)
+        : copy(static_cast<char*>(buffer.data), static_cast<char*>(buffer.data) + buffer.size) {
+        data = copy.data();
+    }
+
+    std::vector<char> copy;
+};
+
 // torch_npu describes what it stores (sizes and format) and what that means (storage_dims of a private format).
 std::shared_ptr<TensorArgument> describe(const aclTensorDesc& desc, const aclDataBuffer& buffer) {
     const bool stored = is_private(desc.storage_format);
-    auto argument = std::make_shared<TensorArgument>();
+    std::shared_ptr<TensorArgument> argument;
+    if (desc.placement == ACL_MEMTYPE_DEVICE) {
+        argument = std::make_shared<TensorArgument>();
+        argument->data = static_cast<char*>(buffer.data);
+    } else {
+        argument = std::make_shared<HostOperand>(buffer);
+    }
     argument->dtype = from_acl(desc.type);
     argument->sizes = desc.dims;
     const auto strides = c10::contiguous_strides(desc.dims);
@@ -137,7 +153,6 @@ std::shared_ptr<TensorArgument> describe(const aclTensorDesc& desc, const aclDat
     argument->offset = 0;
     argument->format = stored ? desc.storage_format : desc.format;
     argument->storage_sizes = desc.storage_dims;
-    argument->data = static_cast<char*>(buffer.data);
     return argument;
 }
 
@@ -155,6 +170,14 @@ void clear_float_status(const Operands&, const Operands& outputs, const aclopAtt
 }
 void alloc_float_status(const Operands&, const Operands& outputs, const aclopAttr&) { outputs.at(0)->read().zero_(); }
 
+void cast(const Operands& inputs, const Operands& outputs, const aclopAttr&) {
+    put(outputs.at(0)->read(), inputs.at(0)->read());
+}
+
+void less_equal(const Operands& inputs, const Operands& outputs, const aclopAttr&) {
+    put(outputs.at(0)->read(), at::le(inputs.at(0)->read(), inputs.at(1)->read()));
+}
+
 void rotary_mul(const Operands& inputs, const Operands& outputs, const aclopAttr&) {
     const at::Tensor x = up(inputs.at(0)->read());
     const auto parts = x.chunk(2, -1);
@@ -163,7 +186,9 @@ void rotary_mul(const Operands& inputs, const Operands& outputs, const aclopAttr
 }
 
 const std::map<std::string, Kernel> kKernels{
+    {"Cast", cast},
     {"Identity", identity},
+    {"LessEqual", less_equal},
     {"NPUAllocFloatStatus", alloc_float_status},
     {"NPUGetFloatStatus", get_float_status},
     {"NPUGetFloatStatusV2", get_float_status},
@@ -189,10 +214,13 @@ CANN_API aclError aclopCompileAndExecute(const char* type, int input_count, cons
     }
     try {
         auto executor = std::make_unique<Executor>();
-        Operands from, to;
-        for (int i = 0; i < input_count; ++i) from.push_back(describe(*input_descs[i], *inputs[i]));
+        Operands from, from_device, to;
+        for (int i = 0; i < input_count; ++i) {
+            from.push_back(describe(*input_descs[i], *inputs[i]));
+            if (input_descs[i]->placement == ACL_MEMTYPE_DEVICE) from_device.push_back(from.back());
+        }
         for (int i = 0; i < output_count; ++i) to.push_back(describe(*output_descs[i], *outputs[i]));
-        executor->call = {kernel->first.c_str(), {{"inputs", from, "", true}, {"outputs", to, "", true}}};
+        executor->call = {kernel->first.c_str(), {{"inputs", from_device, "", true}, {"outputs", to, "", true}}};
         executor->run = [run = kernel->second, from, to, kept = attributes ? *attributes : aclopAttr{}] { run(from, to, kept); };
         if (const int code = refuse(executor->call)) return fail_launch(code, recent_message());
         return launch(executor.release(), stream);

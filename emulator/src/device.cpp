@@ -5,6 +5,7 @@
 #include <atomic>
 #include <cstring>
 
+#include "memory.h"
 #include "stream.h"
 #include "trace.h"
 
@@ -15,6 +16,7 @@ constexpr size_t kMostDevices = 64;
 
 struct Slot {
     std::atomic<bool> active{false};
+    std::array<std::atomic<bool>, kMostDevices> reaches{};  // other devices' memory, once their peer access is enabled
 };
 
 std::array<Slot, kMostDevices> slots;
@@ -30,6 +32,10 @@ aclError no_device(int64_t device) {
 }  // namespace
 
 int32_t current_device() { return device_of_thread; }
+
+bool reaches(int32_t device, int32_t memory_of) {
+    return exists(memory_of) && (device == memory_of || slots[device].reaches[memory_of]);
+}
 
 }  // namespace cann
 
@@ -113,6 +119,7 @@ CANN_API aclError aclrtDeviceCanAccessPeer(int32_t* can, int32_t device, int32_t
 CANN_API aclError aclrtDeviceEnablePeerAccess(int32_t peer, uint32_t) {
     if (!exists(peer)) return no_device(peer);
     if (!chip().peer_access) return fail(ACL_ERROR_FEATURE_UNSUPPORTED, "%s has no peer access", chip().soc.c_str());
+    slots[device_of_thread].reaches[peer] = true;
     return ACL_SUCCESS;
 }
 

@@ -15,13 +15,13 @@ namespace {
 constexpr int kInnerError = 561000;  // aclnn's class of internal errors
 constexpr int kInvalidParameter = 161002;
 
-// An address that is no device memory of this chip would be a fault of the chip; here it ends as an error.
+// An address that is no memory within this chip's reach would be a fault of the chip; here it ends as an error.
 std::string misplaced(const Call& call, int32_t device) {
     for (const Argument& argument : call.arguments) {
         for (const auto& tensor : argument.tensors) {
             if (tensor->bytes() == 0) continue;
             const Region region = find_region(tensor->begin());
-            if (!region || region.device != device) {
+            if (!region || !reaches(device, region.device)) {
                 return std::string("aclnn") + call.operator_name + ": " + argument.name + " is not in the memory of device " +
                        std::to_string(device);
             }

@@ -22,6 +22,9 @@ void add_region(const Region& region);
 // Removes the region that starts at `base` on the host (kHost) or on any device; an empty one if there is none.
 Region remove_region(void* base, bool on_host);
 
+// Whether operators of a device may use the memory of a device (or of kHost): their own, and peers' where enabled.
+bool reaches(int32_t device, int32_t memory_of);
+
 // Takes `size` bytes from a device's capacity; false when they are not there.
 bool reserve_capacity(int32_t device, size_t size);
 void release_capacity(int32_t device, size_t size);

@@ -61,6 +61,12 @@ void put(const at::Tensor& out, const at::Tensor& value) {
     move(out, may_overflow ? saturated(value) : value);
 }
 
+void put_of_kind(const at::Tensor& out, const at::Tensor& value) {
+    TORCH_CHECK(c10::canCast(value.scalar_type(), out.scalar_type()), "result type ", value.scalar_type(),
+                " can't be cast to the desired output type ", out.scalar_type());
+    put(out, value);
+}
+
 void move(const at::Tensor& out, const at::Tensor& value) {
     TORCH_CHECK(out.numel() == value.numel(), "the result has the shape ", value.sizes(), ", but the output ",
                 out.sizes());

@@ -246,4 +246,7 @@ inline int execute(void*, uint64_t, Executor* executor, aclrtStream stream) { re
 #define STRIP(...) __VA_ARGS__
 #define FUNCTION(NAME, PARAMETERS, ...) ACLNN(NAME, (STRIP PARAMETERS, Tensor out) { put(out, __VA_ARGS__); })
 #define INPLACE(NAME, PARAMETERS, ...) ACLNN(Inplace##NAME, PARAMETERS { put(self, __VA_ARGS__); })
-#define BOTH(NAME, PARAMETERS, ...) FUNCTION(NAME, PARAMETERS, __VA_ARGS__) INPLACE(NAME, PARAMETERS, __VA_ARGS__)
+// As out-of-place and in-place operators of torch: a result whose kind the output cannot hold is refused.
+#define BOTH(NAME, PARAMETERS, ...)                                                            \
+    ACLNN(NAME, (STRIP PARAMETERS, Tensor out) { put_of_kind(out, __VA_ARGS__); })             \
+    ACLNN(Inplace##NAME, PARAMETERS { put_of_kind(self, __VA_ARGS__); })

@@ -25,7 +25,7 @@ def parameters_of_operators() -> dict[str, set[str]]:
             for macro, content in macros.items():
                 parameters = parameters.replace(macro, content)
             found[name] = set(re.findall(r"(\w+)\s*(?:,|$)", parameters.strip()))
-    for name in ("Mm", "Matmul", "MatmulWeightNz", "BatchMatMul", "BatchMatMulWeightNz"):
+    for name in ("Mm", "Matmul", "MatmulWeightNz", "BatchMatMul"):
         found[name] = set(KERNEL_FAMILIES["PRODUCT"])
     return found
 

@@ -9,6 +9,9 @@ import os
 from collections.abc import Iterator
 
 import pytest
+
+# Launches on the calling thread: after one that fails, torch_npu's queue would run nothing more in this process.
+os.environ.setdefault("TASK_QUEUE_ENABLE", "0")
 import torch
 
 from ascend.device import DeviceManager, get_chip, is_npu_available

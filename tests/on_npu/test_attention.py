@@ -178,6 +178,22 @@ def test_inference_attention_with_grouped_queries_causal_masks_and_lengths() -> 
     assert_close(out, attention(q, k, v, 0.25, beyond), factor=4)
 
 
+@not_310p
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("layout", ("BSH", "BNSD", "BSND"))
+def test_inference_attention_of_version_2(layout: str, dtype: torch.dtype) -> None:
+    q, k, v = operands(dtype, keys=77)
+    dropped = torch.rand(2, 1, 32, 77, generator=torch.Generator().manual_seed(3)) < 0.3
+    out, lse = torch_npu.npu_fused_infer_attention_score_v2(
+        *(lay_out(x, layout).to("npu") for x in (q, k, v)),
+        **{"num_query_heads": 3, "softmax_scale": 0.25, "input_layout": layout, "return_softmax_lse": True},
+        atten_mask=dropped.to("npu"),
+    )
+    assert_close(out, lay_out(attention(q, k, v, 0.25, dropped), layout), factor=4)
+    scores = (q.float() @ k.float().transpose(-1, -2) * 0.25).masked_fill(dropped, -math.inf)
+    assert_close(lse, scores.logsumexp(-1, keepdim=True), factor=8)
+
+
 REFUSALS_910B = {
     "float32": ({"dtype": torch.float32}, {}, "float16, bfloat16"),
     "head_dim 20": ({"head_dim": 20}, {}, "multiple of 16"),
@@ -222,6 +238,65 @@ def test_fusion_attention(layout: str, dtype: torch.dtype) -> None:
         peak = scores.amax(-1, keepdim=True)
         assert_close(maximum, peak.expand(-1, -1, -1, 8), factor=8)
         assert_close(total, (scores - peak).exp().sum(-1, keepdim=True).expand(-1, -1, -1, 8), factor=16)
+
+
+@not_310p
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("version", (1, 2))
+def test_fusion_attention_with_a_bias_and_a_band(version: int, dtype: torch.dtype) -> None:
+    function = (torch_npu.npu_fusion_attention, torch_npu.npu_fusion_attention_v2)[version - 1]
+    q, k, v = operands(dtype)
+    bias = numbers((2, 3, 32, 32), dtype, seed=4)
+    distance = torch.arange(32) - torch.arange(32).unsqueeze(-1)
+    before, after = ("pre_tockens", "next_tockens") if version == 1 else ("pre_tokens", "next_tokens")
+    mask = torch.zeros(32, 32, dtype=torch.bool)
+    out, maximum, total, *_ = function(
+        *(x.to("npu") for x in (q, k, v)),
+        *(3, "BNSD"),
+        **{"scale": 0.25, "pse": bias.to("npu"), "atten_mask": mask.to("npu"), before: 5, after: 2},
+    )
+    scores = q.float() @ k.float().transpose(-1, -2) * 0.25 + bias.float()
+    scores = scores.masked_fill((distance > 2) | (distance < -5), -math.inf)
+    assert_close(out, scores.softmax(-1) @ v.float(), factor=8)
+    peak = scores.amax(-1, keepdim=True)
+    assert_close(maximum, peak.expand(-1, -1, -1, 8), factor=8)
+    assert_close(total, (scores - peak).exp().sum(-1, keepdim=True).expand(-1, -1, -1, 8), factor=16)
+
+
+@not_310p
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("softmax_layout", ("", "TND"))
+@pytest.mark.parametrize("mode, aligned", ((0, None), (2, "first"), (3, "last")))
+def test_fusion_attention_of_packed_sequences(
+    mode: int, aligned: str | None, softmax_layout: str, dtype: torch.dtype
+) -> None:
+    queries, keys = (5, 16, 1), (7, 16, 3)
+    q, k, v = (numbers((sum(n), 3, 16), dtype, seed, -1, 1) for seed, n in enumerate((queries, keys, keys)))
+    arguments = {"scale": 0.25, "sparse_mode": mode, "softmax_layout": softmax_layout}
+    if mode:
+        arguments["atten_mask"] = torch.ones(2048, 2048, dtype=torch.bool).triu(1).to("npu")
+    out, maximum, total, *_ = torch_npu.npu_fusion_attention(
+        *(x.to("npu") for x in (q, k, v)),
+        *(3, "TND"),
+        actual_seq_qlen=[5, 21, 22],
+        actual_seq_kvlen=[7, 23, 26],
+        **arguments,
+    )
+    results, peaks, totals = [], [], []
+    for a, b, c in zip(q.split(queries), k.split(keys), v.split(keys), strict=True):
+        a, b, c = (x.float().transpose(0, 1) for x in (a, b, c))
+        scores = a @ b.transpose(-1, -2) * 0.25
+        if aligned:
+            shift = b.shape[1] - a.shape[1] if aligned == "last" else 0
+            scores = scores.masked_fill(torch.ones(scores.shape[1:], dtype=torch.bool).triu(1 + shift), -math.inf)
+        results.append((scores.softmax(-1) @ c).transpose(0, 1))
+        peak = scores.amax(-1, keepdim=True)
+        for statistic, rows in ((peak, peaks), (torch.exp(scores - peak).sum(-1, keepdim=True), totals)):
+            # Otherwise the heads of a sequence come one after the other, in a tensor of the same shape.
+            rows.append(statistic.transpose(0, 1) if softmax_layout else statistic.reshape(-1, 3, 1))
+    assert_close(out, torch.cat(results), factor=8)
+    assert_close(maximum, torch.cat(peaks).expand(-1, -1, 8), factor=8)
+    assert_close(total, torch.cat(totals).expand(-1, -1, 8), factor=16)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)

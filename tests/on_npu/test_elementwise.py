@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch_npu
 
 from tests.on_npu.helpers import FLOATS, INTEGERS, LAYOUTS, SHAPES, assert_close, numbers, on_npu, reference
 
@@ -22,11 +23,11 @@ UNARY: dict[str, tuple[float, float]] = {
     ),
     **dict.fromkeys(("log", "log10", "log1p", "log2", "reciprocal", "rsqrt", "sqrt"), POSITIVE),
     **dict.fromkeys(("acos", "asin", "atanh", "erfinv"), UNIT),
-    "exp2": ANY,
+    "logit": (0.1, 0.9),
+    **dict.fromkeys(("exp2", "sinc"), ANY),
     "tan": (-1.0, 1.0),
     "acosh": (1.1, 3.0),
 }
-INPLACE = ("abs_", "exp_", "floor_", "neg_", "sqrt_", "cos_", "sin_", "sigmoid_", "tanh_", "reciprocal_", "log_")
 BINARY: dict[str, Function] = {
     "add": torch.add,
     "sub": torch.sub,
@@ -37,6 +38,9 @@ BINARY: dict[str, Function] = {
     "atan2": torch.atan2,
     "add alpha": lambda x, y: torch.add(x, y, alpha=3),
     "sub alpha": lambda x, y: torch.sub(x, y, alpha=3),
+    "rsub": lambda x, y: torch.rsub(x, y, alpha=3),
+    "add to a number": lambda x, y: torch.add(torch.tensor(2.5), x, alpha=3) * y,
+    "pow": lambda x, y: torch.pow(x.abs(), y),
     "lerp": lambda x, y: torch.lerp(x, y, 0.25),
     "lerp tensor": lambda x, y: torch.lerp(x, y, torch.full_like(x, 0.25)),
     "where": lambda x, y: torch.where(x > y, x, y),
@@ -45,6 +49,12 @@ BINARY: dict[str, Function] = {
     "clamp": lambda x, y: torch.clamp(x, -1, 1) + y,
     "clamp min": lambda x, y: torch.clamp(x, min=-1) + y,
     "clamp max": lambda x, y: torch.clamp(x, max=1) + y,
+    "clamp_min": lambda x, y: torch.clamp_min(x, -1) + y,
+    "clamp_max": lambda x, y: torch.clamp_max(x, 1) + y,
+    "clamp tensor": lambda x, y: torch.clamp(x, -y, y - 1),
+    "clamp min tensor": torch.clamp_min,
+    "clamp max tensor": torch.clamp_max,
+    "isclose": lambda x, y: torch.isclose(x, y, rtol=0.25, atol=0.125),
     "fmod": torch.fmod,
     "remainder": torch.remainder,
     "floor divide": torch.floor_divide,
@@ -66,6 +76,20 @@ SCALARS: dict[str, Function] = {
     "pow": lambda x: x**2,
     "rpow": lambda x: 2**x,
     "float": lambda x: x * 0.5,
+    "round decimals": lambda x: x.round(decimals=1),
+    "logit": lambda x: torch.logit(x, 0.2),
+}
+WHOLE_SCALARS: dict[str, Function] = {
+    "fmod": lambda x: torch.fmod(x, 3),
+    "remainder": lambda x: torch.remainder(x, 3),
+    "remainder of a number": lambda x: torch.remainder(-7, x.abs() + 1),
+    "floor divide": lambda x: torch.floor_divide(x, 3),
+    "floored quotient": lambda x: torch.div(x, 3, rounding_mode="floor"),
+    "truncated quotient": lambda x: torch.div(x, 3, rounding_mode="trunc"),
+    "is in": lambda x: torch.isin(x, 3),
+    "is not in": lambda x: torch.isin(x, 3, invert=True),
+    "holds": lambda x: torch.isin(3, x),
+    "does not hold": lambda x: torch.isin(11, x, invert=True),
 }
 
 
@@ -81,13 +105,14 @@ def test_unary(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("name", INPLACE)
+@pytest.mark.parametrize("name", UNARY)
 def test_unary_in_place(name: str, dtype: torch.dtype) -> None:
-    x = numbers((4, 6), dtype, low=0.2, high=2)
+    low, high = UNARY[name]
+    x = numbers((4, 6), dtype, low=low, high=high)
     for layout in LAYOUTS.values():
         there = on_npu(x, layout)
-        getattr(there, name)()
-        assert_close(there, getattr(reference(x).clone(), name)(), factor=2)
+        getattr(there, f"{name}_")()
+        assert_close(there, getattr(reference(x).clone(), f"{name}_")(), factor=2)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -133,6 +158,29 @@ def test_with_a_scalar(name: str, dtype: torch.dtype) -> None:
     assert_close(SCALARS[name](x.to("npu")), SCALARS[name](reference(x)), factor=2)
 
 
+@pytest.mark.parametrize("dtype", [*FLOATS, *INTEGERS], ids=str)
+@pytest.mark.parametrize("name", WHOLE_SCALARS)
+def test_whole_numbers_with_a_scalar(name: str, dtype: torch.dtype) -> None:
+    x = numbers((5, 7), dtype, low=-9, high=9).round()
+    for layout in LAYOUTS.values():
+        assert_close(WHOLE_SCALARS[name](on_npu(x, layout)), WHOLE_SCALARS[name](reference(x)))
+
+
+@pytest.mark.parametrize("dtype", INTEGERS, ids=str)
+def test_shifts(dtype: torch.dtype) -> None:
+    x, y = numbers((4, 9), dtype), numbers((4, 9), dtype, seed=1).abs() % 3
+    for function in (operator.lshift, operator.rshift):
+        assert_close(function(x.to("npu"), y.to("npu")), function(x, y))
+        assert_close(function(x.to("npu"), 2), function(x, 2))
+
+
+@pytest.mark.parametrize("dtype", INTEGERS, ids=str)
+def test_bits_of_a_scalar(dtype: torch.dtype) -> None:
+    x = numbers((4, 9), dtype)
+    for function in (operator.and_, operator.or_, operator.xor):
+        assert_close(function(x.to("npu"), 6), function(x, 6))
+
+
 @pytest.mark.parametrize("dtype", (torch.bool, *INTEGERS), ids=str)
 def test_bits_and_logic(dtype: torch.dtype) -> None:
     x, y = numbers((4, 9), dtype), numbers((4, 9), dtype, seed=1)
@@ -151,7 +199,7 @@ def test_bits_and_logic(dtype: torch.dtype) -> None:
 
 def test_infinity_and_nan() -> None:
     x = torch.tensor([1.0, float("inf"), -float("inf"), float("nan"), 0.0])
-    for function in (torch.isfinite, torch.isnan, torch.isinf):
+    for function in (torch.isfinite, torch.isnan, torch.isinf, torch.isposinf, torch.isneginf):
         assert_close(function(x.to("npu")), function(x))
     assert_close(torch.nan_to_num(x.to("npu"), 1, 2, 3), torch.nan_to_num(x, 1, 2, 3))
 
@@ -162,6 +210,22 @@ def test_casts(source: torch.dtype, target: torch.dtype) -> None:
     x = numbers((4, 9), source, low=0, high=100)
     for layout in LAYOUTS.values():
         assert_close(on_npu(x, layout).to(target), x.to(target))
+
+
+@pytest.mark.parametrize("source", [*FLOATS, torch.int32], ids=str)
+@pytest.mark.parametrize("target", [*FLOATS, torch.int32, torch.bool], ids=str)
+def test_npu_dtype_cast(source: torch.dtype, target: torch.dtype) -> None:
+    x = numbers((4, 9), source, low=-100, high=100)
+    for layout in LAYOUTS.values():
+        assert_close(torch_npu.npu_dtype_cast(on_npu(x, layout), target), x.to(target))
+
+
+def test_complex_numbers() -> None:
+    x, y = numbers((4, 9), torch.float32), numbers((4, 9), torch.float32, seed=1)
+    for function in (torch.complex, torch.polar):
+        actual, expected = function(x.to("npu"), y.to("npu")).cpu(), function(x, y)
+        torch.testing.assert_close(torch.view_as_real(actual), torch.view_as_real(expected))
+    assert_close(torch.angle(x.to("npu")), torch.angle(x))
 
 
 def test_type_promotion() -> None:

@@ -20,6 +20,10 @@ MOVES: dict[str, Function] = {
     "roll": lambda x: x.roll((1, 2), (0, 1)),
     "repeat": lambda x: x.repeat(2, 1, 3),
     "repeat interleave": lambda x: x.repeat_interleave(2, dim=1),
+    "repeat interleave all": lambda x: x.repeat_interleave(3),
+    "repeat interleave by counts": lambda x: x.repeat_interleave(_index(x, 2, 0, 1, 3), dim=1),
+    "repeat interleave all by counts": lambda x: x.repeat_interleave(_index(x, *range(72))),
+    "channel shuffle": lambda x: F.channel_shuffle(x.unsqueeze(-1), 2),
     "cat": lambda x: torch.cat([x, x + 1], dim=1),
     "stack": lambda x: torch.stack([x, x + 1], dim=-1),
     "split": lambda x: torch.cat(x.split(2, dim=1)[::-1], dim=1),
@@ -31,6 +35,10 @@ MOVES: dict[str, Function] = {
     "index two": lambda x: x[torch.tensor([2, 0], device=x.device), torch.tensor([1, 3], device=x.device)],
     "index last": lambda x: x[:, :, torch.tensor([1, 1, 0], device=x.device)],
     "index mask": lambda x: x[x > 0],
+    "index copy": lambda x: x.index_copy(1, _index(x, 3, 0), x[:, 1:3]),
+    "index fill": lambda x: x.index_fill(1, _index(x, 3, 0), 5),
+    "index fill tensor": lambda x: x.index_fill(1, _index(x, 3, 0), x[1, 2, 3]),
+    "take": lambda x: x.take(_index(x, 71, 0, 13)),
     "index select": lambda x: x.index_select(1, torch.tensor([3, 0], device=x.device)),
     "gather": lambda x: x.gather(1, torch.tensor([[[3], [0]]], device=x.device).expand(3, 2, 6)),
     "masked fill": lambda x: x.masked_fill(x > 0, 5),
@@ -41,6 +49,7 @@ MOVES: dict[str, Function] = {
     "assign": lambda x: _assigned(x),
     "scatter": lambda x: x.scatter(1, torch.tensor([[[3], [0]]], device=x.device).expand(3, 2, 6), x[:, 2:] + 1),
     "scatter add": lambda x: x.scatter_add(1, torch.tensor([[[3], [3]]], device=x.device).expand(3, 2, 6), x[:, 2:]),
+    "scatter value": lambda x: x.scatter(1, _index(x, 3, 0).view(2, 1).expand(3, 2, 6), 5),
     "index add": lambda x: x.index_add(1, torch.tensor([1, 1], device=x.device), x[:, :2]),
     "expand": lambda x: x[:, :1].expand(3, 4, 6).contiguous(),
     "unfold": lambda x: x.unfold(2, 3, 2).contiguous(),
@@ -48,6 +57,10 @@ MOVES: dict[str, Function] = {
     "zeros like": torch.zeros_like,
     "ones like": torch.ones_like,
 }
+
+
+def _index(x: torch.Tensor, *values: int) -> torch.Tensor:
+    return torch.tensor(values, device=x.device)
 
 
 def _assigned(x: torch.Tensor) -> torch.Tensor:
@@ -68,6 +81,20 @@ REDUCTIONS: dict[str, Function] = {
     "max": lambda x: x.max(),
     "min": lambda x: x.min(),
     "max dim": lambda x: x.max(1)[0],
+    "min dim": lambda x: x.min(1)[0],
+    "smallest and largest": lambda x: torch.stack(torch.aminmax(x)),
+    "smallest and largest dim": lambda x: torch.stack(torch.aminmax(x, dim=1)),
+    "_aminmax": lambda x: torch.stack(torch._aminmax(x)),
+    "_aminmax dim": lambda x: torch.stack(torch._aminmax(x, 1)),
+    "prod of all": lambda x: x.prod(),
+    "trace": lambda x: x[0].trace(),
+    "nansum": lambda x: x.nansum(1),
+    "var and mean": lambda x: torch.stack(torch.var_mean(x, dim=1, correction=0)),
+    "var and mean of all": lambda x: torch.stack(torch.var_mean(x)),
+    "sum of magnitudes": lambda x: torch.linalg.vector_norm(x, ord=1, dim=1),
+    "norm without a dim": lambda x: torch.ops.aten.norm.Scalar(x, 2),
+    "norm dim": lambda x: torch.ops.aten.norm.ScalarOpt_dim(x, 1, [1]),
+    "topk smallest": lambda x: x.topk(3, dim=1, largest=False)[0],
     "std": lambda x: x.std(-1),
     "var": lambda x: x.var((0, 1), correction=0),
     "norm": lambda x: torch.linalg.vector_norm(x, dim=-1),
@@ -85,6 +112,11 @@ INDICES: dict[str, Function] = {
     "argsort": lambda x: x.argsort(stable=True, dim=-1),
     "sort": lambda x: x.sort(stable=True, dim=-1)[1],
     "topk": lambda x: x.topk(2, dim=-1)[1],
+    "max dim": lambda x: x.max(1)[1],
+    "min dim": lambda x: x.min(-1)[1],
+    "bucketize": lambda x: torch.bucketize(x.round(), torch.tensor([-2.0, 0.0, 1.0], device=x.device)),
+    "bucketize right": lambda x: torch.bucketize(x.round(), torch.arange(-2.0, 3.0, device=x.device), right=True),
+    "searchsorted of a number": lambda x: torch.searchsorted(x[0, 0].sort()[0], 0.5),
     "any": lambda x: (x > 1).any(1),
     "all": lambda x: (x > -2).all(-1),
     "any of all": lambda x: (x > 1).any(),
@@ -94,6 +126,10 @@ FACTORIES: dict[str, Callable[[str], torch.Tensor]] = {
     "arange": lambda device: torch.arange(2, 20, 3, device=device),
     "arange float": lambda device: torch.arange(0, 1, 0.125, device=device),
     "linspace": lambda device: torch.linspace(-1, 1, 9, device=device),
+    "logspace": lambda device: torch.logspace(-2, 3, 6, base=2, device=device),
+    "range": lambda device: torch.range(2, 9, 1.5, device=device),
+    "repeats": lambda device: torch.repeat_interleave(torch.tensor([2, 0, 3], device=device)),
+    "one hot": lambda device: F.one_hot(torch.tensor([[2, 0], [1, 2]], device=device), 4),
     "full": lambda device: torch.full((2, 3), 1.5, device=device),
     "ones": lambda device: torch.ones(4, dtype=torch.int32, device=device),
     "zeros": lambda device: torch.zeros(2, 0, device=device),
@@ -140,14 +176,53 @@ def test_factories(name: str) -> None:
     assert_close(FACTORIES[name]("npu"), FACTORIES[name]("cpu"))
 
 
-def test_unique() -> None:
-    x = torch.tensor([3, 1, 3, 2, 1])
-    for actual, expected in zip(
-        torch.unique(x.to("npu"), return_inverse=True, return_counts=True),
-        torch.unique(x, return_inverse=True, return_counts=True),
-        strict=True,
-    ):
+UNIQUES: dict[str, Callable[[torch.Tensor], tuple[torch.Tensor, ...]]] = {
+    "values": lambda x: (torch.unique(x),),
+    "unique": lambda x: torch.unique(x, return_inverse=True, return_counts=True),
+    "_unique": lambda x: torch._unique(x, return_inverse=True),
+    "consecutive": lambda x: torch.unique_consecutive(x, return_inverse=True, return_counts=True),
+    "consecutive rows": lambda x: torch.unique_consecutive(
+        x.view(-1, 1).expand(-1, 2), return_inverse=True, return_counts=True, dim=0
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNIQUES)
+def test_unique(name: str) -> None:
+    x = torch.tensor([3, 1, 1, 3, 3, 2, 1])
+    for actual, expected in zip(UNIQUES[name](x.to("npu")), UNIQUES[name](x), strict=True):
         assert_close(actual, expected)
+
+
+def test_nansum_leaves_nan_out() -> None:
+    x = torch.tensor([[1.0, float("nan"), 3.0], [4.0, 5.0, 6.0]])
+    assert_close(torch.nansum(x.to("npu"), 0), torch.nansum(x, 0))
+
+
+@pytest.mark.parametrize("reduce", ("sum", "prod", "amax", "amin", "mean"))
+@pytest.mark.parametrize("include_self", (False, True))
+def test_scatter_reduce(include_self: bool, reduce: str) -> None:
+    x, y = numbers((4, 5), torch.float32), numbers((3, 5), torch.float32, seed=1)
+    index = torch.tensor([[0], [2], [0]]).expand(3, 5)
+    arguments = {"reduce": reduce, "include_self": include_self}
+    expected = torch.scatter_reduce(x, 0, index, y, **arguments)
+    for layout in LAYOUTS.values():
+        there = [on_npu(x, layout), 0, index.to("npu"), on_npu(y, layout)]
+        assert_close(torch.scatter_reduce(*there, **arguments), expected)
+        out = torch.empty(4, 5, device="npu")  # what is asked for a result to write runs on the NPU in any case
+        torch.scatter_reduce(*there, **arguments, out=out)
+        assert_close(out, expected, factor=2)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_split_into_given_tensors(dtype: torch.dtype) -> None:
+    sizes = [2000 + i for i in range(33)]  # what torch_npu hands to the operator at once: 33 to 64 parts of long rows
+    x = numbers((3, sum(sizes)), dtype)
+    for layout in LAYOUTS.values():
+        out = [torch.empty(3, size, dtype=dtype, device="npu") for size in sizes]
+        torch.split_with_sizes_copy(on_npu(x, layout), sizes, 1, out=out)
+        for actual, expected in zip(out, x.split(sizes, 1), strict=True):
+            assert_close(actual, expected)
 
 
 def test_item_and_printing() -> None:

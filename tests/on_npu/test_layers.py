@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -42,6 +44,83 @@ def test_norms_with_weights(dtype: torch.dtype) -> None:
     weight, bias = numbers((4,), dtype, seed=1), numbers((4,), dtype, seed=2)
     expected = F.group_norm(reference(x), 2, reference(weight), reference(bias), 1e-3)
     assert_close(F.group_norm(x.to("npu"), 2, weight.to("npu"), bias.to("npu"), 1e-3), expected, factor=4)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_statistics_of_norms(dtype: torch.dtype) -> None:
+    x, weight, bias = numbers((2, 6, 5), dtype), numbers((6,), dtype, seed=1), numbers((6,), dtype, seed=2)
+    wide = [reference(t) for t in (x, weight, bias)]
+    _, mean, rstd = torch.native_layer_norm(x.to("npu"), (5,), None, None, 1e-3)
+    _, *expected = torch.native_layer_norm(wide[0], (5,), None, None, 1e-3)
+    for actual, wanted in zip((mean, rstd), expected, strict=True):
+        assert_close(actual, wanted, factor=4)
+    actual = torch.native_group_norm(*(t.to("npu") for t in (x, weight, bias)), 2, 6, 5, 3, 1e-3)
+    for result, wanted in zip(actual, torch.native_group_norm(*wide, 2, 6, 5, 3, 1e-3), strict=True):
+        assert_close(result, wanted, factor=8)
+
+
+COMPATIBLE = """
+import torch, torch_npu
+torch.npu.set_compile_mode(jit_compile=False)
+torch.npu.use_compatible_impl(True)
+x, weight, bias = torch.arange(12.0).view(2, 6) ** 2, torch.arange(6.0), torch.arange(6.0).flip(0)
+actual = torch.nn.functional.layer_norm(x.npu(), (6,), weight.npu(), bias.npu(), 1e-3).cpu()
+torch.testing.assert_close(actual, torch.nn.functional.layer_norm(x, (6,), weight, bias, 1e-3))
+"""
+
+
+def test_layer_norm_of_the_compatible_implementation() -> None:
+    subprocess.run([sys.executable, "-c", COMPATIBLE], check=True)  # torch_npu asks once in a process
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_npu_add_layer_norm(dtype: torch.dtype) -> None:
+    x, y = numbers((3, 5, 32), dtype), numbers((3, 5, 32), dtype, seed=1)
+    gamma, beta = numbers((32,), dtype, seed=2), numbers((32,), dtype, seed=3)
+    there = [t.to("npu") for t in (x, y, gamma, beta)]
+    out, mean, rstd, total = torch_npu.npu_add_layer_norm(*there, epsilon=1e-3, additional_output=True)
+    added = reference(x) + reference(y)
+    assert_close(out, F.layer_norm(added, (32,), reference(gamma), reference(beta), 1e-3), factor=8)
+    assert_close(mean, added.mean(-1, keepdim=True), factor=4)
+    assert_close(rstd, torch.rsqrt(added.var(-1, correction=0, keepdim=True) + 1e-3), factor=4)
+    assert_close(total, added)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_npu_add_rms_norm(dtype: torch.dtype) -> None:
+    x, y, gamma = (numbers(shape, dtype, i) for i, shape in enumerate(((3, 5, 32), (3, 5, 32), (32,))))
+    out, rstd, total = torch_npu.npu_add_rms_norm(x.to("npu"), y.to("npu"), gamma.to("npu"), epsilon=1e-3)
+    added = reference((reference(x) + reference(y)).to(dtype))
+    scale = torch.rsqrt(added.square().mean(-1, keepdim=True) + 1e-3)
+    assert_close(out, added * scale * reference(gamma), factor=4)
+    assert_close(rstd, scale, factor=4)
+    assert_close(total, added)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_masked_softmax(dtype: torch.dtype) -> None:
+    x, dropped = numbers((2, 3, 32, 64), dtype), numbers((2, 3, 32, 64), torch.bool, seed=1)
+    expected = reference(x).masked_fill(dropped, -torch.inf).softmax(-1)
+    assert_close(torch._masked_softmax(x.to("npu"), dropped.to("npu"), -1, 2), expected, factor=4)
+
+
+@pytest.mark.skipif(SATURATES, reason="310P has no kernel")
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_activations_of_910b(dtype: torch.dtype) -> None:
+    x, weight, bias = numbers((2, 6, 4, 8), dtype), numbers((6,), dtype, seed=1), numbers((6,), dtype, seed=2)
+    wide = reference(x)
+    assert_close(torch_npu.npu_fast_gelu(x.to("npu")), wide * torch.sigmoid(1.702 * wide), factor=4)
+    left, right = wide.chunk(2, dim=-1)
+    for approximate in ("none", "tanh"):
+        actual = torch_npu.npu_gelu_mul(x.to("npu"), approximate=approximate)
+        assert_close(actual, F.gelu(left, approximate=approximate) * right, factor=4)
+    there = x.to("npu"), 3, weight.to("npu"), bias.to("npu")
+    out, mean, rstd = torch_npu.npu_group_norm_swish(*there, eps=1e-3, swish_scale=0.5)
+    normed = F.group_norm(wide, 3, reference(weight), reference(bias), 1e-3)
+    assert_close(out, normed * torch.sigmoid(0.5 * normed), factor=8)
+    groups = wide.view(2, 3, -1)
+    assert_close(mean, groups.mean(-1), factor=4)
+    assert_close(rstd, torch.rsqrt(groups.var(-1, correction=0) + 1e-3), factor=4)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -106,6 +185,13 @@ def test_npu_group_norm_silu(dtype: torch.dtype) -> None:
     assert_close(rstd, torch.rsqrt(groups.var(-1, correction=0) + 1e-4), factor=4)
 
 
+def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, mode: str) -> torch.Tensor:
+    if mode == "half":
+        left, right = x.chunk(2, dim=-1)
+        return x * cos + torch.cat([-right, left], dim=-1) * sin
+    return x * cos + torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2) * sin
+
+
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("mode", ("half", "interleave"))
 def test_npu_rotary_mul(mode: str, dtype: torch.dtype) -> None:
@@ -114,14 +200,19 @@ def test_npu_rotary_mul(mode: str, dtype: torch.dtype) -> None:
     x = numbers((2, 3, 5, 64), dtype)
     angles = numbers((1, 1, 5, 64), torch.float32, seed=1)
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-    wide = reference(x)
-    if mode == "half":
-        left, right = wide.chunk(2, dim=-1)
-        rotated = torch.cat([-right, left], dim=-1)
-    else:
-        rotated = torch.stack([-wide[..., 1::2], wide[..., ::2]], dim=-1).flatten(-2)
     out = torch_npu.npu_rotary_mul(x.to("npu"), cos.to("npu"), sin.to("npu"), mode)
-    assert_close(out, wide * reference(cos) + rotated * reference(sin), factor=4)
+    assert_close(out, rotary(reference(x), reference(cos), reference(sin), mode), factor=4)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("mode", ("half", "interleave"))
+def test_npu_apply_rotary_pos_emb(mode: str, dtype: torch.dtype) -> None:
+    query, key = numbers((2, 5, 3, 128), dtype), numbers((2, 5, 1, 128), dtype, seed=1)
+    angles = numbers((2, 5, 1, 128), torch.float32, seed=2)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    there = [t.to("npu") for t in (query, key, cos, sin)]
+    for x, actual in zip((query, key), torch_npu.npu_apply_rotary_pos_emb(*there, "BSND", mode), strict=True):
+        assert_close(actual, rotary(reference(x), reference(cos), reference(sin), mode), factor=4)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)

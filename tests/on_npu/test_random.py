@@ -6,8 +6,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch_npu
 
 from tests.on_npu.helpers import FLOATS
+
+
+def _full(value: float, dtype: torch.dtype) -> torch.Tensor:
+    return torch.full((5000,), value, dtype=dtype, device="npu")
+
 
 DRAWS: dict[str, Callable[[torch.dtype], torch.Tensor]] = {
     "randn": lambda dtype: torch.randn(5000, dtype=dtype, device="npu"),
@@ -15,6 +21,13 @@ DRAWS: dict[str, Callable[[torch.dtype], torch.Tensor]] = {
     "normal_": lambda dtype: torch.empty(5000, dtype=dtype, device="npu").normal_(3, 2),
     "uniform_": lambda dtype: torch.empty(5000, dtype=dtype, device="npu").uniform_(-2, 6),
     "bernoulli_": lambda dtype: torch.empty(5000, dtype=dtype, device="npu").bernoulli_(0.25),
+    "bernoulli_ of tensor": lambda dtype: torch.empty(5000, dtype=dtype, device="npu").bernoulli_(_full(0.25, dtype)),
+    "normal": lambda dtype: torch.normal(_full(3, dtype), _full(2, dtype)),
+    "normal of means": lambda dtype: torch.normal(_full(3, dtype), 2.0),
+    "normal of deviations": lambda dtype: torch.normal(3.0, _full(2, dtype)),
+    "normal of numbers": lambda dtype: torch.normal(3.0, 2.0, (5000,), dtype=dtype, device="npu"),
+    "exponential_": lambda dtype: torch.empty(5000, dtype=dtype, device="npu").exponential_(0.5),
+    "npu_sim_exponential_": lambda dtype: torch_npu.npu_sim_exponential_(_full(0, dtype), 0.5),
     "randint": lambda dtype: torch.randint(-3, 4, (5000,), device="npu").to(dtype),
 }
 MOMENTS = {
@@ -23,6 +36,9 @@ MOMENTS = {
     "normal_": (3, 2),
     "uniform_": (2, 8 * 12**-0.5),
     "bernoulli_": (0.25, 0.75**0.5 / 2),
+    "bernoulli_ of tensor": (0.25, 0.75**0.5 / 2),
+    **dict.fromkeys(("normal", "normal of means", "normal of deviations", "normal of numbers"), (3, 2)),
+    **dict.fromkeys(("exponential_", "npu_sim_exponential_"), (2, 2)),
     "randint": (0, 2),
 }
 

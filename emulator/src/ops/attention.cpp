@@ -143,7 +143,7 @@ void refuse_any(std::initializer_list<Tensor> tensors) {
 }
 
 // The statistics that the backward pass reads: float32, eight equal values a row.
-void put_statistics(const Tensor& out, const Tensor& rows) { move(out, rows.expand(out.sizes())); }
+void put_statistics(const Tensor& out, const Tensor& rows) { move(out, rows.repeat_interleave(out.size(-1), -1)); }
 
 Tensor as_bias(const Tensor& bias) { return bias.defined() ? up(bias) : bias; }
 
@@ -165,10 +165,11 @@ void training_attention(const Tensor& query, const Tensor& key, const Tensor& va
     put_statistics(sum, attended.sum);
 }
 
-// Sequences of different lengths, one after the other: [tokens, heads, head_dim] and cumulative lengths.
+// Sequences of different lengths, one after the other: [tokens, heads, head_dim] and cumulative lengths. The statistics
+// of a sequence are [heads, tokens, 8] in any case, unless `statistics_as_input`.
 void packed_attention(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& mask, const Ints& query_ends,
                       const Ints& key_ends, double scale, int64_t pre, int64_t next, int64_t inner_precise, int64_t sparse_mode,
-                      const Tensor& maximum, const Tensor& sum, const Tensor& out) {
+                      bool statistics_as_input, const Tensor& maximum, const Tensor& sum, const Tensor& out) {
     TORCH_CHECK(query_ends.size() == key_ends.size(), "there are ", query_ends.size(), " query lengths and ", key_ends.size(),
                 " key lengths");
     int64_t query_start = 0, key_start = 0;
@@ -183,8 +184,9 @@ void packed_attention(const Tensor& query, const Tensor& key, const Tensor& valu
         const Attended attended = attend(q, k, v, options);
         const auto part = [&](const Tensor& x) { return x.narrow(0, query_start, q.size(2)); };
         put(part(out), to_tnd(attended.out));
-        put_statistics(part(maximum), to_tnd(attended.maximum));
-        put_statistics(part(sum), to_tnd(attended.sum));
+        const auto rows = [&](const Tensor& x) { return statistics_as_input ? to_tnd(x) : x.squeeze(0); };
+        put_statistics(part(maximum), rows(attended.maximum));
+        put_statistics(part(sum), rows(attended.sum));
         query_start = query_ends[i];
         key_start = key_ends[i];
     }
@@ -224,7 +226,6 @@ ACLNN(PromptFlashAttentionV3,
           {numHeads, scaleValue, preTokens, nextTokens, inputLayout, numKeyValueHeads, sparseMode, innerPrecise,      \
            actualSeqLengths.value_or(Ints()), actualSeqLengthsKv.value_or(Ints())},                                   \
           attentionOut, softmaxLseFlag ? softmaxLse : Tensor())
-ACLNN(FusedInferAttentionScoreV2, (FUSED_INFER_TENSORS, FUSED_INFER_NUMBERS, Tensor attentionOut, Tensor softmaxLse) { FUSED_INFER; })
 ACLNN(FusedInferAttentionScoreV3, (FUSED_INFER_TENSORS, Tensor queryRope, Tensor keyRope, Tensor keyRopeAntiquantScale,
                                    FUSED_INFER_NUMBERS, Tensor attentionOut, Tensor softmaxLse) {
     refuse_any({queryRope, keyRope, keyRopeAntiquantScale});
@@ -248,11 +249,17 @@ ACLNN(FusedInferAttentionScoreV4, (FUSED_INFER_TENSORS, Tensor queryRope, Tensor
                        headNum, inputLayout, innerPrecise, sparseMode, softmaxMax, softmaxSum, attentionOut)
 ACLNN(FlashAttentionScore, (FLASH_TENSORS, MaybeInts prefix, FLASH_NUMBERS, FLASH_RESULTS) { FLASH; })
 ACLNN(FlashAttentionScoreV2, (FLASH_TENSORS, MaybeInts prefix, MaybeInts qStartIdx, MaybeInts kvStartIdx, FLASH_NUMBERS,
-                              int64_t pseType, FLASH_RESULTS) { FLASH; })
-#define PACKED                                                                                                     \
+                              int64_t pseType, FLASH_RESULTS) {
+    constexpr int64_t kScaleThenAdd = 1;
+    TORCH_CHECK(!realShift.defined() || pseType == kScaleThenAdd, "pse_type ", pseType, " is not emulated");
+    FLASH;
+})
+#define PACKED(STATISTICS_AS_INPUT)                                                                                \
+    TORCH_CHECK(!realShift.defined() && !dropMask.defined() && keepProb == 1,                                      \
+                "a bias and dropout of packed sequences are not emulated");                                        \
     packed_attention(query, key, value, attenMask, actualSeqQLen, actualSeqKvLen, scaleValue, preTokens, nextTokens, \
-                     innerPrecise, sparseMode, softmaxMax, softmaxSum, attentionOut)
+                     innerPrecise, sparseMode, STATISTICS_AS_INPUT, softmaxMax, softmaxSum, attentionOut)
 ACLNN(FlashAttentionVarLenScore, (FLASH_TENSORS, MaybeInts prefix, Ints actualSeqQLen, Ints actualSeqKvLen, FLASH_NUMBERS,
-                                  FLASH_RESULTS) { PACKED; })
+                                  FLASH_RESULTS) { PACKED(false); })
 ACLNN(FlashAttentionVarLenScoreV4, (FLASH_TENSORS, MaybeInts prefix, Ints actualSeqQLen, Ints actualSeqKvLen, FLASH_NUMBERS,
-                                    std::string softmaxOutLayout, FLASH_RESULTS) { PACKED; })
+                                    std::string softmaxOutLayout, FLASH_RESULTS) { PACKED(softmaxOutLayout == "same_as_input"); })

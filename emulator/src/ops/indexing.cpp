@@ -20,15 +20,11 @@ c10::List<std::optional<Tensor>> index_list(const Tensors& indices, bool result_
     return list;
 }
 
-// The codes of torch_npu, in its own two orders.
-Tensor scatter(const Tensor& self, int64_t dim, const Tensor& index, const Tensor& source, int64_t reduce) {
-    constexpr int64_t kAdd = 1, kMultiply = 2;
-    if (reduce == kAdd) return at::scatter(self, dim, index, source, "add");
-    if (reduce == kMultiply) return at::scatter(self, dim, index, source, "multiply");
+// `source` is a tensor or a number.
+template <class Source>
+Tensor scatter(const Tensor& self, int64_t dim, const Tensor& index, const Source& source, int64_t reduce) {
+    TORCH_CHECK(reduce == 0, "reduction ", reduce, " is not emulated: torch_npu reduces on the CPU");
     return at::scatter(self, dim, index, source);
-}
-Tensor scatter(const Tensor& self, int64_t dim, const Tensor& index, const Scalar& value, int64_t reduce) {
-    return scatter(self, dim, index, at::full(index.sizes(), value, self.options()), reduce);
 }
 Tensor scatter_reduce(const Tensor& self, int64_t dim, const Tensor& index, const Tensor& source, int64_t reduce,
                       bool include_self) {
@@ -37,8 +33,6 @@ Tensor scatter_reduce(const Tensor& self, int64_t dim, const Tensor& index, cons
     if (reduce == 0) return at::scatter(self, dim, index, source);
     return at::scatter_reduce(self, dim, index, source, kNames[reduce], include_self);
 }
-
-Tensor whole(const Ints& values) { return at::tensor(values, at::kLong); }
 
 }  // namespace
 }  // namespace cann
@@ -60,8 +54,6 @@ MOVE(RepeatInterleaveIntWithDim, (Tensor self, int64_t repeats, int64_t dim, int
      at::repeat_interleave(self, repeats, dim))
 MOVE(RepeatInterleaveTensor, (Tensor repeats, int64_t output_size), at::repeat_interleave(repeats.to(at::kLong)))
 MOVE(ConstantPadNd, (Tensor self, Ints pad, Scalar value), at::constant_pad_nd(self, pad, value))
-MOVE(ConfusionTranspose, (Tensor x, Ints perm, Ints shape, bool transpose_first),
-     transpose_first ? x.permute(perm).reshape(shape) : x.reshape(shape).permute(perm))
 MOVE(ChannelShuffle, (Tensor self, int64_t groups), at::channel_shuffle(self, groups))
 
 MOVE(Embedding, (Tensor weight, Tensor indices), at::embedding(weight, indices))
@@ -76,7 +68,6 @@ FUNCTION(IndexAdd, (Tensor self, int64_t dim, Tensor index, Tensor source, Scala
          at::index_add(self, dim, index, source, alpha))
 MOVE_BOTH(IndexCopy, (Tensor self, int64_t dim, Tensor index, Tensor source), at::index_copy(self, dim, index.to(at::kLong), source))
 MOVE_BOTH(IndexFill, (Tensor self, int64_t dim, Tensor index, Scalar value), at::index_fill(self, dim, index.to(at::kLong), value))
-MOVE_BOTH(IndexFillTensor, (Tensor self, int64_t dim, Ints index, Scalar value), at::index_fill(self, dim, whole(index), value))
 
 BOTH(Scatter, (Tensor self, int64_t dim, Tensor index, Tensor src, int64_t reduce),
      scatter(self, dim, index.to(at::kLong), src, reduce))

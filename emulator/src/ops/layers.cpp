@@ -138,17 +138,12 @@ ACLNN(AddLayerNorm, (Tensor x1, Tensor x2, Tensor gamma, Tensor beta, Tensor bia
 })
 
 ACLNN(RotaryPositionEmbedding, (Tensor x, Tensor cos, Tensor sin, int64_t mode, Tensor out) { put(out, rotary(x, cos, sin, mode)); })
-ACLNN(ApplyRotaryPosEmb, (Tensor query, Tensor key, Tensor cos, Tensor sin, int64_t layout) {
-    put(query, rotary(query, cos, sin, kHalf));
-    put(key, rotary(key, cos, sin, kHalf));
-})
 ACLNN(ApplyRotaryPosEmbV2, (Tensor query, Tensor key, Tensor cos, Tensor sin, int64_t layout, std::string mode) {
     const int64_t code = mode == "interleave" ? kInterleave : kHalf;
     put(query, rotary(query, cos, sin, code));
     put(key, rotary(key, cos, sin, code));
 })
 
-FUNCTION(UpsampleNearest2d, (Tensor self, Ints size), at::upsample_nearest2d(self, size))
 // A scale of 0 or below stands for one that was not given.
 FUNCTION(UpsampleNearest2dV2, (Tensor self, Ints size, float scale_h, float scale_w),
          at::upsample_nearest2d(self, size, scale_h > 0 ? std::optional<double>(scale_h) : std::nullopt,

@@ -34,7 +34,6 @@ PRODUCT(Mm, at::mm)
 PRODUCT(Matmul, at::matmul)
 PRODUCT(MatmulWeightNz, at::matmul)
 PRODUCT(BatchMatMul, at::bmm)
-PRODUCT(BatchMatMulWeightNz, at::bmm)
 ACLNN(Mv, (Tensor self, Tensor vec, Tensor out, int8_t cube_math_type) {
     put(out, at::mv(cube(self, cube_math_type), cube(vec, cube_math_type)));
 })
@@ -56,9 +55,6 @@ ACLNN(Addmv, (Tensor self, Tensor mat, Tensor vec, Scalar alpha, Scalar beta, Te
 })
 ACLNN(Baddbmm, (Tensor self, Tensor batch1, Tensor batch2, Scalar beta, Scalar alpha, Tensor out, int8_t cube_math_type) {
     put(out, baddbmm(self, batch1, batch2, beta, alpha, cube_math_type));
-})
-ACLNN(InplaceBaddbmm, (Tensor self, Tensor batch1, Tensor batch2, Scalar beta, Scalar alpha, int8_t cube_math_type) {
-    put(self, baddbmm(self, batch1, batch2, beta, alpha, cube_math_type));
 })
 ACLNN(Addbmm, (Tensor self, Tensor batch1, Tensor batch2, Scalar beta, Scalar alpha, Tensor out, int8_t cube_math_type) {
     const Tensor product = at::bmm(up(cube(batch1, cube_math_type)), up(cube(batch2, cube_math_type))).sum(0);

@@ -89,8 +89,10 @@ FUNCTION(NormalTensorTensor, (Tensor mean, Tensor std, int64_t seed, int64_t off
 FUNCTION(NormalTensorFloat, (Tensor mean, float std, int64_t seed, int64_t offset), normal(out.sizes(), seed, offset) * std + mean)
 FUNCTION(NormalFloatTensor, (float mean, Tensor std, int64_t seed, int64_t offset), normal(out.sizes(), seed, offset) * std + mean)
 FUNCTION(NormalFloatFloat, (float mean, float std, int64_t seed, int64_t offset), normal(out.sizes(), seed, offset) * std + mean)
-INPLACE(Uniform, (Tensor self, double from, double to, uint64_t seed, uint64_t offset),
-        uniform(self.sizes(), seed, offset) * (to - from) + from)
+ACLNN(InplaceUniform, (Tensor self, double from, double to, uint64_t seed, uint64_t offset) {
+    put(self, uniform(self.sizes(), seed, offset) * (to - from) + from);
+    self.masked_fill_(self == to, from);  // `to` is excluded, but 16 bits may round to it
+})
 INPLACE(Random, (Tensor self, int64_t from, int64_t to, int64_t seed, int64_t offset), integers(self.sizes(), from, to, seed, offset))
 INPLACE(Bernoulli, (Tensor self, Scalar p, int64_t seed, int64_t offset), uniform(self.sizes(), seed, offset) < p)
 INPLACE(BernoulliTensor, (Tensor self, Tensor p, int64_t seed, int64_t offset), uniform(self.sizes(), seed, offset) < p)
@@ -101,9 +103,9 @@ ACLNN(SimThreadExponential, (Tensor self, int64_t count, double lambda, int64_t 
     put(self, -at::log1p(-uniform(self.sizes(), seed, offset)) / lambda);
 })
 
-// A bit for each element, 1 to keep it, in whole groups of 128 bits.
+// A bit for each element, 1 to keep it, in whole groups of 128 bits. The draw is that of Bernoulli(1 - prob).
 ACLNN(DropoutGenMaskV2, (Ints shape, double prob, int64_t seed, int64_t offset, ScalarType prob_dtype, Tensor out) {
-    const Tensor kept = (uniform({out.numel() * 8}, seed, offset) >= prob).view({-1, 8}).to(at::kInt);
+    const Tensor kept = (uniform({out.numel() * 8}, seed, offset) < 1 - prob).view({-1, 8}).to(at::kInt);
     const Tensor weights = at::tensor({1, 2, 4, 8, 16, 32, 64, 128}, at::kInt);
     move(out, (kept * weights).sum(-1));
 })
@@ -111,9 +113,4 @@ ACLNN(DropoutDoMask, (Tensor self, Tensor mask, double prob, Tensor out) {
     const Tensor bits = mask.to(at::kInt).unsqueeze(-1).bitwise_right_shift(at::arange(8, at::kInt)).bitwise_and(1);
     const Tensor kept = bits.flatten().narrow(0, 0, self.numel()).view(self.sizes());
     put(out, prob >= 1 ? at::zeros_like(self) : up(self) * kept / (1 - prob));
-})
-ACLNN(DropoutV3, (Tensor self, Tensor noise_shape, double p, int64_t seed, int64_t offset, Tensor out, Tensor mask) {
-    const Tensor kept = uniform(self.sizes(), seed, offset) >= p;
-    put(out, p >= 1 ? at::zeros_like(self) : up(self) * kept / (1 - p));
-    move(mask, kept);
 })

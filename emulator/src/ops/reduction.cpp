@@ -75,7 +75,6 @@ FUNCTION(SearchSorted, (Tensor sequence, Tensor self, bool int32, bool right, Te
          at::searchsorted(sequence, self, int32, right, std::nullopt, sorter.defined() ? std::optional(sorter) : std::nullopt))
 FUNCTION(SearchSorteds, (Tensor sequence, Scalar self, bool int32, bool right, Tensor sorter),
          at::searchsorted(sequence, self, int32, right, std::nullopt, sorter.defined() ? std::optional(sorter) : std::nullopt))
-FUNCTION(Bucketize, (Tensor self, Tensor boundaries, bool int32, bool right), at::bucketize(self, boundaries, int32, right))
 FUNCTION(IsInTensorScalar, (Tensor element, Scalar test, bool unique, bool invert), at::isin(element, test, unique, invert))
 FUNCTION(IsInScalarTensor, (Scalar element, Tensor test, bool unique, bool invert), at::isin(element, test, unique, invert))
 
