@@ -107,7 +107,8 @@ def best_dtype(device: torch.device) -> torch.dtype:
     if device.type == "cpu":
         return torch.float32
     module = torch.get_device_module(device)
-    has_bfloat16 = module.is_bf16_supported(including_emulation=False)
+    emulation = {"including_emulation": False} if device.type == "cuda" else {}  # which torch_npu 2.10 does not take
+    has_bfloat16 = module.is_bf16_supported(**emulation)
     return torch.bfloat16 if has_bfloat16 else torch.float16
 
 

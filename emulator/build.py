@@ -123,9 +123,15 @@ def _digest(site: Path) -> str:
     return digest.hexdigest()[:16]
 
 
+def _headers(site: Path) -> tuple[Path, ...]:
+    """Where the wheel keeps CANN's C headers; releases before 2.11 have them in the second place only."""
+    include = site / "torch_npu/include"
+    return include, include / "third_party/acl/inc"
+
+
 def _compile_all(site: Path, out: Path, jobs: int) -> list[Path]:
     torch = torch_dir() / "include"
-    includes = [f"-I{path}" for path in (SOURCES, out, site / "torch_npu/include")]
+    includes = [f"-I{path}" for path in (SOURCES, out, *_headers(site))]
     includes += [f"-isystem{path}" for path in (torch, torch / "torch/csrc/api/include")]
     options = [*FLAGS, f"-D_GLIBCXX_USE_CXX11_ABI={_torch_abi()}", *includes]
     sources = _sources()

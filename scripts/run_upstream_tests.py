@@ -104,6 +104,12 @@ def read_report(report: Path) -> Outcomes:
     return tests
 
 
+def only(files: Sequence[str], outcomes: dict[str, Any]) -> dict[str, Any]:
+    """The outcomes of the tests of `files`."""
+    modules = tuple(f"{name.removesuffix('.py').replace('/', '.')}." for name in files)
+    return outcomes | {"tests": {name: test for name, test in outcomes["tests"].items() if name.startswith(modules)}}
+
+
 def compare(baseline: dict[str, Any], current: dict[str, Any]) -> int:
     """Prints every test that ended otherwise than in `baseline`; returns how many passed there and do not now."""
     before, after = baseline["tests"], current["tests"]
@@ -145,6 +151,8 @@ def main() -> int:
     outcomes = run_tests(arguments.source, arguments.online, arguments.device, arguments.files)
     write_json(arguments.output, outcomes)
     print(f"diffusers {outcomes['diffusers']} in {outcomes['path']}: {outcomes['counts']}")
+    if baseline and arguments.files is not FILES:
+        baseline = only(arguments.files, baseline)
     return 1 if baseline and compare(baseline, outcomes) else 0
 
 

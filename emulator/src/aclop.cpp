@@ -170,31 +170,83 @@ void clear_float_status(const Operands&, const Operands& outputs, const aclopAtt
 }
 void alloc_float_status(const Operands&, const Operands& outputs, const aclopAttr&) { outputs.at(0)->read().zero_(); }
 
+// Rounds as put() does, also where the output is in a private format: that is when torch_npu comes here.
+void put_stored(const TensorArgument& out, const at::Tensor& value) {
+    const at::Tensor rounded = at::empty(out.sizes, out.dtype);
+    put(rounded, value);
+    store(rounded, out);
+}
+
 void cast(const Operands& inputs, const Operands& outputs, const aclopAttr&) {
-    put(outputs.at(0)->read(), inputs.at(0)->read());
+    put_stored(*outputs.at(0), inputs.at(0)->read());
 }
 
 void less_equal(const Operands& inputs, const Operands& outputs, const aclopAttr&) {
-    put(outputs.at(0)->read(), at::le(inputs.at(0)->read(), inputs.at(1)->read()));
+    put_stored(*outputs.at(0), at::le(inputs.at(0)->read(), inputs.at(1)->read()));
+}
+
+void swish(const Operands& inputs, const Operands& outputs, const aclopAttr& attributes) {
+    const at::Tensor x = up(inputs.at(0)->read());
+    put_stored(*outputs.at(0), x * at::sigmoid(x * std::stod(attributes.values.at("scale"))));
+}
+
+std::vector<int64_t> whole_numbers(const TensorArgument& input) {
+    const at::Tensor values = input.read().to(at::kLong).contiguous();
+    return {values.data_ptr<int64_t>(), values.data_ptr<int64_t>() + values.numel()};
+}
+
+void transpose(const Operands& inputs, const Operands& outputs, const aclopAttr&) {
+    store(inputs.at(0)->read().permute(whole_numbers(*inputs.at(1))), *outputs.at(0));
+}
+
+void slice(const Operands& inputs, const Operands& outputs, const aclopAttr&) {
+    const auto starts = whole_numbers(*inputs.at(1)), sizes = whole_numbers(*inputs.at(2));
+    at::Tensor part = inputs.at(0)->read();
+    for (size_t dim = 0; dim < starts.size(); ++dim) part = part.narrow(dim, starts[dim], sizes[dim]);
+    store(part, *outputs.at(0));
+}
+
+void strided_slice(const Operands& inputs, const Operands& outputs, const aclopAttr& attributes) {
+    for (const auto& [name, value] : attributes.values) TORCH_CHECK(value == "0", "the attribute ", name, " is not emulated");
+    const auto starts = whole_numbers(*inputs.at(1)), ends = whole_numbers(*inputs.at(2)), steps = whole_numbers(*inputs.at(3));
+    at::Tensor part = inputs.at(0)->read();
+    for (size_t dim = 0; dim < starts.size(); ++dim) part = part.slice(dim, starts[dim], ends[dim], steps[dim]);
+    store(part, *outputs.at(0));
+}
+
+void matmul(const Operands& inputs, const Operands& outputs, const aclopAttr& attributes) {
+    constexpr int8_t kAllowLower = 1;
+    const auto operand = [&](size_t index, const char* transposed) {
+        const auto attribute = attributes.values.find(transposed);
+        const at::Tensor matrix = cube(inputs.at(index)->read(), kAllowLower);
+        return attribute != attributes.values.end() && attribute->second == "1" ? matrix.transpose(-1, -2) : matrix;
+    };
+    const at::Tensor product = at::matmul(operand(0, "transpose_x1"), operand(1, "transpose_x2"));
+    put(outputs.at(0)->read(), inputs.size() > 2 ? product + up(inputs[2]->read()) : product);
 }
 
 void rotary_mul(const Operands& inputs, const Operands& outputs, const aclopAttr&) {
     const at::Tensor x = up(inputs.at(0)->read());
     const auto parts = x.chunk(2, -1);
     const at::Tensor rotated = at::cat({-parts[1], parts[0]}, -1);
-    put(outputs.at(0)->read(), x * up(inputs.at(1)->read()) + rotated * up(inputs.at(2)->read()));
+    put_stored(*outputs.at(0), x * up(inputs.at(1)->read()) + rotated * up(inputs.at(2)->read()));
 }
 
 const std::map<std::string, Kernel> kKernels{
     {"Cast", cast},
     {"Identity", identity},
     {"LessEqual", less_equal},
+    {"MatMul", matmul},
     {"NPUAllocFloatStatus", alloc_float_status},
     {"NPUGetFloatStatus", get_float_status},
     {"NPUGetFloatStatusV2", get_float_status},
     {"NPUClearFloatStatus", clear_float_status},
     {"NPUClearFloatStatusV2", clear_float_status},
     {"RotaryMul", rotary_mul},
+    {"Slice", slice},
+    {"StridedSlice", strided_slice},
+    {"Swish", swish},
+    {"Transpose", transpose},
 };
 
 }  // namespace

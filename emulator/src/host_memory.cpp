@@ -5,6 +5,13 @@
 
 using namespace cann;
 
+namespace {
+
+// ACL_ERROR_HOST_MEMORY_ALREADY_REGISTERED and ..._NOT_REGISTERED, which older headers do not have.
+constexpr aclError kAlreadyRegistered = 507910, kNotRegistered = 507911;
+
+}  // namespace
+
 CANN_API aclError aclrtMallocHost(void** address, size_t size) {
     constexpr size_t kAlignment = 4096;
     *address = std::aligned_alloc(kAlignment, (size + kAlignment - 1) / kAlignment * kAlignment);
@@ -23,7 +30,7 @@ CANN_API aclError aclrtFreeHost(void* address) {
 
 // The device sees registered host memory at its own address: there is one address space.
 CANN_API aclError aclrtHostRegister(void* address, uint64_t size, aclrtHostRegisterType, void** device_address) {
-    if (find_region(address)) return fail(ACL_ERROR_HOST_MEMORY_ALREADY_REGISTERED, "%p is registered", address);
+    if (find_region(address)) return fail(kAlreadyRegistered, "%p is registered", address);
     add_region({static_cast<char*>(address), size, kHost});
     *device_address = address;
     return ACL_SUCCESS;
@@ -36,5 +43,5 @@ CANN_API aclError aclrtHostRegisterV2(void* address, uint64_t size, uint32_t) {
 
 CANN_API aclError aclrtHostUnregister(void* address) {
     if (remove_region(address, true)) return ACL_SUCCESS;
-    return fail(ACL_ERROR_HOST_MEMORY_NOT_REGISTERED, "%p is not registered", address);
+    return fail(kNotRegistered, "%p is not registered", address);
 }

@@ -64,6 +64,8 @@ int refuse(const Call& call);
 // Runs the call in order on the stream, and deletes the executor.
 int launch(Executor* executor, aclrtStream stream);
 int fail_plan(const char* operator_name, const std::exception& error);
+// Writes what a tensor means in the format in which it is stored.
+void store(const Tensor& logical, const TensorArgument& target);
 // Copies between storage formats.
 void recast(const TensorArgument& source, const TensorArgument& target);
 std::vector<std::string> parameter_names(const char* declaration);

@@ -22,6 +22,8 @@ LAYERS: dict[str, Function] = {
     "group norm": lambda x: F.group_norm(x, 2),
     "nearest": lambda x: F.interpolate(x, scale_factor=2.0, mode="nearest"),
     "nearest to size": lambda x: F.interpolate(x, size=(7, 11), mode="nearest"),
+    "bilinear": lambda x: F.interpolate(x, size=(7, 11), mode="bilinear"),
+    "bicubic": lambda x: F.interpolate(x, scale_factor=2.0, mode="bicubic"),
     "leaky relu": lambda x: F.leaky_relu(x, 0.1),
     "glu": lambda x: F.glu(x, dim=1),
     "average pool": lambda x: F.avg_pool2d(x, 2),

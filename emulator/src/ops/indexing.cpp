@@ -64,6 +64,9 @@ MOVE(Index, (Tensor self, Tensors indices), at::index(self, index_list(indices, 
 ACLNN(IndexPutImpl, (Tensor self, Tensors indices, Tensor values, bool accumulate, bool unsafe) {
     put(self, at::index_put(self, index_list(indices, values.numel() == 0), values.to(self.dtype()), accumulate));
 })
+ACLNN(InplacePut, (Tensor self, Tensor index, Tensor source, bool accumulate) {
+    put(self, at::put(self, index.to(at::kLong), source, accumulate));
+})
 FUNCTION(IndexAdd, (Tensor self, int64_t dim, Tensor index, Tensor source, Scalar alpha),
          at::index_add(self, dim, index, source, alpha))
 MOVE_BOTH(IndexCopy, (Tensor self, int64_t dim, Tensor index, Tensor source), at::index_copy(self, dim, index.to(at::kLong), source))

@@ -86,6 +86,7 @@ ACLNN(SwiGlu, (Tensor x, int64_t dim, Tensor out) {
 FUNCTION(Glu, (Tensor self, int64_t dim), at::glu(up(self), dim))
 FUNCTION(LeakyRelu, (Tensor self, Scalar slope), at::leaky_relu(self, slope))
 FUNCTION(Logit, (Tensor self, double eps), at::logit(up(self), eps < 0 ? std::nullopt : std::optional(eps)))
+FUNCTION(ThresholdBackward, (Tensor grad, Tensor self, Scalar threshold), at::threshold_backward(up(grad), up(self), threshold))
 FUNCTION(Softmax, (Tensor self, int64_t dim), at::softmax(up(self), dim))
 FUNCTION(LogSoftmax, (Tensor self, int64_t dim), at::log_softmax(up(self), dim))
 ACLNN(ScaledMaskedSoftmax, (Tensor x, Tensor mask, double scale, bool fixed_triu, Tensor y) {
@@ -144,10 +145,16 @@ ACLNN(ApplyRotaryPosEmbV2, (Tensor query, Tensor key, Tensor cos, Tensor sin, in
     put(key, rotary(key, cos, sin, code));
 })
 
-// A scale of 0 or below stands for one that was not given.
+namespace cann {
+// A scale of 0 stands for one that was not given.
+static std::optional<double> given(double scale) { return scale > 0 ? std::optional(scale) : std::nullopt; }
+}  // namespace cann
 FUNCTION(UpsampleNearest2dV2, (Tensor self, Ints size, float scale_h, float scale_w),
-         at::upsample_nearest2d(self, size, scale_h > 0 ? std::optional<double>(scale_h) : std::nullopt,
-                                scale_w > 0 ? std::optional<double>(scale_w) : std::nullopt))
+         at::upsample_nearest2d(self, size, given(scale_h), given(scale_w)))
+FUNCTION(UpsampleBilinear2d, (Tensor self, Ints size, bool align_corners, double scale_h, double scale_w),
+         at::upsample_bilinear2d(up(self), size, align_corners, given(scale_h), given(scale_w)))
+FUNCTION(UpsampleBicubic2d, (Tensor self, Ints size, bool align_corners, double scale_h, double scale_w),
+         at::upsample_bicubic2d(up(self), size, align_corners, given(scale_h), given(scale_w)))
 ACLNN(AvgPool2d, (Tensor self, Ints kernel, Ints strides, Ints paddings, bool ceil_mode, bool count_include_pad,
                   int64_t divisor, int8_t cube_math_type, Tensor out) {
     put(out, at::avg_pool2d(up(self), kernel, strides, paddings, ceil_mode, count_include_pad,

@@ -1,6 +1,9 @@
 // Random numbers: Philox4x32-10 (Salmon et al., SC 2011) with torch_npu's (seed, offset) as key and counter, so that a
 // draw depends on neither chip nor dtype. The 310P's AI CPU kernels use the same generator; the hardware engine of the
 // 910B is not public, and its numbers are others.
+#include <ATen/Dispatch.h>
+#include <ATen/native/DistributionTemplates.h>
+
 #include <array>
 #include <cmath>
 #include <numbers>
@@ -60,10 +63,18 @@ Tensor normal(at::IntArrayRef shape, uint64_t seed, uint64_t offset) {
     return out;
 }
 
-// Whole numbers from `from` up to, and without, `to`.
-Tensor integers(at::IntArrayRef shape, int64_t from, int64_t to, uint64_t seed, uint64_t offset) {
-    const Tensor drawn = uniform(shape, seed, offset).to(at::kDouble) * static_cast<double>(to - from);
-    return drawn.floor().clamp_max(static_cast<double>(to - from - 1)).to(at::kLong) + from;
+// Whole numbers from `from` up to, and without, `to`, for a tensor of `dtype`.
+Tensor integers(at::IntArrayRef shape, ScalarType dtype, int64_t from, int64_t to, uint64_t seed, uint64_t offset) {
+    if (at::isFloatingType(dtype)) {
+        // As in torch and CANN: no bound that rounding to `dtype` would reach or pass.
+        AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype, "random_", [&] {
+            from = at::native::templates::update_from<scalar_t>(from);
+            to = at::native::templates::update_to<scalar_t>(to);
+        });
+    }
+    const uint64_t count = static_cast<uint64_t>(to) - static_cast<uint64_t>(from);
+    const Tensor drawn = uniform(shape, seed, offset).to(at::kDouble) * static_cast<double>(count);
+    return drawn.floor().clamp_max(static_cast<double>(count - 1)).to(at::kUInt64).view(at::kLong) + from;
 }
 
 Tensor permutation(int64_t n, uint64_t seed, uint64_t offset) { return at::argsort(uniform({n}, seed, offset)); }
@@ -93,7 +104,7 @@ ACLNN(InplaceUniform, (Tensor self, double from, double to, uint64_t seed, uint6
     put(self, uniform(self.sizes(), seed, offset) * (to - from) + from);
     self.masked_fill_(self == to, from);  // `to` is excluded, but 16 bits may round to it
 })
-INPLACE(Random, (Tensor self, int64_t from, int64_t to, int64_t seed, int64_t offset), integers(self.sizes(), from, to, seed, offset))
+INPLACE(Random, (Tensor self, int64_t from, int64_t to, int64_t seed, int64_t offset), integers(self.sizes(), self.scalar_type(), from, to, seed, offset))
 INPLACE(Bernoulli, (Tensor self, Scalar p, int64_t seed, int64_t offset), uniform(self.sizes(), seed, offset) < p)
 INPLACE(BernoulliTensor, (Tensor self, Tensor p, int64_t seed, int64_t offset), uniform(self.sizes(), seed, offset) < p)
 FUNCTION(Randperm, (int64_t n, int64_t seed, int64_t offset), permutation(n, seed, offset))

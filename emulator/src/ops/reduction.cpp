@@ -33,6 +33,7 @@ ACLNN(VarMean, (Tensor self, Ints dims, int64_t correction, bool keepdim, Tensor
 FUNCTION(Norm, (Tensor self, Scalar p, Ints dims, bool keepdim), at::linalg_vector_norm(up(self), p, some(dims), keepdim))
 FUNCTION(LinalgVectorNorm, (Tensor self, Scalar ord, Ints dims, bool keepdim, ScalarType dtype),
          at::linalg_vector_norm(up(self), ord, some(dims), keepdim))
+FUNCTION(Pdist, (Tensor self, float p), at::pdist(up(self), p))
 FUNCTION(LogSumExp, (Tensor self, Ints dims, bool keepdim), at::logsumexp(up(self), dims, keepdim))
 FUNCTION(Cumsum, (Tensor self, int64_t dim, ScalarType dtype), at::cumsum(up(self).to(at::isIntegralType(dtype, true) ? dtype : up(self).scalar_type()), dim))
 FUNCTION(Cumprod, (Tensor input, Scalar dim, ScalarType dtype), at::cumprod(up(input), dim.toLong()))
