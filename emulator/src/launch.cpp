@@ -22,8 +22,7 @@ std::string misplaced(const Call& call, int32_t device) {
             if (tensor->bytes() == 0) continue;
             const Region region = find_region(tensor->begin());
             if (!region || !reaches(device, region.device)) {
-                return std::string("aclnn") + call.operator_name + ": " + argument.name + " is not in the memory of device " +
-                       std::to_string(device);
+                return call.title() + ": " + argument.name + " is not in the memory of device " + std::to_string(device);
             }
         }
     }
@@ -89,19 +88,25 @@ std::string trace_line(const Call& call, const Stream& stream, double microsecon
     std::ostringstream line;
     line << "{\"event\":\"launch\",\"operator\":\"" << call.operator_name << "\",\"tensors\":[" << tensors.str()
          << "],\"attributes\":{" << attributes.str() << "},\"bytes\":" << bytes << ",\"flops\":" << count_flops(call)
-         << ",\"microseconds\":" << microseconds << ",\"device\":" << stream.device << ",\"stream\":" << stream.id << "}";
+         << ",\"microseconds\":" << microseconds << ",\"device\":" << stream.device << ",\"stream\":" << stream.id;
+    if (call.graph != nullptr) line << ",\"graph\":" << quoted(call.graph);
+    line << "}";
     return line.str();
 }
 
-int run(const Executor& executor, const Stream& stream) {
+}  // namespace
+
+int run_now(const Executor& executor, const Stream& stream) {
+    const std::string reason = misplaced(executor.call, stream.device);
+    if (!reason.empty()) return fail_launch(kInvalidParameter, reason);
     const auto start = std::chrono::steady_clock::now();
     try {
         at::AutoDispatchBelowADInplaceOrView below_autograd;
         executor.run();
     } catch (const c10::Error& error) {
-        return fail_launch(kInnerError, std::string("aclnn") + executor.call.operator_name + ": " + error.what_without_backtrace());
+        return fail_launch(kInnerError, executor.call.title() + ": " + error.what_without_backtrace());
     } catch (const std::exception& error) {
-        return fail_launch(kInnerError, std::string("aclnn") + executor.call.operator_name + ": " + error.what());
+        return fail_launch(kInnerError, executor.call.title() + ": " + error.what());
     }
     if (trace::enabled()) {
         const std::chrono::duration<double, std::micro> taken = std::chrono::steady_clock::now() - start;
@@ -110,7 +115,9 @@ int run(const Executor& executor, const Stream& stream) {
     return ACL_SUCCESS;
 }
 
-}  // namespace
+std::string Call::title() const {
+    return graph ? std::string(operator_name) + " in " + graph : std::string("aclnn") + operator_name;
+}
 
 const Argument* Call::find(std::string_view name) const {
     for (const Argument& argument : arguments) {
@@ -174,9 +181,7 @@ int launch(Executor* planned, aclrtStream handle) {
     Stream* stream = find_stream(handle);
     if (stream == nullptr) return fail(ACL_ERROR_INVALID_RESOURCE_HANDLE, "stream %p does not exist", handle);
     if (const aclError error = fault()) return error;
-    const std::string reason = misplaced(executor->call, stream->device);
-    if (!reason.empty()) return fail_launch(kInvalidParameter, reason);
-    return stream->launch([executor, stream] { return run(*executor, *stream); });
+    return stream->launch([executor, stream] { return run_now(*executor, *stream); });
 }
 
 }  // namespace cann

@@ -19,6 +19,8 @@
 
 namespace cann {
 
+class Stream;
+
 using at::Scalar;
 using at::ScalarType;
 using at::Tensor;
@@ -48,6 +50,9 @@ struct Argument {
 struct Call {
     const char* operator_name;  // without "aclnn"
     std::vector<Argument> arguments;
+    const char* graph = nullptr;  // the compiled graph that launches it
+
+    std::string title() const;  // for messages
 
     const Argument* find(std::string_view name) const;
     const TensorArgument* tensor(std::string_view name) const;  // nullptr when absent
@@ -63,6 +68,8 @@ struct Executor {
 int refuse(const Call& call);
 // Runs the call in order on the stream, and deletes the executor.
 int launch(Executor* executor, aclrtStream stream);
+// Runs the call: within a task of the stream.
+int run_now(const Executor& executor, const Stream& stream);
 int fail_plan(const char* operator_name, const std::exception& error);
 // Writes what a tensor means in the format in which it is stored.
 void store(const Tensor& logical, const TensorArgument& target);

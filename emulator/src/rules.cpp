@@ -140,19 +140,19 @@ int refuse(const Call& call) {
     for (const Argument& argument : call.arguments) {
         for (const auto& tensor : argument.tensors) {
             if (rules().dtypes.count(dtype_name(tensor->dtype)) == 0) {
-                return fail(kInvalidParameter, "aclnn%s: %s is %s, which %s does not have", call.operator_name,
+                return fail(kInvalidParameter, "%s: %s is %s, which %s does not have", call.title().c_str(),
                             argument.name.c_str(), dtype_name(tensor->dtype), chip().soc.c_str());
             }
             if (is_private(tensor->format) && !takes_private_format(argument)) {
-                return fail(kInvalidParameter, "aclnn%s: %s has the format %s, which the operator does not take",
-                            call.operator_name, argument.name.c_str(), format_name(tensor->format).c_str());
+                return fail(kInvalidParameter, "%s: %s has the format %s, which the operator does not take",
+                            call.title().c_str(), argument.name.c_str(), format_name(tensor->format).c_str());
             }
         }
     }
     const auto [first, last] = rules().operators.equal_range(call.operator_name);
     for (auto rule = first; rule != last; ++rule) {
         if (!holds(rule->second, call)) {
-            return fail(kInvalidParameter, "aclnn%s on %s: %s", call.operator_name, chip().soc.c_str(),
+            return fail(kInvalidParameter, "%s on %s: %s", call.title().c_str(), chip().soc.c_str(),
                         rule->second.text.c_str());
         }
     }

@@ -1,0 +1,28 @@
+// Runs compiled graphs.
+#pragma once
+
+#include "graph/compiler.h"
+
+namespace cann {
+class Stream;
+}
+
+namespace cann::graph {
+
+// What changes from run to run.
+struct Memory {
+    char* constants = nullptr;
+    char* features = nullptr;
+    std::vector<TensorArgument> inputs, outputs;
+};
+
+// Writes the graph's constants to their memory.
+void load_constants(const Compiled& compiled, char* memory);
+
+// Runs all steps; 0, or the code of the first error, which has been reported.
+int run(const Compiled& compiled, const Memory& memory, const Stream& stream);
+
+// Asks the rules of the chip about every step; 0, or the error code, when it refuses one.
+int check_rules(const Compiled& compiled);
+
+}  // namespace cann::graph
