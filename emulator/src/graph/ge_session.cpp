@@ -3,9 +3,23 @@
 
 #include "graph/ge_api.h"
 #include "graph/runner.h"
+#include "graph/settings.h"
 #include "memory.h"
 #include "stream.h"
 #include "trace.h"
+
+namespace cann::graph {
+namespace {
+bool convolutions_in_hf32 = true, products_in_hf32 = false;  // as torch_npu has it by default
+}
+
+bool allows_hf32(Unit unit) { return unit == Unit::kConvolution ? convolutions_in_hf32 : products_in_hf32; }
+
+void set_hf32(const char* digits) {
+    convolutions_in_hf32 = digits[0] == '1';
+    products_in_hf32 = digits[0] != '\0' && digits[1] == '1';
+}
+}  // namespace cann::graph
 
 namespace ge {
 namespace {
@@ -98,7 +112,11 @@ Status CompiledGraphSummary::GetOutputDtypes(std::vector<DataType>& all) const {
     return SUCCESS;
 }
 
-Status GEInitialize(const Options&) { return SUCCESS; }
+Status GEInitialize(const Options& options) {
+    const auto hf32 = options.find("ge.exec.allow_hf32");
+    if (hf32 != options.end()) cann::graph::set_hf32(hf32->second.GetString());
+    return SUCCESS;
+}
 Status GEFinalize() { return SUCCESS; }
 AscendString GEGetWarningMsgV2() { return AscendString(""); }
 std::string GEGetErrorMsg() {

@@ -33,7 +33,7 @@ const Operation* find_operation(const std::string& type) {
     return found == table().end() ? nullptr : &found->second;
 }
 
-const Operands::Input& Operands::find(const char* name) const {
+const Operands::Input& Operands::find(std::string_view name) const {
     static const Input none{"", {}, {}};
     for (const Input& input : inputs_) {
         if (input.name == name) return input;
@@ -41,7 +41,7 @@ const Operands::Input& Operands::find(const char* name) const {
     return none;
 }
 
-Tensor Operands::operator[](const char* name) const { return find(name).tensor; }
+Tensor Operands::operator[](std::string_view name) const { return find(name).tensor; }
 
 std::vector<Tensor> Operands::from(size_t first, size_t last) const {
     std::vector<Tensor> tensors;
@@ -54,7 +54,7 @@ Ints Operands::ints(size_t index) const {
     return values_of(inputs_[index]);
 }
 
-Ints Operands::ints(const char* name) const {
+Ints Operands::ints(std::string_view name) const {
     const Input& input = find(name);
     return input.tensor.defined() ? values_of(input) : Ints();
 }

@@ -33,11 +33,11 @@ public:
 
     size_t size() const { return inputs_.size(); }
     Tensor operator[](size_t index) const { return index < inputs_.size() ? inputs_[index].tensor : Tensor(); }
-    Tensor operator[](const char* name) const;
+    Tensor operator[](std::string_view name) const;
     Tensor up(size_t index) const { return cann::up((*this)[index]); }  // 16-bit floating point as float32
     std::vector<Tensor> from(size_t first, size_t last = SIZE_MAX) const;  // the inputs from first up to last
     Ints ints(size_t index) const;  // the values of an input that must be known when the graph is compiled
-    Ints ints(const char* name) const;
+    Ints ints(std::string_view name) const;
 
     int64_t integer(const char* name) const { return required<int64_t>(name); }
     int64_t integer(const char* name, int64_t otherwise) const { return either<int64_t>(name, otherwise); }
@@ -58,7 +58,7 @@ private:
     T required(const char* name) const;
     template <class T>
     T either(const char* name, T otherwise) const;
-    const Input& find(const char* name) const;
+    const Input& find(std::string_view name) const;
 
     std::vector<Input> inputs_;
     const Attributes& attributes_;

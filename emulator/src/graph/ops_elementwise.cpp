@@ -1,4 +1,130 @@
-// Element by element: arithmetic, comparisons, activations.
+// Element by element: arithmetic, comparisons, functions, activations.
 #include "graph/operation.h"
 
+namespace cann::graph {
+namespace {
+
+// Whole numbers stay whole, rounded towards zero or downwards.
+Tensor divided(const Tensor& a, const Tensor& b, const char* rounding) {
+    return at::isIntegralType(a.scalar_type(), true) ? at::div(a, b, rounding) : at::div(a, b);
+}
+
+// ln(shift + scale * x) / ln(base), where a base of -1 stands for e.
+Tensor logarithm(const Operands& x) {
+    const double base = x.real("base", -1), scale = x.real("scale", 1), shift = x.real("shift", 0);
+    const Tensor natural = at::log(scale == 1 && shift == 0 ? x.up(0) : x.up(0) * scale + shift);
+    return base > 0 ? natural / std::log(base) : natural;
+}
+
+Tensor power(const Operands& x) {
+    const double base = x.real("base", -1), scale = x.real("scale", 1), shift = x.real("shift", 0);
+    const Tensor exponent = scale == 1 && shift == 0 ? x.up(0) : x.up(0) * scale + shift;
+    return at::exp(base > 0 ? exponent * std::log(base) : exponent);
+}
+
+Tensor swish(const Operands& x) { return x.up(0) * at::sigmoid(x.up(0) * x.real("scale", 1)); }
+
+Tensor clipped(const Operands& x) { return at::minimum(at::maximum(x.up(0), x.up(1)), x.up(2)); }
+
+const char* gelu_form(const std::string& approximate) { return approximate == "tanh" ? "tanh" : "none"; }
+
+}  // namespace
+}  // namespace cann::graph
+
 GE(Add, x.up(0) + x.up(1))
+GE(Sub, x.up(0) - x.up(1))
+GE(Mul, x.up(0) * x.up(1))
+GE(Muls, x.up(0) * x.real("value", 1))
+GE(Adds, x.up(0) + x.real("value", 0))
+GE(RealDiv, divided(x.up(0), x.up(1), "trunc"))
+GE(Div, divided(x.up(0), x.up(1), "trunc"))
+GE(TruncateDiv, at::div(x.up(0), x.up(1), "trunc"))
+GE(FloorDiv, at::div(x.up(0), x.up(1), "floor"))
+GE(FloorMod, at::remainder(x.up(0), x.up(1)))
+GE(Mod, at::fmod(x.up(0), x.up(1)))
+GE(AxpyV2, x.up(0) + x.up(1) * x.up(2))
+GE(Axpy, x.up(0) + x.up(1) * x.real("alpha", 1))
+GE(Addcmul, x.up(0) + x.up(1) * x.up(2) * x.up(3))
+GE(Addcdiv, x.up(0) + x.up(1) / x.up(2) * x.up(3))
+GE(Lerp, x.up(0) + x.up(2) * (x.up(1) - x.up(0)))
+GE(Pow, at::pow(x.up(0), x.up(1)))
+GE(Maximum, at::maximum(x[0], x[1]))
+GE(Minimum, at::minimum(x[0], x[1]))
+GE(Atan2, at::atan2(x.up(0), x.up(1)))
+GE(ClipByValue, clipped(x))
+GE(ClipByValueV2, clipped(x))
+
+GE(Abs, at::abs(x[0]))
+GE(Neg, at::neg(x[0]))
+GE(Sign, at::sign(x[0]))
+GE(Square, at::square(x.up(0)))
+GE(Sqrt, at::sqrt(x.up(0)))
+GE(Rsqrt, at::rsqrt(x.up(0)))
+GE(Reciprocal, at::reciprocal(x.up(0)))
+GE(Exp, power(x))
+GE(Expm1, at::expm1(x.up(0)))
+GE(Log, logarithm(x))
+GE(Log1p, at::log1p(x.up(0)))
+GE(Sin, at::sin(x.up(0)))
+GE(Cos, at::cos(x.up(0)))
+GE(Tan, at::tan(x.up(0)))
+GE(Asin, at::asin(x.up(0)))
+GE(Acos, at::acos(x.up(0)))
+GE(Atan, at::atan(x.up(0)))
+GE(Sinh, at::sinh(x.up(0)))
+GE(Cosh, at::cosh(x.up(0)))
+GE(Tanh, at::tanh(x.up(0)))
+GE(Asinh, at::asinh(x.up(0)))
+GE(Acosh, at::acosh(x.up(0)))
+GE(Atanh, at::atanh(x.up(0)))
+GE(Erf, at::erf(x.up(0)))
+GE(Erfinv, at::erfinv(x.up(0)))
+GE(Floor, at::floor(x[0]))
+GE(Ceil, at::ceil(x[0]))
+GE(Round, at::round(x[0], x.integer("decimals", 0)))
+GE(Trunc, at::trunc(x[0]))
+
+GE_MOVES(Equal, at::eq(x[0], x[1]))
+GE_MOVES(NotEqual, at::ne(x[0], x[1]))
+GE_MOVES(Less, at::lt(x[0], x[1]))
+GE_MOVES(LessEqual, at::le(x[0], x[1]))
+GE_MOVES(Greater, at::gt(x[0], x[1]))
+GE_MOVES(GreaterEqual, at::ge(x[0], x[1]))
+GE_MOVES(LogicalAnd, at::logical_and(x[0], x[1]))
+GE_MOVES(LogicalOr, at::logical_or(x[0], x[1]))
+GE_MOVES(LogicalNot, at::logical_not(x[0]))
+GE_MOVES(IsInf, at::isinf(x[0]))
+GE_MOVES(IsNan, at::isnan(x[0]))
+GE_MOVES(IsFinite, at::isfinite(x[0]))
+GE(BitwiseAnd, at::bitwise_and(x[0], x[1]))
+GE(BitwiseOr, at::bitwise_or(x[0], x[1]))
+GE(BitwiseXor, at::bitwise_xor(x[0], x[1]))
+GE(Invert, at::bitwise_not(x[0]))
+GE(LeftShift, at::bitwise_left_shift(x[0], x[1]))
+GE(RightShift, at::bitwise_right_shift(x[0], x[1]))
+
+GE(Cast, as(x.dtype("dst_type"), x[0]))
+GE(NanToNum, at::nan_to_num(x.up(0), x.real("nan", 0), x.real("posinf", 0), x.real("neginf", 0)))
+GE_MOVES(SelectV2, at::where(x[0], x[1], x[2]))
+GE_MOVES(Select, at::where(x[0], x[1], x[2]))
+GE_MOVES(MaskedFill, at::where(x[1], x[2].to(x[0].scalar_type()), x[0]))
+GE_MOVES(ZerosLike, at::zeros_like(x[0]))
+GE_MOVES(OnesLike, at::ones_like(x[0]))
+GE_MOVES(TensorMove, x[0])
+GE_MOVES(Identity, x[0])
+GE_ASSIGNS(Assign, (x.flag("validate_shape"), x.flag("use_locking"), x[1]))
+
+// The chip's Gelu is the tanh form whatever torch was asked for.
+GE(Gelu, at::gelu(x.up(0), "tanh"))
+GE(GeluV2, at::gelu(x.up(0), gelu_form(x.text("approximate", "none"))))
+GE(FastGelu, x.up(0) * at::sigmoid(x.up(0) * 1.702))
+GE(Swish, swish(x))
+GE(Sigmoid, at::sigmoid(x.up(0)))
+GE(Relu, at::relu(x[0]))
+GE(LeakyRelu, at::leaky_relu(x.up(0), x.real("negative_slope", 0)))
+GE(Elu, at::elu(x.up(0), x.real("alpha", 1), x.real("scale", 1), x.real("input_scale", 1)))
+GE(Softplus, at::softplus(x.up(0)))
+GE(Mish, at::mish(x.up(0)))
+GE(LogSigmoid, at::log_sigmoid(x.up(0)))
+GE(HardSwish, at::hardswish(x.up(0)))
+GE(HardSigmoid, at::clamp(x.up(0) * x.real("alpha", 1. / 6) + x.real("beta", 0.5), 0, 1))

@@ -2,6 +2,7 @@
 #include <limits>
 
 #include "operator.h"
+#include "ops/shared.h"
 #include "settings.h"
 
 namespace cann {
@@ -109,39 +110,6 @@ Tensor beyond(const Ints& lengths, int64_t size) {
     return (at::arange(size) >= at::tensor(lengths, at::kLong).unsqueeze(-1)).unsqueeze(1).unsqueeze(1);
 }
 
-struct Inference {
-    int64_t heads;
-    double scale;
-    int64_t pre, next;
-    std::string layout;
-    int64_t key_heads, sparse_mode, inner_precise;
-    Ints query_lengths, key_lengths;  // empty: all
-};
-
-void infer(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& bias, const Tensor& mask,
-           const Inference& call, const Tensor& out, const Tensor& lse) {
-    if (query.numel() == 0) return;
-    const int64_t key_heads = call.key_heads == 0 ? call.heads : call.key_heads;
-    const Tensor q = to_bnsd(query, call.layout, call.heads);
-    const Tensor k = to_bnsd(key, call.layout, key_heads), v = to_bnsd(value, call.layout, key_heads);
-    const Tensor drop = dropped(mask, q.size(2), k.size(2), call.sparse_mode, call.pre, call.next);
-    const Options options{call.scale, either(drop, beyond(call.key_lengths, k.size(2))), bias,
-                          corrects_dropped_rows(call.inner_precise)};
-    Attended attended = attend(q, k, v, options);
-    const Tensor padding = beyond(call.query_lengths, q.size(2));
-    if (padding.defined()) attended.out.masked_fill_(padding.transpose(-1, -2), 0);
-    put(out, from_bnsd(attended.out, call.layout));
-    if (lse.defined()) put(lse, attended.maximum + attended.sum.log());
-}
-
-// For what the operators take and the emulator does not: quantisation, paging, shared prefixes, separate rotary parts.
-void refuse_any(std::initializer_list<Tensor> tensors) {
-    for (const Tensor& tensor : tensors) {
-        TORCH_CHECK(!tensor.defined() || tensor.numel() == 0,
-                    "quantisation, paging, shared prefixes, sinks and separate rotary parts are not emulated");
-    }
-}
-
 // The statistics that the backward pass reads: float32, eight equal values a row.
 void put_statistics(const Tensor& out, const Tensor& rows) { move(out, rows.repeat_interleave(out.size(-1), -1)); }
 
@@ -193,6 +161,35 @@ void packed_attention(const Tensor& query, const Tensor& key, const Tensor& valu
 }
 
 }  // namespace
+std::pair<Tensor, Tensor> infer_attention(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& bias,
+                                          const Tensor& mask, const Inference& call) {
+    const int64_t key_heads = call.key_heads == 0 ? call.heads : call.key_heads;
+    const Tensor q = to_bnsd(query, call.layout, call.heads);
+    const Tensor k = to_bnsd(key, call.layout, key_heads), v = to_bnsd(value, call.layout, key_heads);
+    const Tensor drop = dropped(mask, q.size(2), k.size(2), call.sparse_mode, call.pre, call.next);
+    const Options options{call.scale, either(drop, beyond(call.key_lengths, k.size(2))), bias,
+                          corrects_dropped_rows(call.inner_precise)};
+    Attended attended = attend(q, k, v, options);
+    const Tensor padding = beyond(call.query_lengths, q.size(2));
+    if (padding.defined()) attended.out.masked_fill_(padding.transpose(-1, -2), 0);
+    return {from_bnsd(attended.out, call.layout), attended.maximum + attended.sum.log()};
+}
+
+void refuse_any(const std::vector<Tensor>& tensors) {
+    for (const Tensor& tensor : tensors) {
+        TORCH_CHECK(!tensor.defined() || tensor.numel() == 0,
+                    "quantisation, paging, shared prefixes, sinks and separate rotary parts are not emulated");
+    }
+}
+
+static void infer(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& bias, const Tensor& mask,
+                  const Inference& call, const Tensor& out, const Tensor& lse) {
+    if (query.numel() == 0) return;
+    const auto [attended, sums] = infer_attention(query, key, value, bias, mask, call);
+    put(out, attended);
+    if (lse.defined()) put(lse, sums);
+}
+
 }  // namespace cann
 
 ACLNN(PromptFlashAttentionV3,

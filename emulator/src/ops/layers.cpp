@@ -1,16 +1,11 @@
 // Activations, normalisations, pooling and resizing. Statistics are float32.
 #include "operator.h"
+#include "ops/shared.h"
 
 namespace cann {
 namespace {
 
 const char* gelu_form(int64_t approximate) { return approximate == 1 ? "tanh" : "none"; }
-
-// The two halves of a dimension.
-std::pair<Tensor, Tensor> halves(const Tensor& self, int64_t dim) {
-    const auto parts = up(self).chunk(2, dim);
-    return {parts[0], parts[1]};
-}
 
 void put_if_given(const Tensor& out, const Tensor& value) {
     if (out.defined() && out.numel() > 0) put(out, value);
@@ -24,29 +19,6 @@ void layer_norm(const Tensor& input, const Ints& shape, const Tensor& weight, co
     put_if_given(rstd, r);
 }
 
-struct GroupNormResult {
-    Tensor y, mean, rstd;
-};
-
-GroupNormResult group_norm(const Tensor& self, const Tensor& gamma, const Tensor& beta, int64_t groups, double eps) {
-    const Tensor x = up(self).contiguous();
-    const int64_t batch = x.size(0), channels = x.size(1);
-    const int64_t pixels = x.numel() / std::max<int64_t>(batch * channels, 1);
-    auto [y, mean, rstd] = at::native_group_norm(x, up(gamma), up(beta), batch, channels, pixels, groups, eps);
-    return {y, mean, rstd};
-}
-
-// y and 1 / rms over the trailing dimensions that gamma has.
-std::pair<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& gamma, double epsilon) {
-    Ints dims(gamma.dim());
-    for (int64_t i = 0; i < gamma.dim(); ++i) dims[i] = -1 - i;
-    const Tensor wide = up(x);
-    const Tensor rstd = at::rsqrt(wide.square().mean(dims, true) + epsilon);
-    return {wide * rstd * up(gamma), rstd};
-}
-
-enum RotaryMode { kHalf = 0, kInterleave = 1 };
-
 Tensor rotate(const Tensor& x, int64_t mode) {
     if (mode == kHalf) {
         const auto parts = x.chunk(2, -1);
@@ -57,12 +29,34 @@ Tensor rotate(const Tensor& x, int64_t mode) {
     return at::stack({-pairs.select(-1, 1), pairs.select(-1, 0)}, -1).flatten(-2);
 }
 
+}  // namespace
+
+std::pair<Tensor, Tensor> halves(const Tensor& x, int64_t dim) {
+    const auto parts = up(x).chunk(2, dim);
+    return {parts[0], parts[1]};
+}
+
+GroupNormResult group_norm(const Tensor& self, const Tensor& gamma, const Tensor& beta, int64_t groups, double eps) {
+    const Tensor x = up(self).contiguous();
+    const int64_t batch = x.size(0), channels = x.size(1);
+    const int64_t pixels = x.numel() / std::max<int64_t>(batch * channels, 1);
+    auto [y, mean, rstd] = at::native_group_norm(x, up(gamma), up(beta), batch, channels, pixels, groups, eps);
+    return {y, mean, rstd};
+}
+
+std::pair<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& gamma, double epsilon) {
+    Ints dims(gamma.dim());
+    for (int64_t i = 0; i < gamma.dim(); ++i) dims[i] = -1 - i;
+    const Tensor wide = up(x);
+    const Tensor rstd = at::rsqrt(wide.square().mean(dims, true) + epsilon);
+    return {wide * rstd * up(gamma), rstd};
+}
+
 Tensor rotary(const Tensor& x, const Tensor& cos, const Tensor& sin, int64_t mode) {
     const Tensor wide = up(x);
     return wide * up(cos) + rotate(wide, mode) * up(sin);
 }
 
-}  // namespace
 }  // namespace cann
 
 // The chip's Gelu is the tanh form whatever torch was asked for.

@@ -9,6 +9,7 @@
 #include <numbers>
 
 #include "operator.h"
+#include "ops/shared.h"
 
 namespace cann {
 namespace {
@@ -32,7 +33,8 @@ Block philox(uint64_t seed, uint64_t offset, uint64_t index) {
 
 float unit(uint32_t bits) { return static_cast<float>(bits >> 8) * 0x1p-24f; }  // [0, 1)
 
-// `shape` of uniform float32 in [0, 1).
+}  // namespace
+
 Tensor uniform(at::IntArrayRef shape, uint64_t seed, uint64_t offset) {
     Tensor out = at::empty(shape, at::kFloat);
     float* values = out.data_ptr<float>();
@@ -44,7 +46,7 @@ Tensor uniform(at::IntArrayRef shape, uint64_t seed, uint64_t offset) {
     return out;
 }
 
-// `shape` of standard normal float32 (Box and Muller).
+// By Box and Muller.
 Tensor normal(at::IntArrayRef shape, uint64_t seed, uint64_t offset) {
     Tensor out = at::empty(shape, at::kFloat);
     float* values = out.data_ptr<float>();
@@ -62,6 +64,19 @@ Tensor normal(at::IntArrayRef shape, uint64_t seed, uint64_t offset) {
     }
     return out;
 }
+
+Tensor dropout_mask(int64_t bytes, double keep, uint64_t seed, uint64_t offset) {
+    const Tensor kept = (uniform({bytes * 8}, seed, offset) < keep).view({-1, 8}).to(at::kInt);
+    return (kept * at::tensor({1, 2, 4, 8, 16, 32, 64, 128}, at::kInt)).sum(-1);
+}
+
+Tensor drop_out(const Tensor& x, const Tensor& mask, double keep) {
+    const Tensor bits = mask.to(at::kInt).unsqueeze(-1).bitwise_right_shift(at::arange(8, at::kInt)).bitwise_and(1);
+    const Tensor kept = bits.flatten().narrow(0, 0, x.numel()).view(x.sizes());
+    return keep <= 0 ? at::zeros_like(x) : up(x) * kept / keep;
+}
+
+namespace {
 
 // Whole numbers from `from` up to, and without, `to`, for a tensor of `dtype`.
 Tensor integers(at::IntArrayRef shape, ScalarType dtype, int64_t from, int64_t to, uint64_t seed, uint64_t offset) {
@@ -114,14 +129,8 @@ ACLNN(SimThreadExponential, (Tensor self, int64_t count, double lambda, int64_t 
     put(self, -at::log1p(-uniform(self.sizes(), seed, offset)) / lambda);
 })
 
-// A bit for each element, 1 to keep it, in whole groups of 128 bits. The draw is that of Bernoulli(1 - prob).
+// The draw of a mask is that of Bernoulli(1 - prob).
 ACLNN(DropoutGenMaskV2, (Ints shape, double prob, int64_t seed, int64_t offset, ScalarType prob_dtype, Tensor out) {
-    const Tensor kept = (uniform({out.numel() * 8}, seed, offset) < 1 - prob).view({-1, 8}).to(at::kInt);
-    const Tensor weights = at::tensor({1, 2, 4, 8, 16, 32, 64, 128}, at::kInt);
-    move(out, (kept * weights).sum(-1));
+    move(out, dropout_mask(out.numel(), 1 - prob, seed, offset));
 })
-ACLNN(DropoutDoMask, (Tensor self, Tensor mask, double prob, Tensor out) {
-    const Tensor bits = mask.to(at::kInt).unsqueeze(-1).bitwise_right_shift(at::arange(8, at::kInt)).bitwise_and(1);
-    const Tensor kept = bits.flatten().narrow(0, 0, self.numel()).view(self.sizes());
-    put(out, prob >= 1 ? at::zeros_like(self) : up(self) * kept / (1 - prob));
-})
+ACLNN(DropoutDoMask, (Tensor self, Tensor mask, double prob, Tensor out) { put(out, drop_out(self, mask, 1 - prob)); })

@@ -1,0 +1,90 @@
+// Sums, extremes, orders. 16-bit operands are summed in float32.
+#include "graph/operation.h"
+
+namespace cann::graph {
+namespace {
+
+// No dimensions stand for all of them.
+Ints dims_of(const Tensor& x, Ints dims) {
+    if (dims.empty()) {
+        for (int64_t i = 0; i < x.dim(); ++i) dims.push_back(i);
+    }
+    return dims;
+}
+
+bool keeps(const Operands& x) { return x.flag("keep_dims"); }
+
+Tensor mean(const Operands& x) {
+    x.flag("noop_with_empty_axes");
+    return at::mean(x.up(0), dims_of(x[0], x.ints(1)), keeps(x));
+}
+
+Tensor product(Tensor value, Ints dims, bool keep) {
+    for (int64_t& dim : dims) dim = dim < 0 ? dim + value.dim() : dim;
+    std::sort(dims.rbegin(), dims.rend());
+    for (int64_t dim : dims) value = at::prod(value, dim, keep);
+    return value;
+}
+
+Tensor any_of(const Operands& x) { return at::any(x[0], at::IntArrayRef(dims_of(x[0], x.ints(1))), keeps(x)); }
+Tensor all_of(const Operands& x) { return at::all(x[0], at::IntArrayRef(dims_of(x[0], x.ints(1))), keeps(x)); }
+
+// The position of an extreme, which GE counts in 32 bits, and then the extreme.
+Results with_position(const std::tuple<Tensor, Tensor>& values_and_positions) {
+    return {std::get<1>(values_and_positions).to(at::kInt), std::get<0>(values_and_positions)};
+}
+Results largest(const Operands& x) { return with_position(at::max(x[0], x.integer("dimension"), keeps(x))); }
+Results smallest(const Operands& x) { return with_position(at::min(x[0], x.integer("dimension"), keeps(x))); }
+
+Results sorted(const Operands& x) {
+    const auto [values, positions] = at::sort(x[0], x.flag("stable"), x.integer("axis", -1), x.flag("descending"));
+    return {values, positions.to(at::kInt)};
+}
+
+Results top(const Operands& x) {
+    const bool in_order = x.flag("sorted", true);
+    const auto [values, positions] = at::topk(x[0], x.ints(1).at(0), x.integer("dim", -1), x.flag("largest", true), in_order);
+    return {values, positions.to(at::kInt)};
+}
+
+Tensor cumulated(const Operands& x) {
+    TORCH_CHECK(!x.flag("exclusive") && !x.flag("reverse"), "an exclusive or reverse cumulative sum is not emulated");
+    const Tensor wide = x.up(0);
+    return at::cumsum(wide, x.ints(1).at(0), wide.scalar_type());
+}
+
+Results deviation(const Operands& x) {
+    const Ints dims = dims_of(x[0], x.list("dim"));
+    x.flag("is_mean_out", true);
+    const bool keep = x.flag("keepdim");
+    const auto both = at::var_mean(x.up(0), at::IntArrayRef(dims), at::Scalar(x.integer("correction", 1)), keep);
+    return {at::sqrt(std::get<0>(both)), std::get<1>(both)};
+}
+
+Tensor norm(const Operands& x) {
+    x.real("epsilon", 0);
+    const Ints dims = dims_of(x[0], x.list("axes"));
+    return at::linalg_vector_norm(x.up(0), x.real("p", 2), at::IntArrayRef(dims), x.flag("keepdim"));
+}
+
+}  // namespace
+}  // namespace cann::graph
+
+GE(ReduceSum, at::sum(x.up(0), dims_of(x[0], x.ints(1)), keeps(x), x.up(0).scalar_type()))
+GE(ReduceMean, mean(x))
+GE(ReduceMax, at::amax(x[0], dims_of(x[0], x.ints(1)), keeps(x)))
+GE(ReduceMin, at::amin(x[0], dims_of(x[0], x.ints(1)), keeps(x)))
+GE(ReduceProd, product(x.up(0), dims_of(x[0], x.ints(1)), keeps(x)))
+GE(ReduceProdD, product(x.up(0), dims_of(x[0], x.list("axes")), keeps(x)))
+GE(ReduceLogSumExp, at::logsumexp(x.up(0), dims_of(x[0], x.ints(1)), keeps(x)))
+GE_MOVES(ReduceAny, any_of(x))
+GE_MOVES(ReduceAll, all_of(x))
+GE_MOVES(ArgMaxV2, at::argmax(x[0], x.ints(1).at(0)).to(x.dtype("dtype", at::kLong)))
+GE_MOVES(ArgMin, at::argmin(x[0], x.ints(1).at(0)).to(x.dtype("dtype", at::kLong)))
+GE_MOVES(ArgMaxWithValue, largest(x))
+GE_MOVES(ArgMinWithValue, smallest(x))
+GE_MOVES(Sort, sorted(x))
+GE_MOVES(TopKV2, top(x))
+GE(Cumsum, cumulated(x))
+GE(ReduceStdV2, deviation(x))
+GE(LpNormV2, norm(x))

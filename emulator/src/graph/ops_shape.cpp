@@ -1,0 +1,202 @@
+// What only moves values: views, permutations, joins and splits, slices, gathers and scatters, constants.
+#include "graph/operation.h"
+
+namespace cann::graph {
+namespace {
+
+Ints without(const Ints& sizes, const Ints& dims) {
+    const int64_t rank = static_cast<int64_t>(sizes.size());
+    Ints kept;
+    for (int64_t i = 0; i < rank; ++i) {
+        const bool named = std::any_of(dims.begin(), dims.end(), [&](int64_t dim) { return (dim + rank) % rank == i; });
+        if (!(sizes[i] == 1 && (named || dims.empty()))) kept.push_back(sizes[i]);
+    }
+    return kept;
+}
+
+Tensor unsqueezed(Tensor x, Ints dims) {
+    const int64_t rank = x.dim() + static_cast<int64_t>(dims.size());
+    for (int64_t& dim : dims) dim = (dim + rank) % rank;
+    std::sort(dims.begin(), dims.end());
+    for (int64_t dim : dims) x = x.unsqueeze(dim);
+    return x;
+}
+
+Tensor reshaped(const Operands& x) {
+    TORCH_CHECK(x.integer("axis", 0) == 0 && x.integer("num_axes", -1) == -1, "a reshape of some dimensions is not emulated");
+    return x[0].reshape(x.ints(1));
+}
+
+Tensor flattened(const Operands& x) { return x[0].flatten(x.integer("axis", 1), x.integer("end_axis", -1)); }
+
+Results parts(const std::vector<Tensor>& tensors) { return {tensors.begin(), tensors.end()}; }
+
+Tensor joined(const Operands& x, std::vector<Tensor> tensors, int64_t dim) {
+    TORCH_CHECK(x.integer("N", static_cast<int64_t>(tensors.size())) == static_cast<int64_t>(tensors.size()), "N is wrong");
+    for (Tensor& tensor : tensors) {
+        if (tensor.dim() == 0) tensor = tensor.unsqueeze(0);
+    }
+    return at::cat(tensors, dim);
+}
+
+Ints even_sizes(const Tensor& x, int64_t dim, int64_t count) { return Ints(count, x.size(dim) / count); }
+
+// Both slices; the masks choose the whole range of a dimension, or drop it.
+Tensor strided_slice(const Operands& x, const Ints& begin, const Ints& end, Ints dims, Ints steps) {
+    TORCH_CHECK(x.integer("ellipsis_mask", 0) == 0 && x.integer("new_axis_mask", 0) == 0,
+                "an ellipsis or a new dimension in a slice is not emulated");
+    const int64_t from_start = x.integer("begin_mask", 0), to_end = x.integer("end_mask", 0);
+    const int64_t dropped = x.integer("shrink_axis_mask", 0);
+    Tensor part = x[0];
+    Ints shrunk;
+    for (size_t i = 0; i < begin.size(); ++i) {
+        const int64_t dim = dims.empty() ? static_cast<int64_t>(i) : (dims[i] + part.dim()) % part.dim();
+        const int64_t step = steps.empty() ? 1 : steps[i];
+        const bool all_from = from_start >> i & 1, all_to = to_end >> i & 1;
+        if (dropped >> i & 1) {
+            part = part.narrow(dim, begin[i] < 0 ? begin[i] + part.size(dim) : begin[i], 1);
+            shrunk.push_back(dim);
+        } else if (step < 0) {
+            const int64_t first = all_from ? part.size(dim) - 1 : begin[i], last = all_to ? -1 : end[i];
+            part = part.flip(dim).slice(dim, part.size(dim) - 1 - first, part.size(dim) - 1 - last, -step);
+        } else {
+            part = part.slice(dim, all_from ? 0 : begin[i], all_to ? INT64_MAX : end[i], step);
+        }
+    }
+    return shrunk.empty() ? part : part.reshape(without(part.sizes().vec(), shrunk));
+}
+
+Tensor slice(const Operands& x) {
+    const Ints begin = x.ints(1), sizes = x.ints(2);
+    Tensor part = x[0];
+    for (size_t dim = 0; dim < begin.size(); ++dim) {
+        part = part.narrow(dim, begin[dim], sizes[dim] < 0 ? part.size(dim) - begin[dim] : sizes[dim]);
+    }
+    return part;
+}
+
+// A size of -1 keeps that of the operand.
+Tensor broadcast(const Tensor& x, Ints sizes) {
+    const size_t added = sizes.size() - x.dim();
+    for (size_t i = 0; i < sizes.size(); ++i) {
+        if (sizes[i] == -1) sizes[i] = i < added ? 1 : x.size(i - added);
+    }
+    return x.expand(sizes);
+}
+
+Tensor tiled(const Tensor& x, const Ints& times) { return x.repeat(times); }
+
+// GE's paddings are pairs in the order of the dimensions, torch's start with the last one.
+Tensor padded(const Operands& x) {
+    const std::string mode = x.text("mode", "constant");
+    TORCH_CHECK(mode == "constant" && x.flag("paddings_contiguous", true), "padding by ", mode, " is not emulated");
+    const Ints pairs = x.ints(1);
+    Ints padding;
+    for (size_t i = pairs.size(); i >= 2; i -= 2) {
+        padding.push_back(pairs[i - 2]);
+        padding.push_back(pairs[i - 1]);
+    }
+    const double value = x[2].defined() && !x.compiling() ? x[2].item<double>() : 0;
+    return at::constant_pad_nd(x[0], padding, value);
+}
+
+Tensor range(const Operands& x) {
+    TORCH_CHECK(!x.compiling(), "the bounds of a range must be known when the graph is compiled");
+    return at::arange(x[0].item(), x[1].item(), x[2].item(), x[0].scalar_type());
+}
+
+// Negative positions count from the end.
+Tensor wrapped(const Tensor& index, int64_t size) { return at::where(index < 0, index + size, index); }
+
+Tensor gathered(const Tensor& x, const Tensor& index, int64_t dim) {
+    Ints sizes = x.sizes().vec();
+    dim = dim < 0 ? dim + x.dim() : dim;
+    const Tensor rows = at::index_select(x, dim, wrapped(index, sizes[dim]).flatten());
+    sizes.erase(sizes.begin() + dim);
+    sizes.insert(sizes.begin() + dim, index.sizes().begin(), index.sizes().end());
+    return rows.reshape(sizes);
+}
+
+Tensor gathered(const Operands& x, int64_t dim) {
+    TORCH_CHECK(x.integer("batch_dims", 0) == 0, "a gather by batches is not emulated");
+    for (const char* hint : {"validate_indices", "is_preprocessed", "negative_index_support"}) x.flag(hint);
+    return gathered(x[0], x[1], dim);
+}
+
+Tensor scattered(const Operands& x) {
+    const std::string reduction = x.text("reduction", "none");
+    const int64_t axis = x.integer("axis", 0);
+    const Tensor index = x[1].to(at::kLong);
+    if (reduction == "none") return at::scatter(x[0], axis, index, x[2]);
+    TORCH_CHECK(reduction == "add" || reduction == "mul", "a scatter that reduces by ", reduction, " is not emulated");
+    return at::scatter_reduce(x.up(0), axis, index, x.up(2), reduction == "add" ? "sum" : "prod");
+}
+
+Tensor indexed(const Operands& x) {
+    c10::List<std::optional<Tensor>> indices;
+    size_t next = 1;
+    for (int64_t given : x.list("indices_mask")) indices.push_back(given ? std::optional(x[next++]) : std::nullopt);
+    return at::index(x[0], indices);
+}
+
+Tensor index_added(const Operands& x) {
+    const Tensor updates = x[3].defined() ? x.up(2) * x.up(3) : x.up(2);
+    return at::index_add(x.up(0), x.integer("axis"), x[1], updates);
+}
+
+// The shape, which is known when the graph is compiled.
+Tensor shape_of(const Operands& x) {
+    return at::tensor(x[0].sizes(), at::kLong).to(x.dtype("dtype", at::kInt));
+}
+
+Tensor linspace(const Operands& x) {
+    TORCH_CHECK(!x.compiling(), "the bounds of linspace must be known when the graph is compiled");
+    return at::linspace(x[0].item(), x[1].item(), x.ints(2).at(0), x[0].options());
+}
+
+Tensor strided(const Operands& x) { return at::as_strided(x[0], x.ints(1), x.ints(2), x.ints(3).at(0)).contiguous(); }
+
+}  // namespace
+}  // namespace cann::graph
+
+GE_VIEWS(Reshape, reshaped(x))
+GE_VIEWS(Unsqueeze, unsqueezed(x[0], x.list("axes")))
+GE_VIEWS(ExpandDims, unsqueezed(x[0], x.ints(1)))
+GE_VIEWS(Squeeze, x[0].reshape(without(x[0].sizes().vec(), x.list("axis"))))
+GE_VIEWS(FlattenV2, flattened(x))
+GE_MOVES(Transpose, x[0].permute(x.ints(1)))
+GE_MOVES(Permute, x[0].permute(x.list("order")))
+GE_MOVES(ConcatV2, joined(x, x.from(0, x.size() - 1), x.ints(x.size() - 1).at(0)))
+GE_MOVES(ConcatD, joined(x, x.from(0), x.integer("concat_dim")))
+GE_MOVES(Pack, (x.integer("N", 0), at::stack(x.from(0), x.integer("axis", 0))))
+GE_MOVES(Unpack, (x.integer("num"), parts(x[0].unbind(x.integer("axis", 0)))))
+GE_MOVES(SplitV, (x.integer("num_split"), parts(x[0].split_with_sizes(x.ints(1), x.ints(2).at(0)))))
+GE_MOVES(SplitVD, (x.integer("num_split"), parts(x[0].split_with_sizes(x.list("size_splits"), x.integer("split_dim")))))
+GE_MOVES(Split, parts(x[1].split_with_sizes(even_sizes(x[1], x.ints(0).at(0), x.integer("num_split")), x.ints(0).at(0))))
+GE_MOVES(SplitD, parts(x[0].split_with_sizes(even_sizes(x[0], x.integer("split_dim"), x.integer("num_split")),
+                                             x.integer("split_dim"))))
+GE_MOVES(Slice, slice(x))
+GE_MOVES(StridedSlice, strided_slice(x, x.ints(1), x.ints(2), {}, x.ints(3)))
+GE_MOVES(StridedSliceV2, strided_slice(x, x.ints(1), x.ints(2), x.ints("axes"), x.ints("strides")))
+GE_MOVES(BroadcastTo, broadcast(x[0], x.ints(1)))
+GE_MOVES(Expand, broadcast(x[0], x.ints(1)))
+GE_MOVES(Tile, tiled(x[0], x.ints(1)))
+GE_MOVES(PadV2, padded(x))
+GE_MOVES(PadV3, padded(x))
+GE_MOVES(ReverseV2, x[0].flip(x.ints(1)))
+GE_MOVES(Triu, at::triu(x[0], x.integer("diagonal", 0)))
+GE_MOVES(Tril, at::tril(x[0], x.integer("diagonal", 0)))
+GE_MOVES(AsStrided, strided(x))
+
+GE_MOVES(Gather, gathered(x, 0))
+GE_MOVES(GatherV2, gathered(x, x.ints(2).at(0)))
+GE_MOVES(GatherElements, at::gather(x[0], x.integer("dim", 0), x[1].to(at::kLong)))
+GE_MOVES(IndexByTensor, indexed(x))
+GE(ScatterElements, scattered(x))
+GE(InplaceIndexAdd, index_added(x))
+
+GE_MOVES(Fill, x[1].expand(x.ints(0)))
+GE_MOVES(Empty, (x.flag("init"), at::zeros(x.ints(0), x.dtype("dtype", at::kInt))))
+GE_MOVES(Range, range(x))
+GE_MOVES(LinSpace, linspace(x))
+GE_MOVES(Shape, shape_of(x))

@@ -1,0 +1,46 @@
+// Kernels that calls through aclnn and nodes of compiled graphs have in common.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <string>
+#include <vector>
+
+namespace cann {
+
+// ---- attention ----
+struct Inference {
+    int64_t heads;
+    double scale;
+    int64_t pre, next;
+    std::string layout;
+    int64_t key_heads, sparse_mode, inner_precise;
+    std::vector<int64_t> query_lengths, key_lengths;  // empty: all
+};
+
+// float32 in the layout of the call, and the log of the sums, [batch, heads, queries, 1].
+std::pair<at::Tensor, at::Tensor> infer_attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                                                  const at::Tensor& bias, const at::Tensor& mask, const Inference& call);
+// For what the operators take and the emulator does not: quantisation, paging, shared prefixes, separate rotary parts.
+void refuse_any(const std::vector<at::Tensor>& tensors);
+
+// ---- layers; the results are float32 ----
+struct GroupNormResult {
+    at::Tensor y, mean, rstd;
+};
+GroupNormResult group_norm(const at::Tensor& x, const at::Tensor& gamma, const at::Tensor& beta, int64_t groups, double eps);
+// y and 1 / rms over the trailing dimensions that gamma has.
+std::pair<at::Tensor, at::Tensor> rms_norm(const at::Tensor& x, const at::Tensor& gamma, double epsilon);
+enum RotaryMode { kHalf = 0, kInterleave = 1 };
+at::Tensor rotary(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin, int64_t mode);
+// The two halves of a dimension.
+std::pair<at::Tensor, at::Tensor> halves(const at::Tensor& x, int64_t dim);
+
+// ---- random numbers: float32 in [0, 1), and standard normal ----
+at::Tensor uniform(at::IntArrayRef shape, uint64_t seed, uint64_t offset);
+at::Tensor normal(at::IntArrayRef shape, uint64_t seed, uint64_t offset);
+// A bit for each element, 1 to keep it, in whole groups of 128 bits; and what becomes of a tensor by them.
+at::Tensor dropout_mask(int64_t bytes, double keep, uint64_t seed, uint64_t offset);
+at::Tensor drop_out(const at::Tensor& x, const at::Tensor& mask, double keep);
+
+}  // namespace cann
