@@ -1,12 +1,12 @@
 // The old operator interface (aclop*). torch_npu falls back to it silently when an aclnn symbol is missing, so its
-// descriptors work, and executing an operator that nobody emulates fails and names the operator.
-#include <map>
+// descriptors work, and executing an operator that nobody emulates fails and names the operator. The operators are those
+// of compiled graphs (graph/operation.h).
 #include <vector>
 
 #include <c10/util/strides.h>
 
+#include "graph/operation.h"
 #include "operator.h"
-#include "settings.h"
 
 struct aclDataBuffer {
     void* data;
@@ -24,7 +24,7 @@ struct aclTensorDesc {
 };
 
 struct aclopAttr {
-    std::map<std::string, std::string> values;
+    cann::graph::Attributes values;
 };
 
 using namespace cann;
@@ -75,56 +75,49 @@ CANN_API void aclopDestroyAttr(const aclopAttr* attr) { delete attr; }
 namespace {
 
 template <class T>
-std::string text_of(T value) {
-    return std::to_string(value);
-}
-std::string text_of(const char* value) { return value; }
-
-template <class T>
-std::string text_of(int count, const T* values) {
-    std::string text;
-    for (int i = 0; i < count; ++i) text += (i ? "," : "") + std::to_string(values[i]);
-    return text;
-}
-std::string text_of(int count, const int* lengths, const int64_t* const* lists) {
-    std::string text;
-    for (int i = 0; i < count; ++i) text += (i ? ";" : "") + text_of(lengths[i], lists[i]);
-    return text;
+std::vector<T> list_of(int count, const auto* values) {
+    return std::vector<T>(values, values + count);
 }
 
-template <class... V>
-aclError set_attribute(aclopAttr* attributes, const char* name, V... value) {
-    attributes->values[name] = text_of(value...);
+aclError set_attribute(aclopAttr* attributes, const char* name, graph::Attribute value) {
+    attributes->values[name] = std::move(value);
     return ACL_SUCCESS;
 }
 
 }  // namespace
 
-CANN_API aclError aclopSetAttrBool(aclopAttr* to, const char* name, uint8_t v) { return set_attribute(to, name, v); }
-CANN_API aclError aclopSetAttrDataType(aclopAttr* to, const char* name, aclDataType v) {
-    return set_attribute(to, name, static_cast<int>(v));
+CANN_API aclError aclopSetAttrBool(aclopAttr* to, const char* name, uint8_t v) {
+    return set_attribute(to, name, static_cast<int64_t>(v));
 }
-CANN_API aclError aclopSetAttrFloat(aclopAttr* to, const char* name, float v) { return set_attribute(to, name, v); }
+CANN_API aclError aclopSetAttrDataType(aclopAttr* to, const char* name, aclDataType v) {
+    return set_attribute(to, name, static_cast<int64_t>(v));
+}
+CANN_API aclError aclopSetAttrFloat(aclopAttr* to, const char* name, float v) {
+    return set_attribute(to, name, static_cast<double>(v));
+}
 CANN_API aclError aclopSetAttrInt(aclopAttr* to, const char* name, int64_t v) { return set_attribute(to, name, v); }
-CANN_API aclError aclopSetAttrString(aclopAttr* to, const char* name, const char* v) { return set_attribute(to, name, v); }
+CANN_API aclError aclopSetAttrString(aclopAttr* to, const char* name, const char* v) {
+    return set_attribute(to, name, std::string(v));
+}
 CANN_API aclError aclopSetAttrListBool(aclopAttr* to, const char* name, int count, const uint8_t* v) {
-    return set_attribute(to, name, count, v);
+    return set_attribute(to, name, list_of<int64_t>(count, v));
 }
 CANN_API aclError aclopSetAttrListFloat(aclopAttr* to, const char* name, int count, const float* v) {
-    return set_attribute(to, name, count, v);
+    return set_attribute(to, name, list_of<double>(count, v));
 }
 CANN_API aclError aclopSetAttrListInt(aclopAttr* to, const char* name, int count, const int64_t* v) {
-    return set_attribute(to, name, count, v);
+    return set_attribute(to, name, list_of<int64_t>(count, v));
 }
 CANN_API aclError aclopSetAttrListListInt(aclopAttr* to, const char* name, int count, const int* lengths,
                                           const int64_t* const* v) {
-    return set_attribute(to, name, count, lengths, v);
+    std::vector<graph::Ints> lists;
+    for (int i = 0; i < count; ++i) lists.push_back(list_of<int64_t>(lengths[i], v[i]));
+    return set_attribute(to, name, lists);
 }
 
 namespace {
 
-using Operands = std::vector<std::shared_ptr<TensorArgument>>;
-using Kernel = void (*)(const Operands& inputs, const Operands& outputs, const aclopAttr& attributes);
+using Arguments = std::vector<std::shared_ptr<TensorArgument>>;
 
 // An input in host memory: small, and gone after the call.
 struct HostOperand : TensorArgument {
@@ -156,98 +149,16 @@ std::shared_ptr<TensorArgument> describe(const aclTensorDesc& desc, const aclDat
     return argument;
 }
 
-void identity(const Operands& inputs, const Operands& outputs, const aclopAttr&) { recast(*inputs.at(0), *outputs.at(0)); }
-
-// The first of eight floats says whether a result overflowed. The operator writes into what it is given.
-void get_float_status(const Operands& inputs, const Operands& outputs, const aclopAttr&) {
-    for (const Operands& tensors : {inputs, outputs}) {
-        if (!tensors.empty()) tensors[0]->read().fill_(overflowed ? 1 : 0);
+void execute(const graph::Operation& operation, const Arguments& from, const Arguments& to, const graph::Attributes& attributes) {
+    std::vector<graph::Operands::Input> inputs;
+    for (const auto& argument : from) {
+        const Tensor tensor = argument->read();
+        inputs.push_back({"", tensor, tensor});
     }
+    const graph::Results results = operation.kernel(graph::Operands(std::move(inputs), attributes, to.size()));
+    for (size_t i = 0; i < to.size(); ++i) write(operation, results.at(i), *to[i]);
+    if (operation.kind == graph::Kind::kAssigns && !from.empty()) write(operation, results.at(0), *from[0]);
 }
-void clear_float_status(const Operands&, const Operands& outputs, const aclopAttr&) {
-    overflowed = false;
-    if (!outputs.empty()) outputs[0]->read().zero_();
-}
-void alloc_float_status(const Operands&, const Operands& outputs, const aclopAttr&) { outputs.at(0)->read().zero_(); }
-
-// Rounds as put() does, also where the output is in a private format: that is when torch_npu comes here.
-void put_stored(const TensorArgument& out, const at::Tensor& value) {
-    const at::Tensor rounded = at::empty(out.sizes, out.dtype);
-    put(rounded, value);
-    store(rounded, out);
-}
-
-void cast(const Operands& inputs, const Operands& outputs, const aclopAttr&) {
-    put_stored(*outputs.at(0), inputs.at(0)->read());
-}
-
-void less_equal(const Operands& inputs, const Operands& outputs, const aclopAttr&) {
-    put_stored(*outputs.at(0), at::le(inputs.at(0)->read(), inputs.at(1)->read()));
-}
-
-void swish(const Operands& inputs, const Operands& outputs, const aclopAttr& attributes) {
-    const at::Tensor x = up(inputs.at(0)->read());
-    put_stored(*outputs.at(0), x * at::sigmoid(x * std::stod(attributes.values.at("scale"))));
-}
-
-std::vector<int64_t> whole_numbers(const TensorArgument& input) {
-    const at::Tensor values = input.read().to(at::kLong).contiguous();
-    return {values.data_ptr<int64_t>(), values.data_ptr<int64_t>() + values.numel()};
-}
-
-void transpose(const Operands& inputs, const Operands& outputs, const aclopAttr&) {
-    store(inputs.at(0)->read().permute(whole_numbers(*inputs.at(1))), *outputs.at(0));
-}
-
-void slice(const Operands& inputs, const Operands& outputs, const aclopAttr&) {
-    const auto starts = whole_numbers(*inputs.at(1)), sizes = whole_numbers(*inputs.at(2));
-    at::Tensor part = inputs.at(0)->read();
-    for (size_t dim = 0; dim < starts.size(); ++dim) part = part.narrow(dim, starts[dim], sizes[dim]);
-    store(part, *outputs.at(0));
-}
-
-void strided_slice(const Operands& inputs, const Operands& outputs, const aclopAttr& attributes) {
-    for (const auto& [name, value] : attributes.values) TORCH_CHECK(value == "0", "the attribute ", name, " is not emulated");
-    const auto starts = whole_numbers(*inputs.at(1)), ends = whole_numbers(*inputs.at(2)), steps = whole_numbers(*inputs.at(3));
-    at::Tensor part = inputs.at(0)->read();
-    for (size_t dim = 0; dim < starts.size(); ++dim) part = part.slice(dim, starts[dim], ends[dim], steps[dim]);
-    store(part, *outputs.at(0));
-}
-
-void matmul(const Operands& inputs, const Operands& outputs, const aclopAttr& attributes) {
-    constexpr int8_t kAllowLower = 1;
-    const auto operand = [&](size_t index, const char* transposed) {
-        const auto attribute = attributes.values.find(transposed);
-        const at::Tensor matrix = cube(inputs.at(index)->read(), kAllowLower);
-        return attribute != attributes.values.end() && attribute->second == "1" ? matrix.transpose(-1, -2) : matrix;
-    };
-    const at::Tensor product = at::matmul(operand(0, "transpose_x1"), operand(1, "transpose_x2"));
-    put_stored(*outputs.at(0), inputs.size() > 2 ? product + up(inputs[2]->read()) : product);
-}
-
-void rotary_mul(const Operands& inputs, const Operands& outputs, const aclopAttr&) {
-    const at::Tensor x = up(inputs.at(0)->read());
-    const auto parts = x.chunk(2, -1);
-    const at::Tensor rotated = at::cat({-parts[1], parts[0]}, -1);
-    put_stored(*outputs.at(0), x * up(inputs.at(1)->read()) + rotated * up(inputs.at(2)->read()));
-}
-
-const std::map<std::string, Kernel> kKernels{
-    {"Cast", cast},
-    {"Identity", identity},
-    {"LessEqual", less_equal},
-    {"MatMul", matmul},
-    {"NPUAllocFloatStatus", alloc_float_status},
-    {"NPUGetFloatStatus", get_float_status},
-    {"NPUGetFloatStatusV2", get_float_status},
-    {"NPUClearFloatStatus", clear_float_status},
-    {"NPUClearFloatStatusV2", clear_float_status},
-    {"RotaryMul", rotary_mul},
-    {"Slice", slice},
-    {"StridedSlice", strided_slice},
-    {"Swish", swish},
-    {"Transpose", transpose},
-};
 
 }  // namespace
 
@@ -256,8 +167,8 @@ CANN_API aclError aclopCompileAndExecute(const char* type, int input_count, cons
                                          const aclTensorDesc* const* output_descs, aclDataBuffer* const* outputs,
                                          const aclopAttr* attributes, aclopEngineType, aclopCompileType, const char*,
                                          aclrtStream stream) {
-    const auto kernel = kKernels.find(type);
-    if (kernel == kKernels.end()) {
+    const graph::Operation* operation = graph::find_operation(type);
+    if (operation == nullptr) {
         return fail_launch(ACL_ERROR_OP_NOT_FOUND, "operator " + std::string(type) +
                            " is not emulated (called through aclopCompileAndExecute). Either its aclnn functions are "
                            "missing, or torch.npu.set_compile_mode(jit_compile=False) has not been called "
@@ -266,14 +177,16 @@ CANN_API aclError aclopCompileAndExecute(const char* type, int input_count, cons
     }
     try {
         auto executor = std::make_unique<Executor>();
-        Operands from, from_device, to;
+        Arguments from, from_device, to;
         for (int i = 0; i < input_count; ++i) {
             from.push_back(describe(*input_descs[i], *inputs[i]));
             if (input_descs[i]->placement == ACL_MEMTYPE_DEVICE) from_device.push_back(from.back());
         }
         for (int i = 0; i < output_count; ++i) to.push_back(describe(*output_descs[i], *outputs[i]));
-        executor->call = {kernel->first.c_str(), {{"inputs", from_device, "", true}, {"outputs", to, "", true}}};
-        executor->run = [run = kernel->second, from, to, kept = attributes ? *attributes : aclopAttr{}] { run(from, to, kept); };
+        executor->call = {operation->name, {{"inputs", from_device, "", true}, {"outputs", to, "", true}}};
+        executor->run = [operation, from, to, kept = attributes ? attributes->values : graph::Attributes{}] {
+            execute(*operation, from, to, kept);
+        };
         if (const int code = refuse(executor->call)) return fail_launch(code, recent_message());
         return launch(executor.release(), stream);
     } catch (const std::exception& error) {

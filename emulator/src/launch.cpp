@@ -116,7 +116,8 @@ int run_now(const Executor& executor, const Stream& stream) {
 }
 
 std::string Call::title() const {
-    return graph ? std::string(operator_name) + " in " + graph : std::string("aclnn") + operator_name;
+    if (graph == nullptr) return std::string("aclnn") + operator_name;
+    return *operator_name == '\0' ? graph : std::string(operator_name) + " in " + graph;
 }
 
 const Argument* Call::find(std::string_view name) const {

@@ -73,8 +73,6 @@ int run_now(const Executor& executor, const Stream& stream);
 int fail_plan(const char* operator_name, const std::exception& error);
 // Writes what a tensor means in the format in which it is stored.
 void store(const Tensor& logical, const TensorArgument& target);
-// Copies between storage formats.
-void recast(const TensorArgument& source, const TensorArgument& target);
 std::vector<std::string> parameter_names(const char* declaration);
 
 // ---- from the C prototype to the kernel: `type` there, `hold` keeps it until the launch, `load` makes the kernel's ----

@@ -5,6 +5,7 @@
 #include <unordered_map>
 #include <unordered_set>
 
+#include "graph/calls.h"
 #include "graph/compiler.h"
 
 namespace cann::graph {
@@ -40,6 +41,7 @@ public:
         }
         compiled_.statistics.removed = graph_.nodes.size() - visited_.size();
         for (const Source& source : last->inputs) compiled_.outputs.push_back(value_of(source));
+        fuse_transposes(compiled_);
         write_outputs_directly();
         place_constants();
         plan_memory(compiled_);
@@ -208,6 +210,7 @@ private:
         } else if (shares_memory(step) && operation->kind == Kind::kViews) {
             ++compiled_.statistics.views;
         } else {
+            TORCH_CHECK(refuse(compiled_, step) == 0, recent_message());
             compiled_.steps.push_back(std::move(step));
         }
     }

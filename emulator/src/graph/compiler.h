@@ -32,11 +32,12 @@ struct Step {
 
 // What became of the nodes, for the trace.
 struct Statistics {
-    size_t nodes = 0, folded = 0, removed = 0, views = 0;
+    size_t nodes = 0, folded = 0, fused = 0, removed = 0, views = 0;
 };
 
 struct Compiled {
     std::shared_ptr<const Graph> graph;  // the steps point into it
+    std::vector<std::unique_ptr<Node>> changed;  // or to these
     std::vector<Value> values;
     std::vector<Step> steps;
     std::vector<int> outputs;            // values
@@ -46,6 +47,9 @@ struct Compiled {
 
 // Throws std::exception; its text names the operator, the node and the FX node that it came from.
 Compiled compile(std::shared_ptr<const Graph> graph);
+
+// Lets matrix products read transposed operands as they are stored, and drops the steps that nothing needs any more.
+void fuse_transposes(Compiled& compiled);
 
 // Gives every value of the feature memory a place in it. Values that are not needed at the same time share theirs.
 void plan_memory(Compiled& compiled);

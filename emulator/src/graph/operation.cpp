@@ -25,7 +25,7 @@ bool is_16_bit_float(const Tensor& tensor) {
 }  // namespace
 
 Registration::Registration(const char* name, Kind kind, std::function<Results(const Operands&)> kernel) {
-    table().emplace(name, Operation{kind, std::move(kernel)});
+    table().emplace(name, Operation{name, kind, std::move(kernel)});
 }
 
 const Operation* find_operation(const std::string& type) {
@@ -112,15 +112,14 @@ ScalarType dtype_of(const Result& result, const Operands& operands) {
 }
 
 void write(const Operation& operation, const Result& result, const TensorArgument& target) {
-    if (is_private(target.format)) {
-        const Tensor rounded = at::empty(target.sizes, target.dtype);
-        put(rounded, result.value);
-        store(rounded, target);
-    } else if (operation.kind == Kind::kComputes) {
-        put(target.read(), result.value);
-    } else {
-        move(target.read(), result.value);
+    const auto write_to = operation.kind == Kind::kComputes ? put : move;
+    if (!is_private(target.format)) {
+        write_to(target.read(), result.value);
+        return;
     }
+    const Tensor rounded = at::empty(target.sizes, target.dtype);
+    write_to(rounded, result.value);
+    store(rounded, target);
 }
 
 }  // namespace cann::graph

@@ -83,6 +83,7 @@ enum class Kind {
 };
 
 struct Operation {
+    const char* name;
     Kind kind;
     std::function<Results(const Operands&)> kernel;
 };

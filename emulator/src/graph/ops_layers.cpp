@@ -1,6 +1,6 @@
 // The layers of networks: matrix products, convolutions, normalisations, gates, resizing.
 #include "graph/operation.h"
-#include "graph/settings.h"
+#include "graph/hf32.h"
 #include "ops/shared.h"
 
 namespace cann::graph {

@@ -22,7 +22,4 @@ void load_constants(const Compiled& compiled, char* memory);
 // Runs all steps; 0, or the code of the first error, which has been reported.
 int run(const Compiled& compiled, const Memory& memory, const Stream& stream);
 
-// Asks the rules of the chip about every step; 0, or the error code, when it refuses one.
-int check_rules(const Compiled& compiled);
-
 }  // namespace cann::graph

@@ -6,6 +6,4 @@ void store(const Tensor& logical, const TensorArgument& target) {
     Tensor stored = at::from_blob(target.data, is_private(target.format) ? target.storage_sizes : target.sizes, target.dtype);
     move(stored, is_private(target.format) ? pack(logical, target.format) : logical);
 }
-
-void recast(const TensorArgument& source, const TensorArgument& target) { store(source.read(), target); }
 }  // namespace cann
