@@ -2,44 +2,49 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from ascend.static_graphs import StaticGraphs
+
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
 
-def compile_pipeline(pipe: StableDiffusionPipeline) -> dict[str, str]:
+def compile_pipeline(pipe: StableDiffusionPipeline, graph_cache: Path | None = None) -> dict[str, str]:
     """Compile text encoder, UNet and VAE decoder in place, each as static graphs without a break.
 
     The UNet becomes one graph per kind of call: with DeepCache a full and a shallow one. A new batch or picture size
-    makes new graphs. The parameters must not be changed afterwards (LoRA: load and fuse first), as the graphs treat
-    them as constants, in the layout that the matrix kernels read.
+    makes new graphs, and those of earlier ones stay. Whatever changes the computation (attention processors, token
+    merging, LoRA: load and fuse first) must be installed before, as the graphs treat the parameters as constants, in
+    the layout that the matrix kernels read.
 
     Args:
         pipe: a pipeline whose components are where they are to run.
+        graph_cache: where an NPU's graphs are kept for the next process; by default in the user's cache directory.
 
     Returns:
-        The compiled components' names and the backend of each, `"torchair"` or `"inductor"`.
+        The components' names and how each runs: `"torchair"`, `"inductor"`, or `"eager"` where it is offloaded or on
+        another device than the UNet, so that its parameters are no constants of a graph.
 
     Raises:
-        RuntimeError: a component is offloaded, or a backend lacks what it needs, such as a C++ compiler.
+        RuntimeError: a backend lacks what it needs, such as a C++ compiler.
     """
-    all_components = {"text_encoder": pipe.text_encoder, "unet": pipe.unet, "vae.decoder": pipe.vae.decoder}
-    components = {name: module for name, module in all_components.items() if module is not None}
-    for name, module in components.items():
-        if _is_offloaded(module):
-            raise RuntimeError(
-                f"{name} is offloaded, so its parameters move between calls and cannot be part of a graph: "
-                "leave out either compilation or offloading"
-            )
-    return {name: compile_module(module) for name, module in components.items()}
+    components = {"text_encoder": pipe.text_encoder, "unet": pipe.unet, "vae.decoder": pipe.vae.decoder}
+    device = next(pipe.unet.parameters()).device
+    return {
+        name: "eager" if _moves(module, device) else compile_module(module, graph_cache)
+        for name, module in components.items()
+        if module is not None
+    }
 
 
-def compile_module(module: nn.Module) -> str:
+def compile_module(module: nn.Module, graph_cache: Path | None = None) -> str:
     """Compile one module in place (see `compile_pipeline`) and return the name of the backend.
 
     Raises:
@@ -48,7 +53,9 @@ def compile_module(module: nn.Module) -> str:
     device = next(module.parameters()).device
     module.requires_grad_(False)
     if device.type == "npu":
-        module.compile(backend=_torchair_backend(module), fullgraph=True, dynamic=False)
+        _use_private_formats(module)
+        # An instance's attribute hides the class's method, so the module's hooks and its name stay.
+        module.forward = StaticGraphs(module, _torchair_config(), graph_cache or default_graph_cache())
         return "torchair"
 
     if device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++"))):
@@ -60,22 +67,32 @@ def compile_module(module: nn.Module) -> str:
     return "inductor"
 
 
-def _is_offloaded(module: nn.Module) -> bool:
-    return any(hasattr(child, "_hf_hook") or hasattr(child, "_diffusers_hook") for child in module.modules())
+def default_graph_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "diffusers-npu" / "graphs"
 
 
-def _torchair_backend(module: nn.Module) -> Any:
-    """torchair's GE backend with frozen parameters; also turns the module's weights into the chip's own layouts.
+def _moves(module: nn.Module, device: torch.device) -> bool:
+    if any(hasattr(child, "_hf_hook") or hasattr(child, "_diffusers_hook") for child in module.modules()):
+        return True
+    return next(module.parameters()).device != device
 
-    Linear weights become FRACTAL_NZ, fp16 convolution weights FRACTAL_Z. 310P allows such formats from the start; the
-    other chips only after `allow_internal_format`, which must be set before the weights are cast.
-    """
+
+def _torchair_config() -> Any:
     import torch_npu  # noqa: F401  registers the torchair alias
     import torchair
+
+    config = torchair.CompilerConfig()
+    config.experimental_config.frozen_parameter = True
+    return config
+
+
+def _use_private_formats(module: nn.Module) -> None:
+    """Turns the module's weights into the chip's own layouts: FRACTAL_NZ of Linear, FRACTAL_Z of fp16 convolutions.
+
+    310P allows such formats from the start; the other chips only after `allow_internal_format`, which must be set
+    before the weights are cast.
+    """
     from torchair.experimental.inference import use_internal_format_weight
 
     torch.get_device_module("npu").config.allow_internal_format = True
     use_internal_format_weight(module)
-    config = torchair.CompilerConfig()
-    config.experimental_config.frozen_parameter = True
-    return torchair.get_npu_backend(compiler_config=config)

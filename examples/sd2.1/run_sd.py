@@ -104,6 +104,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="which steps are full ones: uniform, quadratic[:CENTRE[,POWER]] or a list 0,4,8,...",
     )
     add("--dynamo", action="store_true", help="compile to graphs: torchair on an NPU, inductor elsewhere")
+    add("--graph_cache", type=Path, metavar="DIR", help="where an NPU's graphs are kept (the user's cache directory)")
 
     add = parser.add_argument_group("output").add_argument
     add("--warmup", type=non_negative_int, metavar="N", help="untimed calls first (1 with --dynamo, else 0)")
@@ -218,7 +219,7 @@ def accelerate(pipe: StableDiffusionPipeline, args: argparse.Namespace) -> dict[
     if args.cache:
         flags["DC"] = args.cache | args.cache_steps
     if args.dynamo:
-        flags["dynamo"] = compile_pipeline(pipe)
+        flags["dynamo"] = compile_pipeline(pipe, args.graph_cache)
     return flags
 
 
