@@ -140,7 +140,7 @@ private:
     static Value input_value(const Node& node) {
         const Declared& desc = node.output_descs.at(0);
         Value value;
-        value.place = Value::Place::kInput;
+        value.place = desc.on_host ? Value::Place::kFeature : Value::Place::kInput;
         value.input = static_cast<int>(integer(node, "index"));
         TORCH_CHECK(desc.dtype.has_value(), "the data type is not emulated");
         value.dtype = *desc.dtype;

@@ -43,7 +43,7 @@ Results fused_attention(const Operands& x) {
     const bool with_sums = x.flag("softmax_lse_flag");
     if (x.compiling()) {
         const Ints sizes = with_sums ? sizes_of_sums(x[0], call) : Ints{0};
-        return {at::empty_like(x[0]), at::empty(sizes, x[0].options().dtype(at::kFloat))};
+        return {at::empty_like(x[0]), as(at::kFloat, at::empty(sizes, x[0].options().dtype(at::kFloat)))};
     }
     const auto [out, sums] = infer_attention(x[0], x["key0"], x["value0"], bias_of(x), x["atten_mask"], call);
     return {out, as(at::kFloat, with_sums ? sums : at::empty({0}))};
