@@ -108,8 +108,8 @@ def find_npu() -> dict[str, Any]:
     return {"torch_npu": version, "devices": int(devices), "chip": chip}
 
 
-def select(op_plugin: Path, pytorch: Path, only: str) -> dict[str, Path]:
-    """The test files by the name that they get here, <repository>/<path>, whose name fits the pattern `only`."""
+def select(op_plugin: Path, pytorch: Path, only: list[str]) -> dict[str, Path]:
+    """The test files by the name that they get here, <repository>/<path>, whose name fits a pattern of `only`."""
     checkouts = {"op_plugin": op_plugin, "pytorch": pytorch}
     files: dict[str, Path] = {}
     for repository, folder, operators in SELECTION:
@@ -120,9 +120,9 @@ def select(op_plugin: Path, pytorch: Path, only: str) -> dict[str, Path]:
             problem = f"it lacks {len(missing)} of {len(paths)} files, as {missing[0]}"
             raise ForkError(f"{checkout} is not the checkout that --help names: {problem}")
         files |= {f"{repository}/{path}": checkout / path for path in paths}
-    selected = {name: path for name, path in files.items() if fnmatchcase(name, only)}
+    selected = {name: path for name, path in files.items() if any(fnmatchcase(name, pattern) for pattern in only)}
     if not selected:
-        raise ForkError(f"--only {only}: no file fits, of {', '.join(files)}")
+        raise ForkError(f"--only {' '.join(only)}: no file fits, of {', '.join(files)}")
     return selected
 
 
@@ -183,7 +183,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--op_plugin", metavar="DIR", type=Path, required=True, help="checkout of Ascend/op-plugin")
     parser.add_argument("--pytorch", metavar="DIR", type=Path, required=True, help="checkout of Ascend/pytorch")
     parser.add_argument("--output", metavar="FILE", type=Path, required=True, help="where the outcomes go, as JSON")
-    parser.add_argument("--only", metavar="PATTERN", default="*", help="run the files that fit, as '*/test_add*'")
+    parser.add_argument(
+        "--only", metavar="PATTERN", nargs="+", default=["*"], help="run only the files that fit, as '*/test_add*'"
+    )
     return parser.parse_args()
 
 

@@ -222,7 +222,7 @@ void matmul(const Operands& inputs, const Operands& outputs, const aclopAttr& at
         return attribute != attributes.values.end() && attribute->second == "1" ? matrix.transpose(-1, -2) : matrix;
     };
     const at::Tensor product = at::matmul(operand(0, "transpose_x1"), operand(1, "transpose_x2"));
-    put(outputs.at(0)->read(), inputs.size() > 2 ? product + up(inputs[2]->read()) : product);
+    put_stored(*outputs.at(0), inputs.size() > 2 ? product + up(inputs[2]->read()) : product);
 }
 
 void rotary_mul(const Operands& inputs, const Operands& outputs, const aclopAttr&) {

@@ -15,7 +15,7 @@ struct Type {
     const char* name;
 };
 
-constexpr std::array<Type, 16> kTypes{{
+constexpr std::array<Type, 18> kTypes{{
     {ACL_FLOAT, at::kFloat, "float32"},
     {ACL_FLOAT16, at::kHalf, "float16"},
     {ACL_BF16, at::kBFloat16, "bfloat16"},
@@ -32,6 +32,8 @@ constexpr std::array<Type, 16> kTypes{{
     {ACL_COMPLEX64, at::kComplexFloat, "complex64"},
     {ACL_COMPLEX128, at::kComplexDouble, "complex128"},
     {ACL_COMPLEX32, at::kComplexHalf, "complex32"},
+    {ACL_FLOAT8_E5M2, at::kFloat8_e5m2, "float8_e5m2"},
+    {ACL_FLOAT8_E4M3FN, at::kFloat8_e4m3fn, "float8_e4m3fn"},
 }};
 
 template <class Matches>

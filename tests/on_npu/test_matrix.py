@@ -79,3 +79,17 @@ def test_transposed_and_one_dimensional_convolutions() -> None:
     assert_close(there, F.conv_transpose2d(x.float(), weight.float(), stride=2, padding=1), factor=4)
     x, weight = numbers((2, 4, 11), torch.float16), numbers((6, 4, 3), torch.float16, seed=1)
     assert_close(F.conv1d(x.to("npu"), weight.to("npu")), F.conv1d(x.float(), weight.float()), factor=4)
+
+
+def test_products_through_the_old_operator_interface() -> None:
+    x, weight = numbers((5, 7), torch.float16), numbers((3, 7), torch.float16, seed=1)
+    torch.npu.set_compile_mode(jit_compile=True)
+    try:
+        products = (
+            torch.mm(x.to("npu"), weight.to("npu").t()),
+            torch.mm(x.to("npu"), weight.t().contiguous().to("npu")),
+        )
+    finally:
+        torch.npu.set_compile_mode(jit_compile=False)
+    for product in products:
+        assert_close(product, x.float() @ weight.float().t(), factor=4)
