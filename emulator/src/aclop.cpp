@@ -1,6 +1,7 @@
 // The old operator interface (aclop*). torch_npu falls back to it silently when an aclnn symbol is missing, so its
 // descriptors work, and executing an operator that nobody emulates fails and names the operator.
 #include <map>
+#include <sstream>
 #include <vector>
 
 #include <c10/util/strides.h>
@@ -199,6 +200,20 @@ void transpose(const Operands& inputs, const Operands& outputs, const aclopAttr&
     store(inputs.at(0)->read().permute(whole_numbers(*inputs.at(1))), *outputs.at(0));
 }
 
+std::vector<int64_t> whole_numbers(const std::string& text) {
+    std::vector<int64_t> values;
+    std::istringstream items(text);
+    for (std::string item; std::getline(items, item, ',');) values.push_back(std::stoll(item));
+    return values;
+}
+
+void confusion_transpose(const Operands& inputs, const Operands& outputs, const aclopAttr& attributes) {
+    const auto order = whole_numbers(attributes.values.at("perm")), shape = whole_numbers(attributes.values.at("shape"));
+    const at::Tensor x = inputs.at(0)->read();
+    const bool transpose_first = attributes.values.at("transpose_first") == "1";
+    store(transpose_first ? x.permute(order).reshape(shape) : x.reshape(shape).permute(order), *outputs.at(0));
+}
+
 void slice(const Operands& inputs, const Operands& outputs, const aclopAttr&) {
     const auto starts = whole_numbers(*inputs.at(1)), sizes = whole_numbers(*inputs.at(2));
     at::Tensor part = inputs.at(0)->read();
@@ -234,6 +249,7 @@ void rotary_mul(const Operands& inputs, const Operands& outputs, const aclopAttr
 
 const std::map<std::string, Kernel> kKernels{
     {"Cast", cast},
+    {"ConfusionTransposeD", confusion_transpose},
     {"Identity", identity},
     {"LessEqual", less_equal},
     {"MatMul", matmul},

@@ -1,12 +1,12 @@
 // Error reporting: messages are per thread, and reading one clears it, as aclGetRecentErrMsg documents.
-#include <sys/syscall.h>
-#include <unistd.h>
+#include <sys/prctl.h>
 
 #include <atomic>
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
 #include <mutex>
+#include <string_view>
 
 #include "runtime.h"
 
@@ -27,13 +27,19 @@ std::mutex guard;
 std::string fault_message;
 std::atomic<aclError> fault_code{ACL_SUCCESS};
 
+// Whether this is the thread that launches for torch_npu when TASK_QUEUE_ENABLE is not 0. torch_npu names it so.
+bool on_queue_thread() {
+    char name[16];  // the longest that Linux has
+    return prctl(PR_GET_NAME, name) == 0 && std::string_view(name) == "acl_thread";
+}
+
 }  // namespace
 
 aclError fail_launch(aclError code, const std::string& message) {
-    // Errors on the main thread reach the caller at once, and nothing is dropped after them.
-    const bool on_main_thread = syscall(SYS_gettid) == getpid();
+    // Elsewhere errors reach the caller at once, and nothing is dropped after them.
+    const bool queued = on_queue_thread();
     std::lock_guard<std::mutex> lock(guard);
-    if (!on_main_thread && fault_code == ACL_SUCCESS) {
+    if (queued && fault_code == ACL_SUCCESS) {
         fault_message = message;
         fault_code = code;
     }

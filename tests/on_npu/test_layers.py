@@ -100,6 +100,36 @@ def test_npu_add_rms_norm(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_npu_add_rms_norm_in_place(dtype: torch.dtype) -> None:
+    x, y, gamma = (numbers(shape, dtype, i) for i, shape in enumerate(((3, 5, 32), (3, 5, 32), (32,))))
+    normed, added = x.to("npu"), y.to("npu")
+    rstd = torch_npu.npu_add_rms_norm_v2(normed, added, gamma.to("npu"), epsilon=1e-3)
+    expected = reference((reference(x) + reference(y)).to(dtype))
+    scale = torch.rsqrt(expected.square().mean(-1, keepdim=True) + 1e-3)
+    assert_close(added, expected)
+    assert_close(normed, expected * scale * reference(gamma), factor=4)
+    assert_close(rstd, scale, factor=4)
+
+
+@pytest.mark.skipif(SATURATES, reason="310P has no kernel")
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_npu_gemma_rms_norm(dtype: torch.dtype) -> None:
+    x, gamma = numbers((3, 5, 32), dtype), numbers((32,), dtype, seed=1)
+    out, rstd = torch_npu.npu_gemma_rms_norm(x.to("npu"), gamma.to("npu"), epsilon=1e-3)
+    scale = torch.rsqrt(reference(x).square().mean(-1, keepdim=True) + 1e-3)
+    assert_close(out, reference(x) * scale * (1 + reference(gamma)), factor=4)
+    assert_close(rstd, scale, factor=4)
+
+
+@pytest.mark.parametrize("transpose_first", (False, True))
+def test_npu_confusion_transpose(transpose_first: bool) -> None:
+    x = numbers((2, 3, 4, 6), torch.float16)
+    order, shape = ((0, 2, 1, 3), (2, 4, 18)) if transpose_first else ((1, 0, 2), (2, 3, 24))
+    expected = x.permute(order).reshape(shape) if transpose_first else x.reshape(shape).permute(order)
+    assert_close(torch_npu.npu_confusion_transpose(x.to("npu"), order, shape, transpose_first), expected)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_masked_softmax(dtype: torch.dtype) -> None:
     x, dropped = numbers((2, 3, 32, 64), dtype), numbers((2, 3, 32, 64), torch.bool, seed=1)
     expected = reference(x).masked_fill(dropped, -torch.inf).softmax(-1)
