@@ -1,7 +1,10 @@
 // Error reporting: messages are per thread, and reading one clears it, as aclGetRecentErrMsg documents.
 #include <sys/prctl.h>
+#include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
+#include <csignal>
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
@@ -33,7 +36,26 @@ bool on_queue_thread() {
     return prctl(PR_GET_NAME, name) == 0 && std::string_view(name) == "acl_thread";
 }
 
+char last_message[2048];  // of any thread, for a handler that may not allocate
+struct sigaction next_handler;
+
+void report_crash(int signal) {
+    constexpr std::string_view kReport = "[CANN emulator] segmentation fault; the last error before it was: ";
+    if (*last_message != '\0') {
+        for (std::string_view text : {kReport, std::string_view(last_message), std::string_view("\n")}) {
+            if (write(STDERR_FILENO, text.data(), text.size()) < 0) break;
+        }
+    }
+    sigaction(signal, &next_handler, nullptr);  // the instruction runs again, and meets the handler that was there
+}
+
 }  // namespace
+
+void report_crashes() {
+    struct sigaction handler = {};
+    handler.sa_handler = report_crash;
+    sigaction(SIGSEGV, &handler, &next_handler);
+}
 
 aclError fail_launch(aclError code, const std::string& message) {
     // Elsewhere errors reach the caller at once, and nothing is dropped after them.
@@ -57,6 +79,8 @@ aclError fail(aclError code, const char* format, ...) {
     va_start(arguments, format);
     pending = vformat(format, arguments);
     va_end(arguments);
+    pending.copy(last_message, sizeof last_message - 1);
+    last_message[std::min(pending.size(), sizeof last_message - 1)] = '\0';
     last_error = code;
     return code;
 }
