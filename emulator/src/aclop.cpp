@@ -214,6 +214,23 @@ void confusion_transpose(const Operands& inputs, const Operands& outputs, const 
     store(transpose_first ? x.permute(order).reshape(shape) : x.reshape(shape).permute(order), *outputs.at(0));
 }
 
+void sort_values(const Operands& inputs, const Operands& outputs, const aclopAttr& attributes) {
+    const int64_t dim = std::stoll(attributes.values.at("axis"));
+    const bool descending = attributes.values.at("descending") == "1";
+    put_stored(*outputs.at(0), std::get<0>(at::sort(inputs.at(0)->read(), dim, descending)));
+}
+
+// Normalises from one dimension on; mean and 1 / deviation keep what they were reduced over as dimensions of one.
+void layer_norm(const Operands& inputs, const Operands& outputs, const aclopAttr& attributes) {
+    const at::Tensor x = up(inputs.at(0)->read());
+    const auto shape = x.sizes().slice(std::stoll(attributes.values.at("begin_norm_axis")));
+    const double epsilon = std::stod(attributes.values.at("epsilon"));
+    const auto [y, mean, rstd] =
+        at::native_layer_norm(x, shape, up(inputs.at(1)->read()), up(inputs.at(2)->read()), epsilon);
+    size_t index = 0;
+    for (const at::Tensor& result : {y, mean, rstd}) put_stored(*outputs.at(index++), result);
+}
+
 void slice(const Operands& inputs, const Operands& outputs, const aclopAttr&) {
     const auto starts = whole_numbers(*inputs.at(1)), sizes = whole_numbers(*inputs.at(2));
     at::Tensor part = inputs.at(0)->read();
@@ -251,6 +268,7 @@ const std::map<std::string, Kernel> kKernels{
     {"Cast", cast},
     {"ConfusionTransposeD", confusion_transpose},
     {"Identity", identity},
+    {"LayerNormV3", layer_norm},
     {"LessEqual", less_equal},
     {"MatMul", matmul},
     {"NPUAllocFloatStatus", alloc_float_status},
@@ -260,6 +278,7 @@ const std::map<std::string, Kernel> kKernels{
     {"NPUClearFloatStatusV2", clear_float_status},
     {"RotaryMul", rotary_mul},
     {"Slice", slice},
+    {"SortV2", sort_values},
     {"StridedSlice", strided_slice},
     {"Swish", swish},
     {"Transpose", transpose},

@@ -121,6 +121,21 @@ def test_npu_gemma_rms_norm(dtype: torch.dtype) -> None:
     assert_close(rstd, scale, factor=4)
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_npu_layer_norm_eval(dtype: torch.dtype) -> None:
+    x, weight, bias = (numbers(shape, dtype, i) for i, shape in enumerate(((3, 5, 32), (5, 32), (5, 32))))
+    out = torch_npu.npu_layer_norm_eval(x.to("npu"), (5, 32), weight.to("npu"), bias.to("npu"), eps=1e-3)
+    assert_close(out, F.layer_norm(reference(x), (5, 32), reference(weight), reference(bias), 1e-3), factor=8)
+
+
+@pytest.mark.parametrize("descending", (False, True))
+@pytest.mark.parametrize("dim", (0, -1))
+def test_npu_sort_v2(dim: int, descending: bool) -> None:
+    x = numbers((4, 9), torch.float16)
+    sorted_values = torch_npu.npu_sort_v2(x.to("npu"), dim=dim, descending=descending)
+    assert_close(sorted_values, x.sort(dim, descending)[0])
+
+
 @pytest.mark.parametrize("transpose_first", (False, True))
 def test_npu_confusion_transpose(transpose_first: bool) -> None:
     x = numbers((2, 3, 4, 6), torch.float16)

@@ -121,7 +121,5 @@ ACLNN(DropoutGenMaskV2, (Ints shape, double prob, int64_t seed, int64_t offset, 
     move(out, (kept * weights).sum(-1));
 })
 ACLNN(DropoutDoMask, (Tensor self, Tensor mask, double prob, Tensor out) {
-    const Tensor bits = mask.to(at::kInt).unsqueeze(-1).bitwise_right_shift(at::arange(8, at::kInt)).bitwise_and(1);
-    const Tensor kept = bits.flatten().narrow(0, 0, self.numel()).view(self.sizes());
-    put(out, prob >= 1 ? at::zeros_like(self) : up(self) * kept / (1 - prob));
+    put(out, prob >= 1 ? at::zeros_like(self) : up(self) * unpack_bits(mask, self.sizes()) / (1 - prob));
 })
