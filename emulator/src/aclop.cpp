@@ -191,6 +191,11 @@ void swish(const Operands& inputs, const Operands& outputs, const aclopAttr& att
     put_stored(*outputs.at(0), x * at::sigmoid(x * std::stod(attributes.values.at("scale"))));
 }
 
+void fast_gelu(const Operands& inputs, const Operands& outputs, const aclopAttr&) {
+    const at::Tensor x = up(inputs.at(0)->read());
+    put_stored(*outputs.at(0), x * at::sigmoid(x * 1.702));
+}
+
 std::vector<int64_t> whole_numbers(const TensorArgument& input) {
     const at::Tensor values = input.read().to(at::kLong).contiguous();
     return {values.data_ptr<int64_t>(), values.data_ptr<int64_t>() + values.numel()};
@@ -267,6 +272,7 @@ void rotary_mul(const Operands& inputs, const Operands& outputs, const aclopAttr
 const std::map<std::string, Kernel> kKernels{
     {"Cast", cast},
     {"ConfusionTransposeD", confusion_transpose},
+    {"FastGelu", fast_gelu},
     {"Identity", identity},
     {"LayerNormV3", layer_norm},
     {"LessEqual", less_equal},
