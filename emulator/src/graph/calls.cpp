@@ -56,6 +56,8 @@ const Namesake* find_namesake(const std::string& type) {
         {"BatchMatMulV2", {"BatchMatMul", matrices}},
         {"BatchMatMulV3", {"BatchMatMul", matrices}},
         {"Conv2D", {"Convolution", {{"x", "input"}, {"filter", "weight"}, {"y", "output"}}}},
+        {"FlashAttentionScore",
+         {"FlashAttentionScore", {{"pre_tockens", "preTokens"}, {"next_tockens", "nextTokens"}}}},
         {"FusedInferAttentionScore", {"FusedInferAttentionScoreV3", {{"key0", "key"}, {"value0", "value"}}}},
         {"GeGluV2", {"GeGluV3", {{"x", "self"}}}},
         {"GroupNormSilu", {"GroupNormSilu", {{"x", "self"}, {"num_groups", "group"}}}},

@@ -61,3 +61,11 @@ Status Operator::GetAllIrAttrNamesAndTypes(Options& names_and_types) const {
 }
 
 }  // namespace ge
+
+// torchair looks this function up by name before it builds a node that it has no class for. Only whether the operator
+// exists is answered: which inputs and attributes it has is not declared anywhere.
+using NamesAndKinds = std::vector<std::pair<ge::AscendString, ge::AscendString>>;
+extern "C" __attribute__((visibility("default"))) ge::Status GetRegisteredIrDef(const char* type, NamesAndKinds&,
+                                                                              NamesAndKinds&, NamesAndKinds&) {
+    return cann::graph::find_operation(type) ? ge::SUCCESS : ge::FAILED;
+}

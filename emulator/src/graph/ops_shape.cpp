@@ -41,6 +41,11 @@ Tensor joined(const Operands& x, std::vector<Tensor> tensors, int64_t dim) {
 
 Ints even_sizes(const Tensor& x, int64_t dim, int64_t count) { return Ints(count, x.size(dim) / count); }
 
+Tensor confusion_transposed(const Operands& x) {
+    const Ints order = x.list("perm"), shape = x.list("shape");
+    return x.flag("transpose_first") ? x[0].permute(order).reshape(shape) : x[0].reshape(shape).permute(order);
+}
+
 // Both slices; the masks choose the whole range of a dimension, or drop it.
 Tensor strided_slice(const Operands& x, const Ints& begin, const Ints& end, Ints dims, Ints steps) {
     TORCH_CHECK(x.integer("ellipsis_mask", 0) == 0 && x.integer("new_axis_mask", 0) == 0,
@@ -166,6 +171,7 @@ GE_VIEWS(Squeeze, x[0].reshape(without(x[0].sizes().vec(), x.list("axis"))))
 GE_VIEWS(FlattenV2, flattened(x))
 GE_MOVES(Transpose, x[0].permute(x.ints(1)))
 GE_MOVES(Permute, x[0].permute(x.list("order")))
+GE_MOVES(ConfusionTransposeD, confusion_transposed(x))
 GE_MOVES(ConcatV2, joined(x, x.from(0, x.size() - 1), x.ints(x.size() - 1).at(0)))
 GE_MOVES(ConcatD, joined(x, x.from(0), x.integer("concat_dim")))
 GE_MOVES(Pack, (x.integer("N", 0), at::stack(x.from(0), x.integer("axis", 0))))

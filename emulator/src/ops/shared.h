@@ -21,6 +21,11 @@ struct Inference {
 // float32 in the layout of the call, and the log of the sums, [batch, heads, queries, 1].
 std::pair<at::Tensor, at::Tensor> infer_attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                                                   const at::Tensor& bias, const at::Tensor& mask, const Inference& call);
+// Writes the result, and the statistics that the backward pass reads.
+void training_attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const at::Tensor& bias,
+                        const at::Tensor& drop_mask, const at::Tensor& mask, double scale, double keep, int64_t pre, int64_t next,
+                        int64_t heads, const std::string& layout, int64_t inner_precise, int64_t sparse_mode,
+                        const at::Tensor& maximum, const at::Tensor& sum, const at::Tensor& out);
 // For what the operators take and the emulator does not: quantisation, paging, shared prefixes, separate rotary parts.
 void refuse_any(const std::vector<at::Tensor>& tensors);
 
