@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 import torch_npu
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from ascend.graph import compile_module
 from tests.on_npu.helpers import FLOATS, SATURATES, TOLERANCES, numbers, reference
@@ -106,9 +107,7 @@ def test_a_graph_computes_what_the_cpu_does(npu: torch.device, name: str, dtype:
     inputs = [numbers(shape, dtype, seed) for seed, shape in enumerate(shapes)]
     actual = compiled(function)(*(x.to(npu) for x in inputs))
     expected = function(*(reference(x) for x in inputs))
-    several = isinstance(expected, (tuple, list))
-    flat = torch.utils._pytree.tree_leaves
-    for result, truth in zip(flat(actual) if several else [actual], flat(expected) if several else [expected]):
+    for result, truth in zip(tree_leaves(actual), tree_leaves(expected), strict=True):
         close(result, truth, factor)
 
 
@@ -116,12 +115,15 @@ def test_indices(npu: torch.device) -> None:
     def function(table: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
         picked = table[rows]
         order = picked.argmax(-1, keepdim=True)
-        return F.embedding(rows, table), table.index_select(0, rows), picked.gather(1, order), table.scatter(
-            0, rows.unsqueeze(1), picked * 2
+        return (
+            F.embedding(rows, table),
+            table.index_select(0, rows),
+            picked.gather(1, order),
+            table.scatter(0, rows.unsqueeze(1), picked * 2),
         )
 
     table, rows = numbers((6, 5), HALF), torch.tensor([4, 1, 3])
-    for result, truth in zip(compiled(function)(table.to(npu), rows.to(npu)), function(table, rows)):
+    for result, truth in zip(compiled(function)(table.to(npu), rows.to(npu)), function(table, rows), strict=True):
         close(result, truth)
 
 
@@ -139,7 +141,7 @@ def test_fused_layers(npu: torch.device) -> None:
         )
 
     x, weight = numbers((4, 64), HALF).to(npu), numbers((64,), HALF).to(npu)
-    for result, eager in zip(compiled(function)(x, weight), function(x, weight)):
+    for result, eager in zip(compiled(function)(x, weight), function(x, weight), strict=True):
         close(result, eager.cpu())
 
 

@@ -108,6 +108,10 @@ int refuse(const Compiled& compiled, const Step& step) {
     Call call = call_of(compiled, step, nullptr);
     const Namesake* namesake = find_namesake(step.node->type);
     call.operator_name = namesake ? namesake->aclnn : "";
+    // Keys and counters of random numbers are of a type that only the chips' own processors have.
+    std::erase_if(call.arguments, [](const Argument& argument) {
+        return !argument.tensors.empty() && argument.tensors[0]->dtype == at::kUInt64;
+    });
     for (Argument& argument : call.arguments) {
         if (namesake == nullptr) break;
         const auto renamed = namesake->parameters.find(argument.name);

@@ -28,15 +28,16 @@ Tensor prompt_attention(const Operands& x) {
 }
 
 Results fused_attention(const Operands& x) {
-    for (const char* name : {"dequant_scale1", "quant_scale1", "dequant_scale2", "quant_scale2", "quant_offset2", "antiquant_scale",
-                             "antiquant_offset", "block_table", "query_padding_size", "kv_padding_size", "key_antiquant_scale",
-                             "key_antiquant_offset", "value_antiquant_scale", "value_antiquant_offset", "key_shared_prefix",
-                             "value_shared_prefix", "query_rope", "key_rope", "key_rope_antiquant_scale", "dequant_scale_query",
-                             "learnable_sink"}) {
+    for (const char* name :
+         {"dequant_scale1", "quant_scale1", "dequant_scale2", "quant_scale2", "quant_offset2", "antiquant_scale",
+          "antiquant_offset", "block_table", "query_padding_size", "kv_padding_size", "key_antiquant_scale",
+          "key_antiquant_offset", "value_antiquant_scale", "value_antiquant_offset", "key_shared_prefix",
+          "value_shared_prefix", "query_rope", "key_rope", "key_rope_antiquant_scale", "dequant_scale_query",
+          "learnable_sink"}) {
         refuse_any({x[name]});
     }
-    for (const char* name : {"block_size", "antiquant_mode", "key_antiquant_mode", "value_antiquant_mode", "query_quant_mode",
-                             "pse_type", "out_dtype"}) {
+    for (const char* name : {"block_size", "antiquant_mode", "key_antiquant_mode", "value_antiquant_mode",
+                             "query_quant_mode", "pse_type", "out_dtype"}) {
         TORCH_CHECK(x.integer(name, 0) == 0, "the attribute ", name, " is not emulated");
     }
     const Inference call = call_of(x, "scale", "pre_tokens", "next_tokens");
@@ -67,8 +68,8 @@ Results flash_attention(const Operands& x) {
     const Tensor maximum = at::empty(batch_heads_queries(x[0], layout, heads), options), sum = at::empty_like(maximum);
     const Tensor out = at::empty(x[0].sizes(), options);
     if (!x.compiling()) {
-        training_attention(x[0], x[1], x[2], x["real_shift"], x["drop_mask"], x["atten_mask"], scale, keep, pre, next, heads,
-                           layout, inner_precise, sparse_mode, maximum, sum, out);
+        training_attention(x[0], x[1], x[2], x["real_shift"], x["drop_mask"], x["atten_mask"], scale, keep, pre, next,
+                           heads, layout, inner_precise, sparse_mode, maximum, sum, out);
     }
     return {as(at::kFloat, maximum), as(at::kFloat, sum), at::empty({0}, options), out};
 }

@@ -43,7 +43,8 @@ Results sorted(const Operands& x) {
 
 Results top(const Operands& x) {
     const bool in_order = x.flag("sorted", true);
-    const auto [values, positions] = at::topk(x[0], x.ints(1).at(0), x.integer("dim", -1), x.flag("largest", true), in_order);
+    const int64_t count = x.ints(1).at(0), dim = x.integer("dim", -1);
+    const auto [values, positions] = at::topk(x[0], count, dim, x.flag("largest", true), in_order);
     return {values, positions.to(at::kInt)};
 }
 
