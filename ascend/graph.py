@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ascend.converters import register_converters
 from ascend.static_graphs import StaticGraphs
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ def _torchair_config() -> Any:
     import torch_npu  # noqa: F401  registers the torchair alias
     import torchair
 
+    register_converters()
     config = torchair.CompilerConfig()
     config.experimental_config.frozen_parameter = True
     return config

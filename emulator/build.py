@@ -45,6 +45,7 @@ FLAGS = (
     "-Wno-unused-parameter",
     "-Wno-attribute-alias",
 )
+PROTOBUF = "protobuf==7.36.2"  # of torchair
 PRECOMPILED = "ATen/ATen.h"  # takes longer to read than any kernel to compile
 TORCH_LIBRARIES = ("torch_cpu", "c10")
 
@@ -68,14 +69,15 @@ def torch_npu_site() -> Path:
     """
     version = importlib.metadata.version("torch").split("+")[0]
     python = f"cp{sys.version_info.major}{sys.version_info.minor}"
-    site = cache_dir() / f"torch_npu-{version}-{python}"
+    site = cache_dir() / f"torch_npu-{version}-{PROTOBUF.replace('==', '-')}-{python}"
     if site.is_dir():
         return site
     print(f"emulator: installing torch_npu {version} into {site}", file=sys.stderr)
     cache_dir().mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache_dir()) as scratch:
         target = Path(scratch) / "site"
-        requirements = [f"torch_npu=={version}", *_missing("pyyaml==6.0.3", "yaml")]
+        requirements = [f"torch_npu=={version}"]
+        requirements += [*_missing("pyyaml==6.0.3", "yaml"), *_missing(PROTOBUF, "google.protobuf")]
         # Without dependencies: torch and numpy are here, and a second torch would hide them.
         pip = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--quiet", "--no-deps"]
         _run(*pip, "--target", target, *requirements)
@@ -84,7 +86,10 @@ def torch_npu_site() -> Path:
 
 
 def _missing(requirement: str, module: str) -> list[str]:
-    return [] if find_spec(module) else [requirement]
+    try:
+        return [] if find_spec(module) else [requirement]
+    except ModuleNotFoundError:  # of the package that the module would be in
+        return [requirement]
 
 
 def _rename(source: Path, target: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 from emulator import EmulatorError
 
 FORMAT_CONVERSIONS = ("Identity",)
+GRAPH_COLUMNS = ("graph", "nodes", "launches", "TransData", "Cast", "peak MB", "runs", "chip ms a run (estimate)")
 COLUMNS = ("operator", "launches", "GFLOP", "MB", "host ms", "chip ms (estimate)")
 
 
@@ -59,12 +60,18 @@ def summarise(path: Path, profile: dict[str, Any]) -> str:
     totals: dict[str, Total] = {}
     copies: dict[str, Total] = {}
     waits = 0
+    graphs: dict[str, dict[str, Any]] = {}
+    in_graphs: dict[str, Total] = {}
     for event in read(path):
-        if event["event"] == "launch":
+        if event["event"] == "compile":
+            graphs[event["graph"]] = event
+        elif event["event"] == "launch":
             one = Total(
                 1, event["flops"], event["bytes"], event["microseconds"] / 1e6, estimate_seconds(event, profile)
             )
             totals.setdefault(event["operator"], Total()).add(one)
+            if "graph" in event:
+                in_graphs.setdefault(event["graph"], Total()).add(one)
         elif event["event"] == "copy":
             copies.setdefault(event["kind"], Total()).add(Total(1, 0, event["bytes"]))
         elif event["event"] == "sync":
@@ -81,6 +88,9 @@ def summarise(path: Path, profile: dict[str, Any]) -> str:
     lines += [
         f"copies {kind}: {total.launches} of {total.bytes / 1e6:.2f} MB" for kind, total in sorted(copies.items())
     ]
+    if graphs:
+        lines += ["", f"{GRAPH_COLUMNS[0]:32}" + "".join(f"{name:>26}" for name in GRAPH_COLUMNS[1:])]
+        lines += [format_graph(graph, in_graphs.get(name, Total())) for name, graph in graphs.items()]
     lines += [
         f"chip times are an estimate for {profile['soc']} from its nominal speed and bandwidth, not a measurement"
     ]
@@ -90,3 +100,16 @@ def summarise(path: Path, profile: dict[str, Any]) -> str:
 def format_row(name: str, total: Total) -> str:
     values = (total.flops / 1e9, total.bytes / 1e6, total.host_seconds * 1e3, total.chip_seconds * 1e3)
     return f"{name:32}{total.launches:>20}" + "".join(f"{value:>20.3f}" for value in values)
+
+
+def format_graph(graph: dict[str, Any], launched: Total) -> str:
+    """What one compiled graph launches and keeps in memory at its peak, beside its weights."""
+    runs = launched.launches // graph["launches"] if graph["launches"] else 0
+    peak = (graph["feature_bytes"] + graph["constant_bytes"]) / 1e6
+    counts = (graph["nodes"], graph["launches"], graph["TransData"], graph["Cast"])
+    per_run = launched.chip_seconds * 1e3 / runs if runs else 0.0
+    return (
+        f"{graph['graph']:32}"
+        + "".join(f"{count:>26}" for count in counts)
+        + f"{peak:>26.3f}{runs:>26}{per_run:>26.3f}"
+    )

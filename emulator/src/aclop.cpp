@@ -1,6 +1,6 @@
 // The old operator interface (aclop*). torch_npu falls back to it silently when an aclnn symbol is missing, so its
-// descriptors work, and executing an operator that nobody emulates fails and names the operator. The operators are those
-// of compiled graphs (graph/operation.h).
+// descriptors work, and executing an operator that nobody emulates fails and names the operator. The operators are
+// those of compiled graphs (graph/operation.h).
 #include <vector>
 
 #include <c10/util/strides.h>
@@ -149,7 +149,8 @@ std::shared_ptr<TensorArgument> describe(const aclTensorDesc& desc, const aclDat
     return argument;
 }
 
-void execute(const graph::Operation& operation, const Arguments& from, const Arguments& to, const graph::Attributes& attributes) {
+void execute(const graph::Operation& operation, const Arguments& from, const Arguments& to,
+             const graph::Attributes& attributes) {
     std::vector<graph::Operands::Input> inputs;
     for (const auto& argument : from) {
         const Tensor tensor = argument->read();

@@ -43,6 +43,7 @@ using namespace cann;
 
 CANN_API aclError aclInit(const char*) {
     if (chip().devices > kMostDevices) die("at most %zu devices can be emulated", kMostDevices);
+    report_crashes();
     return ACL_SUCCESS;
 }
 

@@ -1,12 +1,15 @@
 // Error reporting: messages are per thread, and reading one clears it, as aclGetRecentErrMsg documents.
-#include <sys/syscall.h>
+#include <sys/prctl.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
+#include <csignal>
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
 #include <mutex>
+#include <string_view>
 
 #include "runtime.h"
 
@@ -27,13 +30,38 @@ std::mutex guard;
 std::string fault_message;
 std::atomic<aclError> fault_code{ACL_SUCCESS};
 
+// Whether this is the thread that launches for torch_npu when TASK_QUEUE_ENABLE is not 0. torch_npu names it so.
+bool on_queue_thread() {
+    char name[16];  // the longest that Linux has
+    return prctl(PR_GET_NAME, name) == 0 && std::string_view(name) == "acl_thread";
+}
+
+char last_message[2048];  // of any thread, for a handler that may not allocate
+struct sigaction next_handler;
+
+void report_crash(int signal) {
+    constexpr std::string_view kReport = "[CANN emulator] segmentation fault; the last error before it was: ";
+    if (*last_message != '\0') {
+        for (std::string_view text : {kReport, std::string_view(last_message), std::string_view("\n")}) {
+            if (write(STDERR_FILENO, text.data(), text.size()) < 0) break;
+        }
+    }
+    sigaction(signal, &next_handler, nullptr);  // the instruction runs again, and meets the handler that was there
+}
+
 }  // namespace
 
+void report_crashes() {
+    struct sigaction handler = {};
+    handler.sa_handler = report_crash;
+    sigaction(SIGSEGV, &handler, &next_handler);
+}
+
 aclError fail_launch(aclError code, const std::string& message) {
-    // Errors on the main thread reach the caller at once, and nothing is dropped after them.
-    const bool on_main_thread = syscall(SYS_gettid) == getpid();
+    // Elsewhere errors reach the caller at once, and nothing is dropped after them.
+    const bool queued = on_queue_thread();
     std::lock_guard<std::mutex> lock(guard);
-    if (!on_main_thread && fault_code == ACL_SUCCESS) {
+    if (queued && fault_code == ACL_SUCCESS) {
         fault_message = message;
         fault_code = code;
     }
@@ -51,6 +79,8 @@ aclError fail(aclError code, const char* format, ...) {
     va_start(arguments, format);
     pending = vformat(format, arguments);
     va_end(arguments);
+    pending.copy(last_message, sizeof last_message - 1);
+    last_message[std::min(pending.size(), sizeof last_message - 1)] = '\0';
     last_error = code;
     return code;
 }

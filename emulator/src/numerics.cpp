@@ -74,4 +74,9 @@ void move(const at::Tensor& out, const at::Tensor& value) {
     out.copy_(out.sizes() == value.sizes() ? value : value.reshape(out.sizes()));
 }
 
+at::Tensor unpack_bits(const at::Tensor& bytes, at::IntArrayRef shape) {
+    const at::Tensor bits = bytes.flatten().unsqueeze(-1).bitwise_right_shift(at::arange(8, at::kByte)).bitwise_and(1);
+    return bits.flatten().narrow(0, 0, c10::multiply_integers(shape)).view(shape);
+}
+
 }  // namespace cann

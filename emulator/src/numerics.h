@@ -23,4 +23,7 @@ void put_of_kind(const at::Tensor& out, const at::Tensor& value);
 // Writes what an operator only moves: no arithmetic, so nothing saturates.
 void move(const at::Tensor& out, const at::Tensor& value);
 
+// `shape` of 0 and 1 from packed bits, the lowest of a byte first; bits beyond the shape are padding.
+at::Tensor unpack_bits(const at::Tensor& bytes, at::IntArrayRef shape);
+
 }  // namespace cann

@@ -41,6 +41,10 @@ aclError fault();
 // The message of this thread's latest fail().
 std::string recent_message();
 
+// Lets a segmentation fault show the last error. torch_npu (2.13, OpCommandImpl::Run) leaves Python's lock released when
+// an operator fails while its caller holds it, as `x[index] = value` does, and torch then crashes in raising the error.
+void report_crashes();
+
 // For what can never be right to continue after: names the reason on stderr and aborts.
 [[noreturn]] void die(const char* format, ...) __attribute__((format(printf, 1, 2)));
 

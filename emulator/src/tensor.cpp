@@ -111,6 +111,18 @@ at::Tensor TensorArgument::read() const {
     return unpack(at::from_blob(data, storage_sizes, dtype), stored_sizes, format).permute(inverse);
 }
 
+namespace {
+
+// The sizes as [N, C, H, W]: as torch_npu has it, fewer than four begin at the channels.
+std::vector<int64_t> as_image(at::IntArrayRef sizes, int format) {
+    if (sizes.size() > 4) unknown_format(format);
+    std::vector<int64_t> image{1, 1, 1, 1};
+    std::copy(sizes.begin(), sizes.end(), image.begin() + (sizes.size() == 4 ? 0 : 1));
+    return image;
+}
+
+}  // namespace
+
 std::vector<int64_t> private_sizes(at::IntArrayRef sizes, int format, at::ScalarType dtype) {
     const int64_t columns = columns_of_fractal(dtype);
     const size_t rank = sizes.size();
@@ -121,13 +133,12 @@ std::vector<int64_t> private_sizes(at::IntArrayRef sizes, int format, at::Scalar
         }
         return stored;
     }
-    if (format == ACL_FORMAT_FRACTAL_Z && rank == 4) {
-        return {blocks(sizes[1], columns) * sizes[2] * sizes[3], blocks(sizes[0], kRows), kRows, columns};
+    if (format != ACL_FORMAT_FRACTAL_Z && format != ACL_FORMAT_NC1HWC0) unknown_format(format);
+    const auto image = as_image(sizes, format);
+    if (format == ACL_FORMAT_FRACTAL_Z) {
+        return {blocks(image[1], columns) * image[2] * image[3], blocks(image[0], kRows), kRows, columns};
     }
-    if (format == ACL_FORMAT_NC1HWC0 && rank == 4) {
-        return {sizes[0], blocks(sizes[1], columns), sizes[2], sizes[3], columns};
-    }
-    unknown_format(format);
+    return {image[0], blocks(image[1], columns), image[2], image[3], columns};
 }
 
 at::Tensor pack(const at::Tensor& logical, int format) {
@@ -138,12 +149,13 @@ at::Tensor pack(const at::Tensor& logical, int format) {
         const at::Tensor split = padded.unflatten(-1, {-1, columns}).unflatten(-3, {-1, kRows});
         return split.movedim(-2, -4).contiguous();  // [..., M1, 16, N1, C0] to [..., N1, M1, 16, C0]
     }
+    const at::Tensor image = logical.reshape(as_image(logical.sizes(), format));
     if (format == ACL_FORMAT_FRACTAL_Z) {
-        const at::Tensor padded = pad_to(logical.permute({2, 3, 0, 1}), kRows, columns);  // [H, W, N, C]
+        const at::Tensor padded = pad_to(image.permute({2, 3, 0, 1}), kRows, columns);  // [H, W, N, C]
         const at::Tensor split = padded.unflatten(-1, {-1, columns}).unflatten(2, {-1, kRows});
         return split.permute({4, 0, 1, 2, 3, 5}).contiguous().view(stored);
     }
-    const at::Tensor padded = pad_to(logical.permute({0, 2, 3, 1}), 1, columns);  // [N, H, W, C]
+    const at::Tensor padded = pad_to(image.permute({0, 2, 3, 1}), 1, columns);  // [N, H, W, C]
     return padded.unflatten(-1, {-1, columns}).permute({0, 3, 1, 2, 4}).contiguous();
 }
 
@@ -155,13 +167,13 @@ at::Tensor unpack(const at::Tensor& stored, at::IntArrayRef sizes, int format) {
         const at::Tensor padded = blocks_.movedim(-4, -2).flatten(-4, -3).flatten(-2, -1);
         return padded.narrow(-2, 0, sizes[sizes.size() - 2]).narrow(-1, 0, sizes[sizes.size() - 1]).contiguous();
     }
+    const auto image = as_image(sizes, format);
     if (format == ACL_FORMAT_FRACTAL_Z) {
-        const int64_t channel_blocks = blocks(sizes[1], columns);
-        const at::Tensor split = blocks_.view({channel_blocks, sizes[2], sizes[3], -1, kRows, columns});
+        const at::Tensor split = blocks_.view({blocks(image[1], columns), image[2], image[3], -1, kRows, columns});
         const at::Tensor padded = split.permute({3, 4, 0, 5, 1, 2}).flatten(2, 3).flatten(0, 1);  // [N, C, H, W]
-        return padded.narrow(0, 0, sizes[0]).narrow(1, 0, sizes[1]).contiguous();
+        return padded.narrow(0, 0, image[0]).narrow(1, 0, image[1]).reshape(sizes);
     }
-    return blocks_.permute({0, 1, 4, 2, 3}).flatten(1, 2).narrow(1, 0, sizes[1]).contiguous();
+    return blocks_.permute({0, 1, 4, 2, 3}).flatten(1, 2).narrow(1, 0, image[1]).reshape(sizes);
 }
 
 }  // namespace cann

@@ -74,6 +74,18 @@ def test_prompt_attention_drops_where_the_mask_is_true_and_beyond_next_tokens(dt
     assert torch.allclose(out.cpu().float()[rows.expand(2, 3, 32)], expected[rows.expand(2, 3, 32)], atol=0.02)
 
 
+@not_310p
+@pytest.mark.parametrize("sparse_mode, rounded", ((0, True), (10, False)))
+def test_910b_keeps_float16_scores_in_float16_unless_asked_for_precision(sparse_mode: int, rounded: bool) -> None:
+    q, k, v = (x * 4 for x in operands(torch.float16, head_dim=128))
+    out = torch_npu.npu_prompt_flash_attention(
+        *(x.to("npu") for x in (q, k, v)), num_heads=3, input_layout="BNSD", sparse_mode=sparse_mode
+    )
+    scores = q.float() @ k.float().transpose(-1, -2)
+    expected = (scores.half().float() if rounded else scores).softmax(-1) @ v.float()
+    assert_close(out, expected, factor=4)
+
+
 @only_310p
 def test_310p_gives_a_fully_masked_row_the_softmax_of_its_scores() -> None:
     q, k, v = operands(torch.float16)
@@ -261,6 +273,18 @@ def test_fusion_attention_with_a_bias_and_a_band(version: int, dtype: torch.dtyp
     peak = scores.amax(-1, keepdim=True)
     assert_close(maximum, peak.expand(-1, -1, -1, 8), factor=8)
     assert_close(total, (scores - peak).exp().sum(-1, keepdim=True).expand(-1, -1, -1, 8), factor=16)
+
+
+@not_310p
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_fusion_attention_with_dropout(dtype: torch.dtype) -> None:
+    q, k, _ = operands(dtype, keys=16)
+    v = torch.eye(16, dtype=dtype).expand(2, 3, 16, 16)  # the result is the probabilities
+    arguments = {"head_num": 3, "input_layout": "BNSD", "scale": 0.25, "keep_prob": 0.75}
+    out = torch_npu.npu_fusion_attention(*(x.to("npu") for x in (q, k, v)), **arguments)[0]
+    kept = out.cpu() != 0
+    assert_close(out, attention(q, k, v, 0.25) * kept / 0.75, factor=4)
+    assert abs(kept.float().mean().item() - 0.75) < 0.05
 
 
 @not_310p

@@ -92,6 +92,7 @@ REDUCTIONS: dict[str, Function] = {
     "trace": lambda x: x[0].trace(),
     "nansum": lambda x: x.nansum(1),
     "var and mean": lambda x: torch.stack(torch.var_mean(x, dim=1, correction=0)),
+    "std and mean": lambda x: torch.stack(torch.std_mean(x, dim=(0, 1), correction=2)),
     "var and mean of all": lambda x: torch.stack(torch.var_mean(x)),
     "sum of magnitudes": lambda x: torch.linalg.vector_norm(x, ord=1, dim=1),
     "norm without a dim": lambda x: torch.ops.aten.norm.Scalar(x, 2),

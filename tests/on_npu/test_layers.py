@@ -100,10 +100,61 @@ def test_npu_add_rms_norm(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_npu_add_rms_norm_in_place(dtype: torch.dtype) -> None:
+    x, y, gamma = (numbers(shape, dtype, i) for i, shape in enumerate(((3, 5, 32), (3, 5, 32), (32,))))
+    normed, added = x.to("npu"), y.to("npu")
+    rstd = torch_npu.npu_add_rms_norm_v2(normed, added, gamma.to("npu"), epsilon=1e-3)
+    expected = reference((reference(x) + reference(y)).to(dtype))
+    scale = torch.rsqrt(expected.square().mean(-1, keepdim=True) + 1e-3)
+    assert_close(added, expected)
+    assert_close(normed, expected * scale * reference(gamma), factor=4)
+    assert_close(rstd, scale, factor=4)
+
+
+@pytest.mark.skipif(SATURATES, reason="310P has no kernel")
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_npu_gemma_rms_norm(dtype: torch.dtype) -> None:
+    x, gamma = numbers((3, 5, 32), dtype), numbers((32,), dtype, seed=1)
+    out, rstd = torch_npu.npu_gemma_rms_norm(x.to("npu"), gamma.to("npu"), epsilon=1e-3)
+    scale = torch.rsqrt(reference(x).square().mean(-1, keepdim=True) + 1e-3)
+    assert_close(out, reference(x) * scale * (1 + reference(gamma)), factor=4)
+    assert_close(rstd, scale, factor=4)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_npu_layer_norm_eval(dtype: torch.dtype) -> None:
+    x, weight, bias = (numbers(shape, dtype, i) for i, shape in enumerate(((3, 5, 32), (5, 32), (5, 32))))
+    out = torch_npu.npu_layer_norm_eval(x.to("npu"), (5, 32), weight.to("npu"), bias.to("npu"), eps=1e-3)
+    assert_close(out, F.layer_norm(reference(x), (5, 32), reference(weight), reference(bias), 1e-3), factor=8)
+
+
+@pytest.mark.parametrize("descending", (False, True))
+@pytest.mark.parametrize("dim", (0, -1))
+def test_npu_sort_v2(dim: int, descending: bool) -> None:
+    x = numbers((4, 9), torch.float16)
+    sorted_values = torch_npu.npu_sort_v2(x.to("npu"), dim=dim, descending=descending)
+    assert_close(sorted_values, x.sort(dim, descending)[0])
+
+
+@pytest.mark.parametrize("transpose_first", (False, True))
+def test_npu_confusion_transpose(transpose_first: bool) -> None:
+    x = numbers((2, 3, 4, 6), torch.float16)
+    order, shape = ((0, 2, 1, 3), (2, 4, 18)) if transpose_first else ((1, 0, 2), (2, 3, 24))
+    expected = x.permute(order).reshape(shape) if transpose_first else x.reshape(shape).permute(order)
+    assert_close(torch_npu.npu_confusion_transpose(x.to("npu"), order, shape, transpose_first), expected)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_masked_softmax(dtype: torch.dtype) -> None:
     x, dropped = numbers((2, 3, 32, 64), dtype), numbers((2, 3, 32, 64), torch.bool, seed=1)
     expected = reference(x).masked_fill(dropped, -torch.inf).softmax(-1)
     assert_close(torch._masked_softmax(x.to("npu"), dropped.to("npu"), -1, 2), expected, factor=4)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_npu_fast_gelu(dtype: torch.dtype) -> None:
+    x = numbers((2, 6, 4, 8), dtype)
+    assert_close(torch_npu.npu_fast_gelu(x.to("npu")), reference(x) * torch.sigmoid(1.702 * reference(x)), factor=4)
 
 
 @pytest.mark.skipif(SATURATES, reason="310P has no kernel")
@@ -111,7 +162,6 @@ def test_masked_softmax(dtype: torch.dtype) -> None:
 def test_activations_of_910b(dtype: torch.dtype) -> None:
     x, weight, bias = numbers((2, 6, 4, 8), dtype), numbers((6,), dtype, seed=1), numbers((6,), dtype, seed=2)
     wide = reference(x)
-    assert_close(torch_npu.npu_fast_gelu(x.to("npu")), wide * torch.sigmoid(1.702 * wide), factor=4)
     left, right = wide.chunk(2, dim=-1)
     for approximate in ("none", "tanh"):
         actual = torch_npu.npu_gelu_mul(x.to("npu"), approximate=approximate)

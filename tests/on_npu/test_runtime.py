@@ -84,6 +84,20 @@ def test_an_operator_that_is_not_emulated_is_an_error_with_its_name() -> None:
 
 
 @emulated
+def test_a_crash_of_torch_npu_after_an_error_shows_the_error() -> None:
+    program = """
+import torch, torch_npu
+torch.npu.set_compile_mode(jit_compile=True)
+x = torch.zeros(4, 3, device="npu")
+x[torch.tensor([1, 2], device="npu")] = 1
+"""
+    environment = os.environ | {"TASK_QUEUE_ENABLE": "0"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "Adding an operator" in done.stderr
+
+
+@emulated
 def test_asynchronous_streams_run_behind_the_program() -> None:
     program = """
 import torch, torch_npu

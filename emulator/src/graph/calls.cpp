@@ -56,6 +56,8 @@ const Namesake* find_namesake(const std::string& type) {
         {"BatchMatMulV2", {"BatchMatMul", matrices}},
         {"BatchMatMulV3", {"BatchMatMul", matrices}},
         {"Conv2D", {"Convolution", {{"x", "input"}, {"filter", "weight"}, {"y", "output"}}}},
+        {"FlashAttentionScore",
+         {"FlashAttentionScore", {{"pre_tockens", "preTokens"}, {"next_tockens", "nextTokens"}}}},
         {"FusedInferAttentionScore", {"FusedInferAttentionScoreV3", {{"key0", "key"}, {"value0", "value"}}}},
         {"GeGluV2", {"GeGluV3", {{"x", "self"}}}},
         {"GroupNormSilu", {"GroupNormSilu", {{"x", "self"}, {"num_groups", "group"}}}},
@@ -106,6 +108,10 @@ int refuse(const Compiled& compiled, const Step& step) {
     Call call = call_of(compiled, step, nullptr);
     const Namesake* namesake = find_namesake(step.node->type);
     call.operator_name = namesake ? namesake->aclnn : "";
+    // Keys and counters of random numbers are of a type that only the chips' own processors have.
+    std::erase_if(call.arguments, [](const Argument& argument) {
+        return !argument.tensors.empty() && argument.tensors[0]->dtype == at::kUInt64;
+    });
     for (Argument& argument : call.arguments) {
         if (namesake == nullptr) break;
         const auto renamed = namesake->parameters.find(argument.name);

@@ -14,8 +14,8 @@ namespace {
 // What torchair notes on nodes and GE itself uses, and what changes how fast an operator is but not its result.
 bool is_annotation(const std::string& attribute) {
     static const std::unordered_set<std::string> names{
-        "input_layout_info", "output_layout_info", "N", "T", "op_impl_mode_enum", "impl_mode", "update_node_from_fx_input_idx",
-        "enable_hf32", "precision_mode"};
+        "enable_hf32", "impl_mode", "input_layout_info", "N", "op_impl_mode_enum", "output_layout_info", "precision_mode", "T",
+        "update_node_from_fx_input_idx"};
     return attribute[0] == '_' || names.count(attribute) != 0;
 }
 
@@ -140,7 +140,7 @@ private:
     static Value input_value(const Node& node) {
         const Declared& desc = node.output_descs.at(0);
         Value value;
-        value.place = Value::Place::kInput;
+        value.place = desc.on_host ? Value::Place::kFeature : Value::Place::kInput;
         value.input = static_cast<int>(integer(node, "index"));
         TORCH_CHECK(desc.dtype.has_value(), "the data type is not emulated");
         value.dtype = *desc.dtype;
@@ -179,7 +179,8 @@ private:
 
     void add_operation(const Node& node) {
         const Operation* operation = find_operation(node.type);
-        TORCH_CHECK(operation != nullptr, "the operator is not emulated; see 'Adding an operator' in emulator/README.md");
+        TORCH_CHECK(operation != nullptr,
+                    "the operator is not emulated; see 'Adding an operator' in emulator/README.md");
         Step step{&node, operation, {}, {}};
         for (const Source& source : node.inputs) step.inputs.push_back(value_of(source));
         const bool foldable = can_fold(step);
@@ -231,7 +232,8 @@ private:
             if (step.inputs[i] >= 0) {
                 const Value& value = compiled_.values[step.inputs[i]];
                 input.known = value.known;
-                input.tensor = with_values ? value.known : at::empty(value.sizes, at::device(at::kMeta).dtype(value.dtype));
+                const auto meta = at::device(at::kMeta).dtype(value.dtype);
+                input.tensor = with_values ? value.known : at::empty(value.sizes, meta);
             }
             inputs.push_back(std::move(input));
         }
@@ -239,8 +241,9 @@ private:
     }
 
     static TensorArgument on_host(const Tensor& tensor) {
-        return {tensor.scalar_type(), tensor.sizes().vec(), tensor.strides().vec(), 0, ACL_FORMAT_ND, tensor.sizes().vec(),
-                static_cast<char*>(tensor.data_ptr())};
+        const Ints sizes = tensor.sizes().vec();
+        char* data = static_cast<char*>(tensor.data_ptr());
+        return {tensor.scalar_type(), sizes, tensor.strides().vec(), 0, ACL_FORMAT_ND, sizes, data};
     }
 
     static void check_attributes(const Operands& operands) {

@@ -180,7 +180,6 @@ private:
 const char* GetFormatName(Format format);
 Status GEInitialize(const Options& options);
 Status GEFinalize();
-std::string GEGetErrorMsg();
 AscendString GEGetWarningMsgV2();
 
 }  // namespace ge

@@ -11,7 +11,8 @@ Graph::Graph(const char* name) : content(std::make_shared<cann::graph::Graph>(ca
 
 Status Graph::LoadFromSerializedModelArray(const void* bytes, size_t size) {
     try {
-        content = std::make_shared<cann::graph::Graph>(cann::graph::parse_model({static_cast<const char*>(bytes), size}));
+        const std::string_view serialized(static_cast<const char*>(bytes), size);
+        content = std::make_shared<cann::graph::Graph>(cann::graph::parse_model(serialized));
         return SUCCESS;
     } catch (const std::exception& error) {
         cann::fail(ACL_ERROR_INVALID_PARAM, "the graph cannot be read: %s", error.what());
@@ -52,12 +53,20 @@ Operator OperatorFactory::CreateOperator(const char*, const char* type) {
 // lacks are refused when a graph that uses them is compiled.
 Status Operator::UpdateInputDesc(const char*, const TensorDesc&) { return SUCCESS; }
 Status Operator::GetAllIrAttrNamesAndTypes(Options& names_and_types) const {
-    for (const char* name : {"activate_left", "alpha", "approximate", "axis", "data_format", "dim", "enable_hf32", "eps",
-                             "is_training", "keep_original_dtype", "layout", "mode", "perm_x1", "perm_x2", "perm_y",
-                             "rotary_mode", "type"}) {
+    for (const char* name : {"activate_left", "alpha", "approximate", "axis", "data_format", "dim", "enable_hf32",
+                             "eps", "is_training", "keep_original_dtype", "layout", "mode", "perm_x1", "perm_x2",
+                             "perm_y", "rotary_mode", "type"}) {
         names_and_types.emplace(name, "");
     }
     return SUCCESS;
 }
 
 }  // namespace ge
+
+// torchair looks this function up by name before it builds a node that it has no class for. Only whether the operator
+// exists is answered: which inputs and attributes it has is not declared anywhere.
+using NamesAndKinds = std::vector<std::pair<ge::AscendString, ge::AscendString>>;
+extern "C" __attribute__((visibility("default"))) ge::Status GetRegisteredIrDef(const char* type, NamesAndKinds&,
+                                                                              NamesAndKinds&, NamesAndKinds&) {
+    return cann::graph::find_operation(type) ? ge::SUCCESS : ge::FAILED;
+}

@@ -119,10 +119,6 @@ Status GEInitialize(const Options& options) {
 }
 Status GEFinalize() { return SUCCESS; }
 AscendString GEGetWarningMsgV2() { return AscendString(""); }
-std::string GEGetErrorMsg() {
-    std::lock_guard<std::mutex> lock(guard);
-    return last_error;
-}
 
 Session::Session(const Options&) : id_(0) {}
 
@@ -197,7 +193,12 @@ Status Session::RunGraphWithStreamAsync(uint32_t id, void* handle, const std::ve
     if (stream == nullptr) return fail("the stream does not exist");
     if (cann::fault() != 0) return fail(cann::recent_message());
     cann::graph::Memory memory = loaded->memory;
-    for (const Tensor& input : inputs) memory.inputs.push_back(argument_of(input));
+    for (const Tensor& input : inputs) {
+        const char* data = reinterpret_cast<const char*>(input.GetData());
+        const bool on_host = input.GetPlacement() == kHost;
+        if (on_host) memory.from_host[static_cast<int>(memory.inputs.size())].assign(data, data + input.content->size);
+        memory.inputs.push_back(argument_of(input));
+    }
     for (const Tensor& output : outputs) memory.outputs.push_back(argument_of(output));
     if (memory.outputs.size() != loaded->compiled->outputs.size()) return fail("the number of outputs is wrong");
     const bool load = !std::exchange(loaded->constants_loaded, true);
@@ -215,3 +216,11 @@ Status Session::RunGraph(uint32_t id, const std::vector<Tensor>& inputs, std::ve
 }
 
 }  // namespace ge
+
+// For error_text.cpp: valid until this thread asks again.
+extern "C" const char* cann_emulator_graph_error() {
+    static thread_local std::string text;
+    std::lock_guard<std::mutex> lock(ge::guard);
+    text = ge::last_error;
+    return text.c_str();
+}

@@ -64,6 +64,7 @@ Declared parse_desc(std::string_view bytes) {
                 if (name == "_is_unfed_optional") desc.absent = true;
                 break;
             }
+            case 14: desc.on_host = message.text() == "CPU"; break;
             default: break;
         }
     }

@@ -26,6 +26,7 @@ struct Declared {
     std::string fx_name;     // of the FX tensor that this is: "mul-aten.mul.Tensor.OUTPUT.0"
     bool described = false;  // by FX; of all others GE itself has to find the dtype and the shape
     bool absent = false;     // an optional input that is not fed
+    bool on_host = false;
 };
 
 struct Source {

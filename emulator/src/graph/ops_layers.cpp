@@ -18,14 +18,15 @@ Tensor product(const Operands& x, const char* transposed_1, const char* transpos
     TORCH_CHECK(!x["offset_w"].defined(), "a product of quantised matrices is not emulated");
     const Tensor a = operand(x[0], x.flag(transposed_1)), b = operand(x[1], x.flag(transposed_2));
     if (!x[2].defined()) return at::matmul(a, b);
-    return at::matmul(up(a), up(b)) + x.up(2);  // one rounding: a product in 16 bits would be rounded before the addition
+    return at::matmul(up(a), up(b)) + x.up(2);  // one rounding: one of 16 bits would come before the addition
 }
 
 // Two dimensions of four in the order of NCHW.
 Ints last_two(const Ints& four) { return {four.at(2), four.at(3)}; }
 
 // A meta tensor has no convolution without Python.
-Ints convolved_sizes(const Tensor& x, const Tensor& filter, const Ints& stride, const Ints& pads, const Ints& dilation) {
+Ints convolved_sizes(const Tensor& x, const Tensor& filter, const Ints& stride, const Ints& pads,
+                     const Ints& dilation) {
     Ints sizes{x.size(0), filter.size(0)};
     for (int i = 0; i < 2; ++i) {
         const int64_t reach = dilation[i] * (filter.size(2 + i) - 1);
@@ -38,7 +39,8 @@ Tensor convolution(const Operands& x) {
     x.integer("offset_x", 0);
     x.text("data_format", "NCHW");
     TORCH_CHECK(!x["offset_w"].defined(), "a quantised convolution is not emulated");
-    const Ints stride = last_two(x.list("strides")), dilation = last_two(x.list("dilations", {1, 1, 1, 1})), pads = x.list("pads");
+    const Ints stride = last_two(x.list("strides")), dilation = last_two(x.list("dilations", {1, 1, 1, 1}));
+    const Ints pads = x.list("pads");
     const int64_t groups = x.integer("groups", 1);
     if (x.compiling()) return at::empty(convolved_sizes(x[0], x[1], stride, pads, dilation), x[0].options());
     TORCH_CHECK(pads[0] == pads[1] && pads[2] == pads[3], "a convolution with uneven padding is not emulated");
@@ -51,7 +53,8 @@ Tensor convolution(const Operands& x) {
 Tensor transposed_convolution(const Operands& x) {
     x.integer("offset_x", 0);
     x.text("data_format", "NCHW");
-    const Ints stride = last_two(x.list("strides")), dilation = last_two(x.list("dilations", {1, 1, 1, 1})), pads = x.list("pads");
+    const Ints stride = last_two(x.list("strides")), dilation = last_two(x.list("dilations", {1, 1, 1, 1}));
+    const Ints pads = x.list("pads");
     const Ints padding = last_two(x.list("output_padding", {0, 0, 0, 0}));
     const int64_t groups = x.integer("groups", 1);
     if (x.compiling()) return at::empty(x.ints(0), x[1].options());
@@ -75,6 +78,11 @@ Results layer_norm(const Operands& x, const Ints& shape, const Tensor& gamma, co
 
 Ints sizes_from(const Tensor& x, int64_t axis) {
     return {x.sizes().begin() + (axis < 0 ? axis + x.dim() : axis), x.sizes().end()};
+}
+
+Results layer_norm_from_axis(const Operands& x) {
+    x.integer("begin_params_axis", 0);
+    return layer_norm(x, sizes_from(x[0], x.integer("begin_norm_axis", 0)), x[1], x[2]);
 }
 
 GroupNormResult group_norm(const Operands& x) {
@@ -122,8 +130,10 @@ Tensor pooled(const Operands& x) {
                 !x.flag("global_pooling"), "this kind of pooling is not emulated");
     const Ints pads = x.list("pads", {0, 0, 0, 0});
     const int64_t divisor = x.integer("divisor_override", 0);
-    return at::avg_pool2d(x.up(0), last_two(x.list("ksize")), last_two(x.list("strides")), {pads[0], pads[2]}, x.flag("ceil_mode"),
-                          !x.flag("exclusive", true), divisor == 0 ? std::nullopt : std::optional(divisor));
+    const Ints window = last_two(x.list("ksize")), stride = last_two(x.list("strides"));
+    const bool rounds_up = x.flag("ceil_mode"), counts_padding = !x.flag("exclusive", true);
+    return at::avg_pool2d(x.up(0), window, stride, {pads[0], pads[2]}, rounds_up, counts_padding,
+                          divisor == 0 ? std::nullopt : std::optional(divisor));
 }
 
 Tensor resized(const Operands& x) {
@@ -145,7 +155,7 @@ GE(Conv2DTranspose, transposed_convolution(x))
 
 GE(SoftmaxV2, as(x.flag("half_to_float") ? at::kFloat : x[0].scalar_type(), softmax(x)))
 GE(LogSoftmaxV2, at::log_softmax(x.up(0), x.list("axes", {-1}).at(0)))
-GE(LayerNormV3, layer_norm(x, (x.integer("begin_params_axis", 0), sizes_from(x[0], x.integer("begin_norm_axis", 0))), x[1], x[2]))
+GE(LayerNormV3, layer_norm_from_axis(x))
 GE(LayerNormV4, layer_norm(x, x.ints(1), x[2], x[3]))
 GE(GroupNorm, group_norm_with_variance(x))
 GE(GroupNormV2, group_norm_with_deviation(x, false))

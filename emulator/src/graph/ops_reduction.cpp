@@ -43,7 +43,8 @@ Results sorted(const Operands& x) {
 
 Results top(const Operands& x) {
     const bool in_order = x.flag("sorted", true);
-    const auto [values, positions] = at::topk(x[0], x.ints(1).at(0), x.integer("dim", -1), x.flag("largest", true), in_order);
+    const int64_t count = x.ints(1).at(0), dim = x.integer("dim", -1);
+    const auto [values, positions] = at::topk(x[0], count, dim, x.flag("largest", true), in_order);
     return {values, positions.to(at::kInt)};
 }
 
@@ -61,10 +62,13 @@ Results deviation(const Operands& x) {
     return {at::sqrt(std::get<0>(both)), std::get<1>(both)};
 }
 
+// The extremes of 32 bits stand for an infinite order.
+double order_of(double p) { return p >= INT32_MAX ? INFINITY : p <= INT32_MIN ? -INFINITY : p; }
+
 Tensor norm(const Operands& x) {
     x.real("epsilon", 0);
     const Ints dims = dims_of(x[0], x.list("axes"));
-    return at::linalg_vector_norm(x.up(0), x.real("p", 2), at::IntArrayRef(dims), x.flag("keepdim"));
+    return at::linalg_vector_norm(x.up(0), order_of(x.real("p", 2)), at::IntArrayRef(dims), x.flag("keepdim"));
 }
 
 }  // namespace
@@ -85,6 +89,7 @@ GE_MOVES(ArgMaxWithValue, largest(x))
 GE_MOVES(ArgMinWithValue, smallest(x))
 GE_MOVES(Sort, sorted(x))
 GE_MOVES(TopKV2, top(x))
+GE_MOVES(SortV2, std::get<0>(at::sort(x[0], x.integer("axis", -1), x.flag("descending"))))
 GE(Cumsum, cumulated(x))
 GE(ReduceStdV2, deviation(x))
 GE(LpNormV2, norm(x))

@@ -1,4 +1,6 @@
 // What only moves values: views, permutations, joins and splits, slices, gathers and scatters, constants.
+#include <numeric>
+
 #include "graph/operation.h"
 
 namespace cann::graph {
@@ -23,7 +25,8 @@ Tensor unsqueezed(Tensor x, Ints dims) {
 }
 
 Tensor reshaped(const Operands& x) {
-    TORCH_CHECK(x.integer("axis", 0) == 0 && x.integer("num_axes", -1) == -1, "a reshape of some dimensions is not emulated");
+    const bool whole = x.integer("axis", 0) == 0 && x.integer("num_axes", -1) == -1;
+    TORCH_CHECK(whole, "a reshape of some dimensions is not emulated");
     return x[0].reshape(x.ints(1));
 }
 
@@ -31,15 +34,26 @@ Tensor flattened(const Operands& x) { return x[0].flatten(x.integer("axis", 1), 
 
 Results parts(const std::vector<Tensor>& tensors) { return {tensors.begin(), tensors.end()}; }
 
-Tensor joined(const Operands& x, std::vector<Tensor> tensors, int64_t dim) {
-    TORCH_CHECK(x.integer("N", static_cast<int64_t>(tensors.size())) == static_cast<int64_t>(tensors.size()), "N is wrong");
+Tensor joined(std::vector<Tensor> tensors, int64_t dim) {
     for (Tensor& tensor : tensors) {
         if (tensor.dim() == 0) tensor = tensor.unsqueeze(0);
     }
     return at::cat(tensors, dim);
 }
 
-Ints even_sizes(const Tensor& x, int64_t dim, int64_t count) { return Ints(count, x.size(dim) / count); }
+// A size of -1 is what the others leave.
+Results split(const Tensor& x, Ints sizes, int64_t dim) {
+    const auto open = std::find(sizes.begin(), sizes.end(), -1);
+    if (open != sizes.end()) *open = x.size(dim) - std::accumulate(sizes.begin(), sizes.end(), int64_t{1});
+    return parts(x.split_with_sizes(sizes, dim));
+}
+
+Results split_evenly(const Tensor& x, int64_t dim, int64_t count) { return split(x, Ints(count, x.size(dim) / count), dim); }
+
+Tensor confusion_transposed(const Operands& x) {
+    const Ints order = x.list("perm"), shape = x.list("shape");
+    return x.flag("transpose_first") ? x[0].permute(order).reshape(shape) : x[0].reshape(shape).permute(order);
+}
 
 // Both slices; the masks choose the whole range of a dimension, or drop it.
 Tensor strided_slice(const Operands& x, const Ints& begin, const Ints& end, Ints dims, Ints steps) {
@@ -166,15 +180,15 @@ GE_VIEWS(Squeeze, x[0].reshape(without(x[0].sizes().vec(), x.list("axis"))))
 GE_VIEWS(FlattenV2, flattened(x))
 GE_MOVES(Transpose, x[0].permute(x.ints(1)))
 GE_MOVES(Permute, x[0].permute(x.list("order")))
-GE_MOVES(ConcatV2, joined(x, x.from(0, x.size() - 1), x.ints(x.size() - 1).at(0)))
-GE_MOVES(ConcatD, joined(x, x.from(0), x.integer("concat_dim")))
+GE_MOVES(ConfusionTransposeD, confusion_transposed(x))
+GE_MOVES(ConcatV2, joined(x.from(0, x.size() - 1), x.ints(x.size() - 1).at(0)))
+GE_MOVES(ConcatD, joined(x.from(0), x.integer("concat_dim")))
 GE_MOVES(Pack, (x.integer("N", 0), at::stack(x.from(0), x.integer("axis", 0))))
 GE_MOVES(Unpack, (x.integer("num"), parts(x[0].unbind(x.integer("axis", 0)))))
-GE_MOVES(SplitV, (x.integer("num_split"), parts(x[0].split_with_sizes(x.ints(1), x.ints(2).at(0)))))
-GE_MOVES(SplitVD, (x.integer("num_split"), parts(x[0].split_with_sizes(x.list("size_splits"), x.integer("split_dim")))))
-GE_MOVES(Split, parts(x[1].split_with_sizes(even_sizes(x[1], x.ints(0).at(0), x.integer("num_split")), x.ints(0).at(0))))
-GE_MOVES(SplitD, parts(x[0].split_with_sizes(even_sizes(x[0], x.integer("split_dim"), x.integer("num_split")),
-                                             x.integer("split_dim"))))
+GE_MOVES(SplitV, (x.integer("num_split"), split(x[0], x.ints(1), x.ints(2).at(0))))
+GE_MOVES(SplitVD, (x.integer("num_split"), split(x[0], x.list("size_splits"), x.integer("split_dim"))))
+GE_MOVES(Split, split_evenly(x[1], x.ints(0).at(0), x.integer("num_split")))
+GE_MOVES(SplitD, split_evenly(x[0], x.integer("split_dim"), x.integer("num_split")))
 GE_MOVES(Slice, slice(x))
 GE_MOVES(StridedSlice, strided_slice(x, x.ints(1), x.ints(2), {}, x.ints(3)))
 GE_MOVES(StridedSliceV2, strided_slice(x, x.ints(1), x.ints(2), x.ints("axes"), x.ints("strides")))

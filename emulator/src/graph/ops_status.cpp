@@ -1,4 +1,4 @@
-// The overflow flag as eight floats, the first of which says whether a result overflowed: for loss scaling, through aclop.
+// The overflow flag as eight floats, the first of which says whether a result overflowed. torch_npu asks through aclop.
 #include "graph/operation.h"
 #include "settings.h"
 

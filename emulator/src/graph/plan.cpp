@@ -42,7 +42,8 @@ void plan_memory(Compiled& compiled) {
             const Value& value = compiled.values[memory];
             if (value.place != Value::Place::kFeature || value.output >= 0) return;
             Block& block = blocks[memory];
-            if (block.value < 0) block = {memory, static_cast<int64_t>(step), 0, 0};
+            const bool is_there_before = value.input >= 0;
+            if (block.value < 0) block = {memory, is_there_before ? 0 : static_cast<int64_t>(step), 0, 0};
             block.last = static_cast<int64_t>(step);
             block.size = (static_cast<int64_t>(value.bytes()) + kAlignment - 1) / kAlignment * kAlignment;
         };

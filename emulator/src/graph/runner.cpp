@@ -33,7 +33,19 @@ void load_constants(const Compiled& compiled, char* memory) {
     }
 }
 
+namespace {
+
+void copy_from_host(const Compiled& compiled, const Memory& memory) {
+    for (const Value& value : compiled.values) {
+        const bool needed = value.place == Value::Place::kFeature && value.input >= 0 && value.offset >= 0;
+        if (needed) std::memcpy(memory.features + value.offset, memory.from_host.at(value.input).data(), value.bytes());
+    }
+}
+
+}  // namespace
+
 int run(const Compiled& compiled, const Memory& memory, const Stream& stream) {
+    copy_from_host(compiled, memory);
     for (const Step& step : compiled.steps) {
         Executor executor{call_of(compiled, step, &memory), {}};
         executor.run = [&] { execute(compiled, step, executor.call); };

@@ -14,6 +14,7 @@ struct Memory {
     char* constants = nullptr;
     char* features = nullptr;
     std::vector<TensorArgument> inputs, outputs;
+    std::map<int, std::vector<char>> from_host;  // what inputs in host memory held at the call
 };
 
 // Writes the graph's constants to their memory.

@@ -13,7 +13,8 @@ std::string trace_line(const Compiled& compiled) {
     std::ostringstream line;
     line << "{\"event\":\"compile\",\"graph\":\"" << compiled.graph->name << "\",\"nodes\":" << statistics.nodes
          << ",\"launches\":" << compiled.steps.size() << ",\"folded\":" << statistics.folded << ",\"views\":"
-         << statistics.views << ",\"fused\":" << statistics.fused << ",\"removed\":" << statistics.removed << ",\"TransData\":" << operators["TransData"]
+         << statistics.views << ",\"fused\":" << statistics.fused << ",\"removed\":" << statistics.removed
+         << ",\"TransData\":" << operators["TransData"]
          << ",\"Cast\":" << operators["Cast"] << ",\"feature_bytes\":" << compiled.feature_bytes
          << ",\"constant_bytes\":" << compiled.constant_bytes << ",\"operators\":{";
     const char* comma = "";

@@ -59,6 +59,8 @@ struct Options {
     Tensor dropped;         // bool
     Tensor bias;            // added to the scores before the scale of the mask
     bool zero_when_all_dropped = false;
+    bool scores_in_float16 = false;
+    Tensor dropout;         // what probabilities are multiplied with: 0, or 1 / keep_prob
 };
 
 Attended attend(const Tensor& query, const Tensor& key, const Tensor& value, const Options& options) {
@@ -78,7 +80,9 @@ Attended attend(const Tensor& query, const Tensor& key, const Tensor& value, con
     };
     for (int64_t start = 0; start < queries; start += rows) {
         const int64_t count = std::min(rows, queries - start);
-        Tensor scores = at::matmul(q.narrow(2, start, count), k).mul_(options.scale);
+        Tensor scores = at::matmul(q.narrow(2, start, count), k);
+        if (options.scores_in_float16) scores = scores.to(at::kHalf).mul_(options.scale).to(at::kFloat);
+        else scores.mul_(options.scale);
         if (options.bias.defined()) scores.add_(part(options.bias, start, count));
         Tensor drop;
         if (options.dropped.defined()) {
@@ -89,6 +93,7 @@ Attended attend(const Tensor& query, const Tensor& key, const Tensor& value, con
         const Tensor maximum = scores.amax(-1, true);
         scores.sub_(maximum).exp_();
         const Tensor sum = scores.sum(-1, true);
+        if (options.dropout.defined()) scores.mul_(part(options.dropout, start, count));
         Tensor out = at::matmul(scores, v).div_(sum);
         if (options.zero_when_all_dropped && drop.defined()) {
             out.masked_fill_(drop.all(-1, true), 0);
@@ -101,6 +106,11 @@ Attended attend(const Tensor& query, const Tensor& key, const Tensor& value, con
 }
 
 bool corrects_dropped_rows(int64_t inner_precise) { return inner_precise & 2; }
+
+// 910B's "high performance" keeps the scores of float16 operands in float16. 310P's mode of that name does not.
+bool keeps_scores_in_float16(int64_t inner_precise, const Tensor& query) {
+    return (inner_precise & 1) && query.scalar_type() == at::kHalf && chip().inf_nan;
+}
 
 Tensor either(const Tensor& a, const Tensor& b) { return a.defined() && b.defined() ? a.logical_or(b) : a.defined() ? a : b; }
 
@@ -115,23 +125,33 @@ void put_statistics(const Tensor& out, const Tensor& rows) { move(out, rows.repe
 
 Tensor as_bias(const Tensor& bias) { return bias.defined() ? up(bias) : bias; }
 
+// The factors of the probabilities from a bit for each, the lowest of a byte first; undefined without dropout.
+Tensor dropout(const Tensor& bits, double keep, at::IntArrayRef shape) {
+    if (!bits.defined()) return {};
+    return unpack_bits(bits, shape).to(at::kFloat).div_(keep);
+}
+
+}  // namespace
+
 void training_attention(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& bias, const Tensor& drop_mask,
                         const Tensor& mask, double scale, double keep, int64_t pre, int64_t next, int64_t heads,
                         const std::string& layout, int64_t inner_precise, int64_t sparse_mode, const Tensor& maximum,
                         const Tensor& sum, const Tensor& out) {
-    TORCH_CHECK(!drop_mask.defined() && keep == 1, "dropout inside attention is not emulated");
     if (query.numel() == 0) return;
     const bool split = layout == "BSND" || layout == "BNSD";
     const Tensor q = to_bnsd(query, layout, heads);
     const int64_t key_heads = split ? (layout == "BNSD" ? key.size(1) : key.size(2)) : key.size(-1) / q.size(3);
     const Tensor k = to_bnsd(key, layout, key_heads), v = to_bnsd(value, layout, key_heads);
     const Options options{scale, dropped(mask, q.size(2), k.size(2), sparse_mode, pre, next), as_bias(bias),
-                          corrects_dropped_rows(inner_precise)};
+                          corrects_dropped_rows(inner_precise), keeps_scores_in_float16(inner_precise, query),
+                          dropout(drop_mask, keep, {q.size(0), q.size(1), q.size(2), k.size(2)})};
     const Attended attended = attend(q, k, v, options);
     put(out, from_bnsd(attended.out, layout));
     put_statistics(maximum, attended.maximum);
     put_statistics(sum, attended.sum);
 }
+
+namespace {
 
 // Sequences of different lengths, one after the other: [tokens, heads, head_dim] and cumulative lengths. The statistics
 // of a sequence are [heads, tokens, 8] in any case, unless `statistics_as_input`.
@@ -148,7 +168,7 @@ void packed_attention(const Tensor& query, const Tensor& key, const Tensor& valu
         const Tensor q = sequence(query, query_start, query_ends[i]);
         const Tensor k = sequence(key, key_start, key_ends[i]), v = sequence(value, key_start, key_ends[i]);
         const Options options{scale, dropped(mask, q.size(2), k.size(2), sparse_mode, pre, next), {},
-                              corrects_dropped_rows(inner_precise)};
+                              corrects_dropped_rows(inner_precise), keeps_scores_in_float16(inner_precise, query), {}};
         const Attended attended = attend(q, k, v, options);
         const auto part = [&](const Tensor& x) { return x.narrow(0, query_start, q.size(2)); };
         put(part(out), to_tnd(attended.out));
@@ -168,7 +188,7 @@ std::pair<Tensor, Tensor> infer_attention(const Tensor& query, const Tensor& key
     const Tensor k = to_bnsd(key, call.layout, key_heads), v = to_bnsd(value, call.layout, key_heads);
     const Tensor drop = dropped(mask, q.size(2), k.size(2), call.sparse_mode, call.pre, call.next);
     const Options options{call.scale, either(drop, beyond(call.key_lengths, k.size(2))), bias,
-                          corrects_dropped_rows(call.inner_precise)};
+                          corrects_dropped_rows(call.inner_precise), keeps_scores_in_float16(call.inner_precise, query), {}};
     Attended attended = attend(q, k, v, options);
     const Tensor padding = beyond(call.query_lengths, q.size(2));
     if (padding.defined()) attended.out.masked_fill_(padding.transpose(-1, -2), 0);

@@ -40,7 +40,7 @@ FUNCTION(Abs, (Tensor self), at::abs(self))
 FUNCTION(BitwiseNot, (Tensor self), at::bitwise_not(self))
 FUNCTION(Neg, (Tensor self), at::neg(self))
 UNARY(Round, at::round)
-FUNCTION(Sign, (Tensor self), at::sign(self))
+FUNCTION(Sign, (Tensor self), at::sgn(self))  // of a complex number its direction
 FUNCTION(Silu, (Tensor self), at::silu(self))
 UNARY(Trunc, at::trunc)
 FUNCTION(IsFinite, (Tensor self), at::isfinite(self))

@@ -125,6 +125,18 @@ ACLNN(AddRmsNorm, (Tensor x1, Tensor x2, Tensor gamma, double epsilon, Tensor y,
     put(y, normed);
     put_if_given(rstd, scale);
 })
+// x1 becomes the normed sum, x2 the sum.
+ACLNN(InplaceAddRmsNorm, (Tensor x1, Tensor x2, Tensor gamma, double epsilon, Tensor rstd) {
+    put(x2, up(x1) + up(x2));
+    const auto [normed, scale] = rms_norm(x2, gamma, epsilon);
+    put(x1, normed);
+    put_if_given(rstd, scale);
+})
+ACLNN(GemmaRmsNorm, (Tensor x, Tensor gamma, double epsilon, Tensor y, Tensor rstd) {
+    const auto [normed, scale] = rms_norm(x, up(gamma) + 1, epsilon);
+    put(y, normed);
+    put_if_given(rstd, scale);
+})
 ACLNN(AddLayerNorm, (Tensor x1, Tensor x2, Tensor gamma, Tensor beta, Tensor bias, double epsilon, bool additional_output,
                      Tensor y, Tensor mean, Tensor rstd, Tensor x) {
     const Tensor sum = bias.defined() ? up(x1) + up(x2) + up(bias) : up(x1) + up(x2);

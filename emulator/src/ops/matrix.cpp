@@ -33,7 +33,7 @@ Tensor baddbmm(const Tensor& self, const Tensor& batch1, const Tensor& batch2, c
 PRODUCT(Mm, at::mm)
 PRODUCT(Matmul, at::matmul)
 PRODUCT(MatmulWeightNz, at::matmul)
-PRODUCT(BatchMatMul, at::bmm)
+PRODUCT(BatchMatMul, at::matmul)  // a batch of one serves all of the other
 ACLNN(Mv, (Tensor self, Tensor vec, Tensor out, int8_t cube_math_type) {
     put(out, at::mv(cube(self, cube_math_type), cube(vec, cube_math_type)));
 })

@@ -71,9 +71,7 @@ Tensor dropout_mask(int64_t bytes, double keep, uint64_t seed, uint64_t offset) 
 }
 
 Tensor drop_out(const Tensor& x, const Tensor& mask, double keep) {
-    const Tensor bits = mask.to(at::kInt).unsqueeze(-1).bitwise_right_shift(at::arange(8, at::kInt)).bitwise_and(1);
-    const Tensor kept = bits.flatten().narrow(0, 0, x.numel()).view(x.sizes());
-    return keep <= 0 ? at::zeros_like(x) : up(x) * kept / keep;
+    return keep <= 0 ? at::zeros_like(x) : up(x) * unpack_bits(mask, x.sizes()) / keep;
 }
 
 namespace {

@@ -30,6 +30,11 @@ ACLNN(VarMean, (Tensor self, Ints dims, int64_t correction, bool keepdim, Tensor
     put(var, std::get<0>(both));
     put(mean, std::get<1>(both));
 })
+ACLNN(StdMeanCorrection, (Tensor self, Ints dims, int64_t correction, bool keepdim, Tensor std, Tensor mean) {
+    const auto both = at::std_mean(up(self), some(dims), Scalar(correction), keepdim);
+    put(std, std::get<0>(both));
+    put(mean, std::get<1>(both));
+})
 FUNCTION(Norm, (Tensor self, Scalar p, Ints dims, bool keepdim), at::linalg_vector_norm(up(self), p, some(dims), keepdim))
 FUNCTION(LinalgVectorNorm, (Tensor self, Scalar ord, Ints dims, bool keepdim, ScalarType dtype),
          at::linalg_vector_norm(up(self), ord, some(dims), keepdim))

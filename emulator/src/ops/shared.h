@@ -19,8 +19,14 @@ struct Inference {
 };
 
 // float32 in the layout of the call, and the log of the sums, [batch, heads, queries, 1].
-std::pair<at::Tensor, at::Tensor> infer_attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-                                                  const at::Tensor& bias, const at::Tensor& mask, const Inference& call);
+std::pair<at::Tensor, at::Tensor> infer_attention(const at::Tensor& query, const at::Tensor& key,
+                                                  const at::Tensor& value, const at::Tensor& bias,
+                                                  const at::Tensor& mask, const Inference& call);
+// Writes the result, and the statistics that the backward pass reads.
+void training_attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const at::Tensor& bias,
+                        const at::Tensor& drop_mask, const at::Tensor& mask, double scale, double keep, int64_t pre,
+                        int64_t next, int64_t heads, const std::string& layout, int64_t inner_precise, int64_t sparse_mode,
+                        const at::Tensor& maximum, const at::Tensor& sum, const at::Tensor& out);
 // For what the operators take and the emulator does not: quantisation, paging, shared prefixes, separate rotary parts.
 void refuse_any(const std::vector<at::Tensor>& tensors);
 
@@ -28,7 +34,8 @@ void refuse_any(const std::vector<at::Tensor>& tensors);
 struct GroupNormResult {
     at::Tensor y, mean, rstd;
 };
-GroupNormResult group_norm(const at::Tensor& x, const at::Tensor& gamma, const at::Tensor& beta, int64_t groups, double eps);
+GroupNormResult group_norm(const at::Tensor& x, const at::Tensor& gamma, const at::Tensor& beta, int64_t groups,
+                           double eps);
 // y and 1 / rms over the trailing dimensions that gamma has.
 std::pair<at::Tensor, at::Tensor> rms_norm(const at::Tensor& x, const at::Tensor& gamma, double epsilon);
 enum RotaryMode { kHalf = 0, kInterleave = 1 };

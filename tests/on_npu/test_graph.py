@@ -1,0 +1,280 @@
+"""Graphs: what torchair compiles with the GE backend, against the same call in eager mode and on the CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torch_npu
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from ascend.graph import compile_module
+from tests.on_npu.helpers import FLOATS, SATURATES, TOLERANCES, numbers, reference
+from tests.tiny_models import tiny_unet
+
+ROOT = Path(__file__).resolve().parents[2]
+FRACTAL_NZ = 29
+HALF = torch.float16 if SATURATES else torch.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def fresh_graphs() -> Iterator[None]:
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torchair warns that frozen parameters must stay where they are
+        yield
+    torch.npu.config.allow_internal_format = False
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    import torchair
+
+    return torch.compile(function, backend=torchair.get_npu_backend(), fullgraph=True, dynamic=False)
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor, factor: float = 1) -> None:
+    """Within `factor` units in the last place of `actual`'s dtype, of the larger of 1 and the value."""
+    result = actual.cpu()
+    assert result.shape == expected.shape
+    if not result.is_floating_point():
+        assert torch.equal(result, expected.to(result.dtype))
+        return
+    limit = factor * TOLERANCES[result.dtype] * expected.double().abs().clamp_min(1)
+    assert ((result.double() - expected.double()).abs() <= limit).all()
+
+
+X, Y, Z = (3, 4, 8), (3, 4, 8), (8, 5)
+# Name: function, shapes of the operands, units in the last place.
+ROWS: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]], float]] = {
+    "arithmetic": (lambda x, y: x * 2 + y - x / (y.abs() + 1), [X, Y], 8),
+    "broadcasting": (lambda x, y: x + y[:, :1] * 0.5, [X, Y], 2),
+    "addcmul": (lambda x, y: torch.addcmul(x, x, y, value=0.5), [X, Y], 8),
+    "powers": (lambda x: torch.sqrt(x * x + 1) + torch.rsqrt(x * x + 1) + x**2, [X], 16),
+    "functions": (lambda x: torch.sin(x) + torch.cos(x) + torch.exp(-x * x) + torch.tanh(x), [X], 8),
+    "activations": (lambda x: F.silu(x) + F.relu(x) + torch.sigmoid(x), [X], 8),
+    "extremes": (lambda x, y: torch.maximum(x, y).clamp(-1, 1) + torch.minimum(x, y), [X, Y], 4),
+    "comparisons": (lambda x, y: (x > y) & (x <= 1) | ~(y >= 0), [X, Y], 1),
+    "where": (lambda x, y: torch.where(x > 0, x, y).masked_fill(y > 1, 0.0), [X, Y], 1),
+    "sums": (lambda x: x.sum(-1) + x.mean(dim=(0, 2)).sum(), [X], 32),
+    "reduced_extremes": (lambda x: (x.amax(1), x.max(dim=1), x.argmax(-1)), [X], 1),
+    "norms": (lambda x: torch.linalg.vector_norm(x, dim=-1), [X], 4),
+    "cumsum": (lambda x: x.cumsum(1), [X], 8),
+    "sort": (lambda x: x.sort(-1, descending=True), [X], 1),
+    "topk": (lambda x: x.topk(3, dim=-1), [X], 1),
+    "views": (lambda x: x.reshape(12, 8).t().unsqueeze(0).squeeze(0).flatten() * 1, [X], 1),
+    "permute": (lambda x: x.permute(2, 0, 1).contiguous(), [X], 1),
+    "cat": (lambda x, y: torch.cat([x, y, x], dim=1), [X, Y], 1),
+    "stack": (lambda x, y: torch.stack([x, y], dim=-1), [X, Y], 1),
+    "chunks": (lambda x: [part * 2 for part in x.chunk(2, -1)], [X], 1),
+    "split": (lambda x: [part + 1 for part in x.split([1, 3], dim=1)], [X], 1),
+    "slices": (lambda x: x[:, 1:3, ::2] + x[:, :2, 1::2], [X], 2),
+    "select": (lambda x: x[:, -1] + x[0, 0], [X], 2),
+    "expand": (lambda x: x[:, :1].expand(-1, 4, -1) + 1, [X], 2),
+    "repeat": (lambda x: x.repeat(2, 1, 3), [X], 1),
+    "flip": (lambda x: x.flip(-1), [X], 1),
+    "constants": (lambda x: x + torch.arange(8, device=x.device).to(x.dtype) + torch.ones_like(x), [X], 4),
+    "softmax": (lambda x: x.softmax(-1), [X], 4),
+    "layer_norm": (lambda x: F.layer_norm(x, (8,)), [X], 8),
+    "group_norm": (lambda x: F.group_norm(x, 2), [(2, 4, 3, 5)], 8),
+    "upsample": (lambda x: F.interpolate(x, scale_factor=2.0, mode="nearest"), [(2, 4, 3, 5)], 1),
+    "avg_pool": (lambda x: F.avg_pool2d(x, 2), [(2, 4, 6, 4)], 2),
+    "convolution": (lambda x, w: F.conv2d(x, w, padding=1), [(2, 4, 6, 5), (3, 4, 3, 3)], 64),
+    "strided_convolution": (lambda x, w: F.conv2d(x, w, stride=2, padding=1), [(2, 4, 6, 5), (3, 4, 3, 3)], 64),
+    "product": (lambda x, y: x @ y, [X, Z], 64),
+    "batched_product": (lambda x, y: torch.bmm(x, y.transpose(1, 2)), [X, Y], 64),
+    "baddbmm": (lambda x, y: torch.baddbmm(x[:, :, :4], x, y.transpose(1, 2), alpha=0.5), [X, Y], 64),
+    "linear": (lambda x, w: F.linear(x, w, w[:, 0]), [X, (5, 8)], 64),
+}
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("name", ROWS)
+def test_a_graph_computes_what_the_cpu_does(npu: torch.device, name: str, dtype: torch.dtype) -> None:
+    function, shapes, factor = ROWS[name]
+    if dtype == torch.float32 and ("product" in name or "bmm" in name or "linear" in name or "conv" in name):
+        factor *= 2**13 if SATURATES else 2**12  # the matrix units round float32 to 10 bits
+    inputs = [numbers(shape, dtype, seed) for seed, shape in enumerate(shapes)]
+    actual = compiled(function)(*(x.to(npu) for x in inputs))
+    expected = function(*(reference(x) for x in inputs))
+    for result, truth in zip(tree_leaves(actual), tree_leaves(expected), strict=True):
+        close(result, truth, factor)
+
+
+def test_indices(npu: torch.device) -> None:
+    def function(table: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        picked = table[rows]
+        order = picked.argmax(-1, keepdim=True)
+        return (
+            F.embedding(rows, table),
+            table.index_select(0, rows),
+            picked.gather(1, order),
+            table.scatter(0, rows.unsqueeze(1), picked * 2),
+        )
+
+    table, rows = numbers((6, 5), HALF), torch.tensor([4, 1, 3])
+    for result, truth in zip(compiled(function)(table.to(npu), rows.to(npu)), function(table, rows), strict=True):
+        close(result, truth)
+
+
+def test_gelu_is_the_tanh_form(npu: torch.device) -> None:
+    x = numbers((4, 33), HALF)
+    close(compiled(F.gelu)(x.to(npu)), F.gelu(x.float(), approximate="tanh"), 2)
+
+
+def test_fused_layers(npu: torch.device) -> None:
+    def function(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (
+            torch_npu.npu_geglu(x, dim=-1, approximate=1)[0],
+            torch_npu.npu_swiglu(x, dim=-1),
+            torch_npu.npu_rms_norm(x, weight)[0],
+        )
+
+    x, weight = numbers((4, 64), HALF).to(npu), numbers((64,), HALF).to(npu)
+    for result, eager in zip(compiled(function)(x, weight), function(x, weight), strict=True):
+        close(result, eager.cpu())
+
+
+def test_attention_of_the_chip(npu: torch.device) -> None:
+    q, k, v = (numbers((2, 32, 64), HALF, seed).to(npu) for seed in range(3))
+
+    def function(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        call = {"num_heads": 4, "input_layout": "BSH"}
+        if SATURATES:
+            return torch_npu.npu_prompt_flash_attention(q, k, v, scale_value=0.25, next_tokens=65535, **call)
+        return torch_npu.npu_fused_infer_attention_score(q, k, v, scale=0.25, **call)[0]
+
+    close(compiled(function)(q, k, v), function(q, k, v).cpu(), 1)
+
+
+def test_what_the_chip_refuses_names_operator_and_fx_node(npu: torch.device) -> None:
+    """310P has no npu_fused_infer_attention_score, and neither chip attends to float32."""
+    q = numbers((1, 32, 64), torch.float32).to(npu)
+
+    def function(q: torch.Tensor) -> torch.Tensor:
+        return torch_npu.npu_fused_infer_attention_score(q, q, q, num_heads=4, scale=0.25, input_layout="BSH")[0]
+
+    with pytest.raises(Exception, match="GE operator FusedInferAttentionScore .*npu_fused_infer_attention_score"):
+        compiled(function)(q)
+
+
+def test_an_unknown_operator_names_itself_and_its_fx_node(npu: torch.device) -> None:
+    x = numbers((8, 8), torch.float32).to(npu)
+    message = "GE operator GridSampler2D .*FX node .*grid_sampler_2d.*not emulated; see 'Adding an operator'"
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        grid = x[None, :, :2, None].expand(1, 8, 2, 2).contiguous()
+        return torch.ops.aten.grid_sampler_2d(x[None, None], grid, 0, 0, False)
+
+    with pytest.raises(Exception, match=message):
+        compiled(function)(x)
+
+
+def test_an_argument_changed_in_place(npu: torch.device) -> None:
+    def function(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        x.add_(y)
+        return x * 2
+
+    x, y = numbers((3, 4), HALF), numbers((3, 4), HALF, 1)
+    there = x.to(npu)
+    result = compiled(function)(there, y.to(npu))
+    close(there, (x + y).float(), 1)
+    close(result, (x + y).float() * 2, 1)
+
+
+def test_random_numbers_follow_the_seed(npu: torch.device) -> None:
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return x + torch.rand(64, 64, device=x.device)
+
+    draw = compiled(function)
+    x = torch.zeros(64, 64, device=npu)
+    torch.npu.manual_seed(3)
+    first, second = draw(x), draw(x)
+    torch.npu.manual_seed(3)
+    assert torch.equal(first.cpu(), draw(x).cpu()) and not torch.equal(first.cpu(), second.cpu())
+    assert 0.45 < first.mean().item() < 0.55
+
+
+def test_linear_weights_stay_in_the_format_of_the_matrix_unit(npu: torch.device) -> None:
+    model = nn.Sequential(nn.Linear(40, 64), nn.SiLU(), nn.Linear(64, 24, bias=False)).to(HALF)
+    x = numbers((2, 17, 40), HALF)
+    with torch.no_grad():
+        truth = model.float()(x.float())
+        model = model.to(HALF).to(npu)
+        compile_module(model)
+        assert torch_npu.get_npu_format(model[0].weight) == FRACTAL_NZ
+        close(model(x.to(npu)), truth, 8)
+
+
+def test_a_unet_is_one_graph_and_computes_what_eager_does(npu: torch.device) -> None:
+    unet = tiny_unet().eval().to(npu, HALF)
+    latents, text = numbers((2, 4, 16, 16), HALF).to(npu), numbers((2, 7, 32), HALF, 1).to(npu)
+    steps = torch.tensor([10, 500], device=npu)
+    with torch.no_grad():
+        eager = unet(latents, steps, text).sample.cpu().float()
+        explanation = torch._dynamo.utils.counters
+        explanation.clear()
+        compile_module(unet)
+        graph = unet(latents, steps, text).sample.cpu().float()
+    assert explanation["stats"]["unique_graphs"] == 1 and not explanation["graph_break"]
+    assert (graph - eager).abs().mean() < 8 * TOLERANCES[HALF] * eager.abs().mean()
+
+
+def test_a_second_process_finds_the_compiled_graph(npu: torch.device, tmp_path: Path) -> None:
+    program = textwrap.dedent(
+        """
+        import sys, torch, torch_npu, torchair
+        sys.path.insert(0, {root!r})
+        from ascend.device import DeviceManager
+
+        class Model(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.linear = torch.nn.Linear(8, 8)
+                self.graph = torchair.inference.cache_compile(self.compute, dynamic=False, cache_dir={cache!r})
+            def compute(self, x):
+                print("traced")
+                return torch.relu(self.linear(x)) + 1
+
+        device = DeviceManager("npu").device
+        torch.manual_seed(0)
+        model = Model().to(device)
+        with torch.no_grad():
+            print(model.graph(torch.ones(2, 8, device=device)).sum().item())
+        """
+    ).format(root=str(ROOT), cache=str(tmp_path))
+    script = tmp_path / "model.py"
+    script.write_text(program)
+    runs = [
+        subprocess.run([sys.executable, script], check=True, capture_output=True, text=True).stdout.split()
+        for _ in range(2)
+    ]
+    assert "traced" in runs[0] and "traced" not in runs[1]
+    assert runs[0][-1] == runs[1][-1]
+
+
+@pytest.mark.skipif(not os.environ.get("CANN_EMULATOR_SOC"), reason="the trace is the emulator's")
+def test_the_trace_describes_a_graph(npu: torch.device, tmp_path: Path) -> None:
+    script = tmp_path / "graph.py"
+    script.write_text(
+        "import torch, torch_npu, torchair\n"
+        "compute = torch.compile(lambda x: torch.relu(x.t() @ x), backend=torchair.get_npu_backend(), dynamic=False)\n"
+        "compute(torch.ones(8, 8).half().npu())\n"
+    )
+    trace = tmp_path / "trace.jsonl"
+    subprocess.run([sys.executable, script], check=True, env={**os.environ, "CANN_EMULATOR_TRACE": str(trace)})
+    events = [json.loads(line) for line in trace.read_text().splitlines()]
+    [graph] = [event for event in events if event["event"] == "compile"]
+    launches = [event["operator"] for event in events if event.get("graph") == graph["graph"] and event is not graph]
+    assert launches == ["MatMul", "Relu"]  # the product reads its operand transposed
+    assert graph["launches"] == 2 and graph["fused"] == 1 and graph["feature_bytes"] >= 8 * 8 * 2
