@@ -90,8 +90,8 @@ private:
         auto node = std::make_unique<Node>();
         node->name = "TransData_" + std::to_string(index);
         node->type = "TransData";
-        node->input_descs = {{"src", {}, {}}};
-        node->output_descs = {{"dst", {}, {}}};
+        node->input_descs.emplace_back().name = "src";
+        node->output_descs.emplace_back().name = "dst";
         node->attributes = {{"src_format", format_name(format_of(source))}, {"dst_format", format_name(format)}};
         formats_[index] = format;
         compiled_.steps.push_back({node.get(), find_operation("TransData"), {source}, {index}});
