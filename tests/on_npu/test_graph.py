@@ -67,7 +67,7 @@ ROWS: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]], float]] = {
     "comparisons": (lambda x, y: (x > y) & (x <= 1) | ~(y >= 0), [X, Y], 1),
     "where": (lambda x, y: torch.where(x > 0, x, y).masked_fill(y > 1, 0.0), [X, Y], 1),
     "sums": (lambda x: x.sum(-1) + x.mean(dim=(0, 2)).sum(), [X], 32),
-    "reduced_extremes": (lambda x: (x.amax(1), x.max(dim=1), x.argmax(-1)), [X], 1),
+    "reduced_extremes": (lambda x: (x.max(), x.max(dim=1), x.argmax(-1)), [X], 1),
     "norms": (lambda x: torch.linalg.vector_norm(x, dim=-1), [X], 4),
     "cumsum": (lambda x: x.cumsum(1), [X], 8),
     "sort": (lambda x: x.sort(-1, descending=True), [X], 1),
@@ -206,13 +206,21 @@ def test_random_numbers_follow_the_seed(npu: torch.device) -> None:
 
 
 def test_linear_weights_stay_in_the_format_of_the_matrix_unit(npu: torch.device) -> None:
-    model = nn.Sequential(nn.Linear(40, 64), nn.SiLU(), nn.Linear(64, 24, bias=False)).to(HALF)
+    class Model(nn.Module):  # Dynamo does not compile torch's own modules by themselves
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(40, 64), nn.Linear(64, 24, bias=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.second(F.silu(self.first(x)))
+
+    model = Model().to(HALF)
     x = numbers((2, 17, 40), HALF)
     with torch.no_grad():
         truth = model.float()(x.float())
         model = model.to(HALF).to(npu)
         compile_module(model)
-        assert torch_npu.get_npu_format(model[0].weight) == FRACTAL_NZ
+        assert torch_npu.get_npu_format(model.first.weight) == FRACTAL_NZ
         close(model(x.to(npu)), truth, 8)
 
 
@@ -243,7 +251,6 @@ def test_a_second_process_finds_the_compiled_graph(npu: torch.device, tmp_path: 
                 self.linear = torch.nn.Linear(8, 8)
                 self.graph = torchair.inference.cache_compile(self.compute, dynamic=False, cache_dir={cache!r})
             def compute(self, x):
-                print("traced")
                 return torch.relu(self.linear(x)) + 1
 
         device = DeviceManager("npu").device
@@ -251,6 +258,7 @@ def test_a_second_process_finds_the_compiled_graph(npu: torch.device, tmp_path: 
         model = Model().to(device)
         with torch.no_grad():
             print(model.graph(torch.ones(2, 8, device=device)).sum().item())
+        print(torch._dynamo.utils.counters["stats"]["unique_graphs"])
         """
     ).format(root=str(ROOT), cache=str(tmp_path))
     script = tmp_path / "model.py"
@@ -259,8 +267,8 @@ def test_a_second_process_finds_the_compiled_graph(npu: torch.device, tmp_path: 
         subprocess.run([sys.executable, script], check=True, capture_output=True, text=True).stdout.split()
         for _ in range(2)
     ]
-    assert "traced" in runs[0] and "traced" not in runs[1]
-    assert runs[0][-1] == runs[1][-1]
+    assert [run[-1] for run in runs] == ["1", "0"]  # graphs that Dynamo traced
+    assert runs[0][-2] == runs[1][-2]
 
 
 @pytest.mark.skipif(not os.environ.get("CANN_EMULATOR_SOC"), reason="the trace is the emulator's")

@@ -42,6 +42,7 @@ public:
         compiled_.statistics.removed = graph_.nodes.size() - visited_.size();
         for (const Source& source : last->inputs) compiled_.outputs.push_back(value_of(source));
         fuse_transposes(compiled_);
+        convert_formats(compiled_);
         write_outputs_directly();
         place_constants();
         plan_memory(compiled_);

@@ -51,6 +51,9 @@ Compiled compile(std::shared_ptr<const Graph> graph);
 // Lets matrix products read transposed operands as they are stored, and drops the steps that nothing needs any more.
 void fuse_transposes(Compiled& compiled);
 
+// Inserts the conversions between the formats that the operators want.
+void convert_formats(Compiled& compiled);
+
 // Gives every value of the feature memory a place in it. Values that are not needed at the same time share theirs.
 void plan_memory(Compiled& compiled);
 

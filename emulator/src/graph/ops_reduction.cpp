@@ -42,6 +42,7 @@ Results sorted(const Operands& x) {
 }
 
 Results top(const Operands& x) {
+    x.integer("sort_policy", 1);  // which of equal values comes first is not promised
     const bool in_order = x.flag("sorted", true);
     const int64_t count = x.ints(1).at(0), dim = x.integer("dim", -1);
     const auto [values, positions] = at::topk(x[0], count, dim, x.flag("largest", true), in_order);
