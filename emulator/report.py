@@ -14,7 +14,7 @@ from typing import Any
 
 from emulator import EmulatorError
 
-FORMAT_CONVERSIONS = ("Identity",)
+FORMAT_CONVERSIONS = ("Identity", "TransData")
 GRAPH_COLUMNS = ("graph", "nodes", "launches", "TransData", "Cast", "peak MB", "runs", "chip ms a run (estimate)")
 COLUMNS = ("operator", "launches", "GFLOP", "MB", "host ms", "chip ms (estimate)")
 

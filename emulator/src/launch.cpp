@@ -51,6 +51,14 @@ int64_t count_flops(const Call& call) {
         const auto* dense = call.tensor(transposed ? "input" : "output");
         return weight == nullptr || weight->sizes[0] == 0 ? 0 : 2 * product(dense->sizes) * (product(weight->sizes) / weight->sizes[0]);
     }
+    if (name == "Conv2D") {  // of a graph
+        const auto *filter = call.tensor("filter"), *out = call.tensor("y");
+        return 2 * product(out->sizes) * (product(filter->sizes) / std::max<int64_t>(filter->sizes[0], 1));
+    }
+    if (call.graph != nullptr && name.find("MatMul") != std::string::npos) {
+        const bool transposed = call.number("transpose_x1", call.number("adj_x1", 0)) != 0;
+        return 2 * product(call.tensor("y")->sizes) * last(call.tensor("x1"), transposed ? 2 : 1);
+    }
     for (const char* left : {"mat1", "batch1", "self"}) {
         const auto* matrix = call.tensor(left);
         const auto* out = call.tensor("out") ? call.tensor("out") : call.tensor("self");

@@ -285,4 +285,5 @@ def test_the_trace_describes_a_graph(npu: torch.device, tmp_path: Path) -> None:
     [graph] = [event for event in events if event["event"] == "compile"]
     launches = [event["operator"] for event in events if event.get("graph") == graph["graph"] and event is not graph]
     assert launches == ["MatMul", "Relu"]  # the product reads its operand transposed
+    assert [event["flops"] for event in events if event.get("operator") == "MatMul"] == [2 * 8**3]
     assert graph["launches"] == 2 and graph["fused"] == 1 and graph["feature_bytes"] >= 8 * 8 * 2

@@ -111,7 +111,7 @@ GE_MOVES(MaskedFill, at::where(x[1], x[2].to(x[0].scalar_type()), x[0]))
 GE_MOVES(ZerosLike, at::zeros_like(x[0]))
 GE_MOVES(OnesLike, at::ones_like(x[0]))
 GE_MOVES(TensorMove, x[0])
-GE_MOVES(Identity, x[0])
+GE_VIEWS(Identity, x[0])
 GE_ASSIGNS(Assign, (x.flag("validate_shape"), x.flag("use_locking"), x[1]))
 
 // The chip's Gelu is the tanh form whatever torch was asked for.
