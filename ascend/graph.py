@@ -92,9 +92,12 @@ def _use_private_formats(module: nn.Module) -> None:
     """Turns the module's weights into the chip's own layouts: FRACTAL_NZ of Linear, FRACTAL_Z of fp16 convolutions.
 
     310P allows such formats from the start; the other chips only after `allow_internal_format`, which must be set
-    before the weights are cast.
+    before the weights are cast. It is off again afterwards, as `ascend.device` has it: eager convolutions would else
+    go through the old operator interface.
     """
     from torchair.experimental.inference import use_internal_format_weight
 
-    torch.get_device_module("npu").config.allow_internal_format = True
+    config = torch.get_device_module("npu").config
+    config.allow_internal_format = True
     use_internal_format_weight(module)
+    config.allow_internal_format = False

@@ -23,6 +23,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 MOST_GRAPHS = 16  # of a module: more kinds of calls take turns, read back from the directory
+SET_BY_CALLS = {"context_name"}  # the place of a transformer block, which its first call writes down
 PACKAGES = ("torch", "torch_npu", "diffusers", "transformers")
 
 Key = tuple[pytree.TreeSpec, tuple[Any, ...]]
@@ -70,7 +71,7 @@ class StaticGraphs:
         # torchair and dynamo tell compiled methods apart by their code, which all instances of a class share.
         code = _Call.forward.__code__.replace(co_name=f"forward_{digest}")
         forward = types.MethodType(types.FunctionType(code, globals()), call)
-        graph = cache_compile(forward, config=self.config, dynamic=False, cache_dir=str(directory))
+        graph = cache_compile(forward, config=self.config, dynamic=False, cache_dir=str(directory), ge_cache=True)
         return lambda tensors: _restore(*graph(*tensors))
 
 
@@ -147,7 +148,7 @@ def _settings(holder: object, depth: int = 2) -> Iterator[str]:
         {} if config is None else {"config": config if isinstance(config, dict) else vars(config)}
     )
     for name, value in sorted(values.items()):
-        if name.startswith("_"):
+        if name.startswith("_") or name in SET_BY_CALLS:
             continue
         if isinstance(value, dict):
             value = sorted((key, item) for key, item in value.items() if not str(key).startswith("_"))

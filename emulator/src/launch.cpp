@@ -51,7 +51,7 @@ int64_t count_flops(const Call& call) {
         const auto* dense = call.tensor(transposed ? "input" : "output");
         return weight == nullptr || weight->sizes[0] == 0 ? 0 : 2 * product(dense->sizes) * (product(weight->sizes) / weight->sizes[0]);
     }
-    if (name == "Conv2D") {  // of a graph
+    if (call.graph != nullptr && name == "Conv2D") {
         const auto *filter = call.tensor("filter"), *out = call.tensor("y");
         return 2 * product(out->sizes) * (product(filter->sizes) / std::max<int64_t>(filter->sizes[0], 1));
     }

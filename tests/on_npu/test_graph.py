@@ -205,7 +205,7 @@ def test_random_numbers_follow_the_seed(npu: torch.device) -> None:
     assert 0.45 < first.mean().item() < 0.55
 
 
-def test_linear_weights_stay_in_the_format_of_the_matrix_unit(npu: torch.device) -> None:
+def test_linear_weights_stay_in_the_format_of_the_matrix_unit(npu: torch.device, tmp_path: Path) -> None:
     class Model(nn.Module):  # Dynamo does not compile torch's own modules by themselves
         def __init__(self) -> None:
             super().__init__()
@@ -219,12 +219,12 @@ def test_linear_weights_stay_in_the_format_of_the_matrix_unit(npu: torch.device)
     with torch.no_grad():
         truth = model.float()(x.float())
         model = model.to(HALF).to(npu)
-        compile_module(model)
+        compile_module(model, tmp_path)
         assert torch_npu.get_npu_format(model.first.weight) == FRACTAL_NZ
         close(model(x.to(npu)), truth, 8)
 
 
-def test_a_unet_is_one_graph_and_computes_what_eager_does(npu: torch.device) -> None:
+def test_a_unet_is_one_graph_and_computes_what_eager_does(npu: torch.device, tmp_path: Path) -> None:
     unet = tiny_unet().eval().to(npu, HALF)
     latents, text = numbers((2, 4, 16, 16), HALF).to(npu), numbers((2, 7, 32), HALF, 1).to(npu)
     steps = torch.tensor([10, 500], device=npu)
@@ -232,7 +232,7 @@ def test_a_unet_is_one_graph_and_computes_what_eager_does(npu: torch.device) -> 
         eager = unet(latents, steps, text).sample.cpu().float()
         explanation = torch._dynamo.utils.counters
         explanation.clear()
-        compile_module(unet)
+        compile_module(unet, tmp_path)
         graph = unet(latents, steps, text).sample.cpu().float()
     assert explanation["stats"]["unique_graphs"] == 1 and not explanation["graph_break"]
     assert (graph - eager).abs().mean() < 8 * TOLERANCES[HALF] * eager.abs().mean()

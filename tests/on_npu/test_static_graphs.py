@@ -34,12 +34,14 @@ def draw(pipe: StableDiffusionPipeline, prompt: str, size: int = 64) -> torch.Te
     return pipe(prompt, height=size, width=size, generator=generator, **options).images.cpu().float()
 
 
-def test_graphs_draw_what_eager_does_and_are_found_again(
-    pipe: StableDiffusionPipeline, tiny_sd_dir: Path, npu: torch.device, tmp_path: Path
+@pytest.mark.parametrize("merging", (False, True))
+def test_graphs_draw_what_eager_does_without_a_break_or_recompilation(
+    pipe: StableDiffusionPipeline, merging: bool, tmp_path: Path
 ) -> None:
     counters = torch._dynamo.utils.counters
     enable_flash_attention(pipe)
-    enable_token_merging(pipe, ratio=0.5)
+    if merging:
+        enable_token_merging(pipe, ratio=0.5)
     eager = [draw(pipe, prompt) for prompt in PROMPTS]
     assert set(compile_pipeline(pipe, tmp_path).values()) == {"torchair"}
     linear = [module for module in pipe.unet.modules() if isinstance(module, nn.Linear)]
@@ -52,15 +54,25 @@ def test_graphs_draw_what_eager_does_and_are_found_again(
     assert not counters["graph_break"]
     assert pipe.unet.forward.compilations == 2
 
+
+def test_graphs_are_found_again(
+    pipe: StableDiffusionPipeline, tiny_sd_dir: Path, npu: torch.device, tmp_path: Path
+) -> None:
+    enable_flash_attention(pipe)
+    compile_pipeline(pipe, tmp_path)
+    picture = draw(pipe, PROMPTS[0])
     again = StableDiffusionPipeline.from_pretrained(tiny_sd_dir, dtype=HALF).to(npu)
     again.set_progress_bar_config(disable=True)
     enable_flash_attention(again)
-    enable_token_merging(again, ratio=0.5)
     compile_pipeline(again, tmp_path)
     torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
     counters.clear()
-    assert torch.equal(draw(again, PROMPTS[0]), graphs[0])
-    assert again.unet.forward.compilations == 0 and not counters["stats"]["unique_graphs"]
+    assert torch.equal(draw(again, PROMPTS[0]), picture)
+    components = (again.text_encoder, again.unet, again.vae.decoder)
+    assert [module.forward.compilations for module in components] == [0, 0, 0]
+    # torchair finds parameters and buffers again, but no other tensors: on 310P it traces the text encoder once more.
+    assert counters["stats"]["unique_graphs"] == (1 if SATURATES else 0)
 
 
 def test_a_size_seen_before_is_not_compiled_again(pipe: StableDiffusionPipeline, tmp_path: Path) -> None:
