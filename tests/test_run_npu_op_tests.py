@@ -21,20 +21,20 @@ def checkouts(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def test_files_are_named_by_repository_and_path(checkouts: tuple[Path, Path]) -> None:
-    files = select(*checkouts, "*")
+    files = select(*checkouts, ["*"])
     name = "op_plugin/test/test_base_ops/test_abs.py"
     assert files[name] == checkouts[0] / "test/test_base_ops/test_abs.py"
-    assert select(*checkouts, "*/test_abs.py") == {name: files[name]}
+    assert select(*checkouts, ["*/test_abs.py"]) == {name: files[name]}
     assert len(files) == sum(len(set(operators.split())) for _, _, operators in SELECTION)
 
 
 def test_what_is_no_checkout_or_no_file_is_refused(checkouts: tuple[Path, Path]) -> None:
     op_plugin, pytorch = checkouts
     with pytest.raises(ForkError, match="no file fits"):
-        select(op_plugin, pytorch, "*/test_no_such_operator.py")
+        select(op_plugin, pytorch, ["*/test_no_such_operator.py"])
     op_plugin.joinpath("test/test_base_ops/test_abs.py").unlink()
     with pytest.raises(ForkError, match="lacks 1 of .* as test/test_base_ops/test_abs.py"):
-        select(op_plugin, pytorch, "*")
+        select(op_plugin, pytorch, ["*"])
 
 
 def test_only_a_failure_of_the_named_chip_is_excused(monkeypatch: pytest.MonkeyPatch) -> None:
