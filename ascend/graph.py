@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch._functorch.compile_utils import fx_graph_cse
 
 from ascend.converters import register_converters
 from ascend.static_graphs import StaticGraphs
@@ -81,11 +82,21 @@ def _moves(module: nn.Module, device: torch.device) -> bool:
 def _torchair_config() -> Any:
     import torch_npu  # noqa: F401  registers the torchair alias
     import torchair
+    import torchair._contrib.custom_torch_ops  # declares the fused token merging
 
     register_converters()
     config = torchair.CompilerConfig()
     config.experimental_config.frozen_parameter = True
+    config.post_grad_custom_pre_pass = _compute_once
     return config
+
+
+def _compute_once(module: torch.fx.GraphModule, *_: Any) -> None:
+    """Compute what several nodes have in common once, such as the SiLU of the time embedding in each residual block.
+
+    Inductor does so by itself, torchair does not.
+    """
+    module.graph = fx_graph_cse(module.graph)
 
 
 def _use_private_formats(module: nn.Module) -> None:

@@ -122,8 +122,9 @@ def describe(module: nn.Module) -> str:
     """
     digest = hashlib.sha256()
     digest.update(_platform().encode())
-    for file in sorted(_source_files(module)):
-        digest.update(file.read_bytes())
+    for directory in sorted({Path(__file__).parent, *(file.parent for file in _source_files(module))}):
+        for file in sorted(directory.glob("*.py")):
+            digest.update(file.read_bytes())
     for name, submodule in module.named_modules():
         digest.update(f"{name} {type(submodule).__qualname__} {'; '.join(_settings(submodule))}\n".encode())
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
@@ -159,7 +160,7 @@ def _settings(holder: object, depth: int = 2) -> Iterator[str]:
 
 
 def _source_files(module: nn.Module) -> set[Path]:
-    """The files with the code of the submodules and of the objects that they hold."""
+    """The files with the code of the submodules and of the objects that they hold; their neighbours may help them."""
     holders: set[type] = set()
     for submodule in module.modules():
         holders |= {type(submodule), *(type(value) for value in vars(submodule).values())}

@@ -24,10 +24,12 @@ class Partition(NamedTuple):
 class Matching(NamedTuple):
     """Which tokens become one, as indices of dtype int64."""
 
+    cells: Partition
+    order: torch.Tensor  # [batch, sources], positions among the sources, those that merge first
+    nearest: torch.Tensor  # [batch, sources], the destination of each source, counted among the destinations
     kept: torch.Tensor  # [batch, kept], sources that remain, as tokens
     merged: torch.Tensor  # [batch, merged], sources that merge, as tokens
     partners: torch.Tensor  # [batch, merged], what they merge into, counted among the destinations
-    destinations: torch.Tensor  # [destinations], as tokens
     rows: torch.Tensor  # [batch, tokens], the merged row that stands for each token
 
 
@@ -37,36 +39,33 @@ def count_merged(h: int, w: int, sy: int, sx: int, ratio: float) -> int:
     return min(int(h * w * ratio), h * w - destinations) if destinations else 0
 
 
-@constant_per_shape
 def partition(h: int, w: int, sy: int, sx: int, device: torch.device) -> Partition:
     """Split a grid of h x w tokens. Rows and columns beyond the last full cell hold sources only."""
-    is_destination = torch.zeros(h, w, dtype=torch.bool)
-    is_destination[: h // sy * sy : sy, : w // sx * sx : sx] = True
-    sources = (~is_destination).flatten().nonzero().flatten()
-    destinations = is_destination.flatten().nonzero().flatten()
-    inverse = torch.cat([sources, destinations]).argsort()
-    return Partition(sources.to(device), destinations.to(device), inverse.to(device))
+    return Partition(*_index_maps(h, w, sy, sx, device))
 
 
 def match(metric: torch.Tensor, cells: Partition, merged: int) -> Matching:
     """Match tokens by the cosine similarity of `metric` `[batch, tokens, channels]`; the `merged` best pairs merge."""
     # Norms in float32: that of a half-precision token may overflow.
-    unit = F.normalize(metric.float(), dim=-1).to(metric.dtype)
+    precise = metric.float()
+    unit = (precise / precise.norm(dim=-1, keepdim=True).clamp_min(1e-12)).to(metric.dtype)
     scores = unit.index_select(1, cells.sources) @ unit.index_select(1, cells.destinations).transpose(-1, -2)
-    similarity, partners = scores.max(dim=-1)
+    similarity, nearest = scores.max(dim=-1)
     order = similarity.sort(dim=-1, descending=True).indices
     sources = cells.sources.expand_as(order).gather(1, order)
 
     kept = order.shape[-1] - merged
     positions = torch.arange(order.shape[-1], device=order.device).expand_as(order)
     rank = torch.zeros_like(order).scatter(1, order, positions)
-    source_rows = torch.where(rank < merged, kept + partners, rank - merged)
+    source_rows = torch.where(rank < merged, kept + nearest, rank - merged)
     destination_rows = torch.arange(kept, metric.shape[1] - merged, device=order.device).expand(len(order), -1)
     return Matching(
+        cells=cells,
+        order=order,
+        nearest=nearest,
         kept=sources[:, merged:],
         merged=sources[:, :merged],
-        partners=partners.gather(1, order[:, :merged]),
-        destinations=cells.destinations,
+        partners=nearest.gather(1, order[:, :merged]),
         rows=torch.cat([source_rows, destination_rows], dim=1).index_select(1, cells.inverse),
     )
 
@@ -85,8 +84,18 @@ def unmerge(merged: torch.Tensor, matching: Matching) -> torch.Tensor:
     return _take_rows(merged, matching.rows)
 
 
+@constant_per_shape
+def _index_maps(h: int, w: int, sy: int, sx: int, device: torch.device) -> tuple[torch.Tensor, ...]:
+    is_destination = torch.zeros(h, w, dtype=torch.bool)
+    is_destination[: h // sy * sy : sy, : w // sx * sx : sx] = True
+    sources = (~is_destination).flatten().nonzero().flatten()
+    destinations = is_destination.flatten().nonzero().flatten()
+    inverse = torch.cat([sources, destinations]).argsort()
+    return sources.to(device), destinations.to(device), inverse.to(device)
+
+
 def _mean_by_lookup(tokens: torch.Tensor, matching: Matching) -> torch.Tensor:
-    batch, rows = len(tokens), matching.kept.shape[1] + len(matching.destinations)
+    batch, rows = len(tokens), matching.kept.shape[1] + len(matching.cells.destinations)
     row_of_token, order = _flat(matching.rows, rows).sort(stable=True)
     starts = torch.searchsorted(row_of_token, torch.arange(batch * rows, device=tokens.device))
     means = F.embedding_bag(order, tokens.flatten(0, 1).float(), starts, mode="mean")  # float16 sums could overflow
@@ -94,7 +103,7 @@ def _mean_by_lookup(tokens: torch.Tensor, matching: Matching) -> torch.Tensor:
 
 
 def _mean_by_product(tokens: torch.Tensor, matching: Matching) -> torch.Tensor:
-    destinations = tokens.index_select(1, matching.destinations)
+    destinations = tokens.index_select(1, matching.cells.destinations)
     partners = torch.arange(destinations.shape[1], device=tokens.device)[:, None] == matching.partners[:, None, :]
     # The share of each token in its mean, and not a division of the sum: that may be out of range in float16.
     share = (1 / (1 + partners.sum(-1, keepdim=True, dtype=torch.float32))).to(tokens.dtype)

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from diffusers.models.attention_processor import Attention
 
+from processors import npu_tome, tome
 from processors.attn_processor import AttnProcessor2_0
-from processors.tome import count_merged, match, merge, partition, unmerge
+from processors.tome import count_merged, match, partition
 
 
 class AttnProcessor2_0Tome:
@@ -57,8 +58,9 @@ class AttnProcessor2_0Tome:
         if merged == 0:
             return self.attend(attn, hidden_states, encoder_hidden_states, temb=temb)
         matching = match(block_input, partition(h, w, self.sy, self.sx, block_input.device), merged)
-        attended = self.attend(attn, merge(hidden_states, matching), encoder_hidden_states, temb=temb)
-        return unmerge(attended, matching)
+        kernels = npu_tome if npu_tome.is_fused(hidden_states, merged) else tome
+        attended = self.attend(attn, kernels.merge(hidden_states, matching), encoder_hidden_states, temb=temb)
+        return kernels.unmerge(attended, matching)
 
     def _grid_of(self, tokens: int, token_grid: tuple[int, int] | None) -> tuple[int, int]:
         grid = self.grid or token_grid

@@ -19,7 +19,9 @@ import torch_npu
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from ascend.graph import compile_module
+from ascend.graph import _torchair_config, compile_module
+from processors import npu_tome, tome
+from processors.tome import count_merged, match, partition
 from tests.on_npu.helpers import FLOATS, SATURATES, TOLERANCES, numbers, reference
 from tests.tiny_models import tiny_unet
 
@@ -37,10 +39,11 @@ def fresh_graphs() -> Iterator[None]:
     torch.npu.config.allow_internal_format = False
 
 
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def compiled(function: Callable[..., Any], config: Any = None) -> Callable[..., Any]:
     import torchair
 
-    return torch.compile(function, backend=torchair.get_npu_backend(), fullgraph=True, dynamic=False)
+    backend = torchair.get_npu_backend(compiler_config=config)
+    return torch.compile(function, backend=backend, fullgraph=True, dynamic=False)
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor, factor: float = 1) -> None:
@@ -271,6 +274,89 @@ def test_a_second_process_finds_the_compiled_graph(npu: torch.device, tmp_path: 
     assert runs[0][-2] == runs[1][-2]
 
 
+def test_equal_computations_run_once(npu: torch.device) -> None:
+    operators: list[str] = []
+    config = _torchair_config()
+    config.post_grad_custom_post_pass = lambda module, *_: operators.extend(str(n.target) for n in module.graph.nodes)
+
+    def function(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return F.silu(x) @ y + F.silu(x)
+
+    x, y = numbers((8, 8), HALF), numbers((8, 8), HALF, 1)
+    close(compiled(function, config)(x.to(npu), y.to(npu)), function(x.float(), y.float()), 64)
+    assert operators.count("aten.silu.default") == 1
+
+
+@pytest.mark.parametrize(("h", "w", "ratio"), [(8, 8, 0.5), (12, 4, 0.5), (6, 6, 0.5), (8, 8, 0.25)])
+def test_token_merging_as_a_graph(npu: torch.device, h: int, w: int, ratio: float) -> None:
+    """Fused on 310P where half of the tokens merge and eight cores can share them; the same result everywhere."""
+    operators: list[str] = []
+    config = _torchair_config()
+    config.post_grad_custom_post_pass = lambda module, *_: operators.extend(str(n.target) for n in module.graph.nodes)
+    merged = count_merged(h, w, 2, 2, ratio)
+
+    def function(metric: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        matching = match(metric, partition(h, w, 2, 2, metric.device), merged)
+        kernels = npu_tome if npu_tome.is_fused(tokens, merged) else tome
+        few = kernels.merge(tokens, matching)
+        return few.sum(1), kernels.unmerge(few, matching)  # the rows of `few` may be in another order
+
+    metric, tokens = numbers((2, h * w, 64), HALF).to(npu), numbers((2, h * w, 16), HALF, 1).to(npu)
+    eager = function(metric, tokens)
+    graph = compiled(function, config)(metric, tokens)
+    close(graph[0], eager[0].cpu().float(), 8)
+    close(graph[1], eager[1].cpu().float(), 4)
+    fused = SATURATES and merged == h * w // 2 and merged % 8 == 0
+    assert operators.count("npu_inference.npu_tome_merge.default") == fused
+    assert operators.count("npu_inference.npu_tome_unmerge.default") == fused
+
+
+def test_token_merging_of_another_rate_is_refused(npu: torch.device) -> None:
+    """torchair hands GE the default, and GE merges half of the tokens."""
+    _torchair_config()
+    sources, destinations = numbers((1, 48, 16), torch.float16).to(npu), numbers((1, 16, 16), torch.float16).to(npu)
+    order = torch.arange(48, device=npu).unsqueeze(0)
+
+    def function(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return torch.ops.npu_inference.npu_tome_merge(a, b, order, order // 3, 0.25)[0]
+
+    with pytest.raises(Exception, match=r"\[1, 16, 16\] is not equal to FX graph NetOutput: \[1, 32, 16\]"):
+        compiled(function)(sources, destinations)
+
+
+@pytest.mark.skipif(not os.environ.get("CANN_EMULATOR_SOC"), reason="the trace is the emulator's")
+def test_no_weight_is_converted(npu: torch.device, tmp_path: Path) -> None:
+    """In both processes: that which compiles, and that which finds the graph."""
+    program = textwrap.dedent(
+        """
+        import sys, torch
+        from pathlib import Path
+        sys.path.insert(0, {root!r})
+        from ascend.device import DeviceManager
+        from ascend.graph import compile_module
+        from tests.tiny_models import tiny_unet
+
+        device = DeviceManager("npu").device
+        unet = tiny_unet().eval().to(device, {dtype})
+        latents, text = torch.ones(1, 4, 16, 16).to(device, {dtype}), torch.ones(1, 7, 32).to(device, {dtype})
+        compile_module(unet, Path({cache!r}))
+        with torch.no_grad():
+            unet(latents, torch.tensor([10], device=device), text)
+        """
+    ).format(root=str(ROOT), cache=str(tmp_path / "graphs"), dtype=HALF)
+    script, trace = tmp_path / "model.py", tmp_path / "trace.jsonl"
+    script.write_text(program)
+    for _ in range(2):
+        trace.unlink(missing_ok=True)
+        subprocess.run([sys.executable, script], check=True, env={**os.environ, "CANN_EMULATOR_TRACE": str(trace)})
+        events = [json.loads(line) for line in trace.read_text().splitlines()]
+        launches = [event for event in events if event["event"] == "launch" and "graph" in event]
+        stored = {(e["operator"], tensor["name"], tensor["format"]) for e in launches for tensor in e["tensors"]}
+        assert ("MatMulV2", "x2", "FRACTAL_NZ") in stored and ("Conv2D", "filter", "FRACTAL_Z") in stored
+        converted = [event["tensors"][0]["format"] for event in launches if event["operator"] == "TransData"]
+        assert converted and not {"FRACTAL_NZ", "FRACTAL_Z"} & set(converted)
+
+
 @pytest.mark.skipif(not os.environ.get("CANN_EMULATOR_SOC"), reason="the trace is the emulator's")
 def test_the_trace_describes_a_graph(npu: torch.device, tmp_path: Path) -> None:
     script = tmp_path / "graph.py"
@@ -286,4 +372,6 @@ def test_the_trace_describes_a_graph(npu: torch.device, tmp_path: Path) -> None:
     launches = [event["operator"] for event in events if event.get("graph") == graph["graph"] and event is not graph]
     assert launches == ["MatMul", "Relu"]  # the product reads its operand transposed
     assert [event["flops"] for event in events if event.get("operator") == "MatMul"] == [2 * 8**3]
+    product, relu = graph["steps"]
+    assert relu["fx"] == "relu-aten.relu.default" and relu["reads"] == product["writes"]
     assert graph["launches"] == 2 and graph["fused"] == 1 and graph["feature_bytes"] >= 8 * 8 * 2

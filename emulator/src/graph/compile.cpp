@@ -146,6 +146,7 @@ private:
         TORCH_CHECK(desc.dtype.has_value(), "the data type is not emulated");
         value.dtype = *desc.dtype;
         value.sizes = desc.sizes;
+        if (is_private(desc.format)) value.format = static_cast<aclFormat>(desc.format);
         for (int64_t size : value.sizes) {
             TORCH_CHECK(size >= 0, "dynamic shapes are not emulated: compile with dynamic=False");
         }
@@ -173,6 +174,7 @@ private:
         weight.strides.assign(strides.begin(), strides.end());
         weight.offset = 0;
         weight.format = static_cast<aclFormat>(integer(node, "storage_format"));
+        if (is_private(weight.format)) value.format = weight.format;
         weight.storage_sizes = integers(node, "storage_shape");
         weight.data = reinterpret_cast<char*>(integer(node, "addr"));
         return value;
@@ -189,7 +191,7 @@ private:
         const Results results = operation->kernel(operands);
         check_attributes(operands);
         TORCH_CHECK(results.size() >= used_outputs(node), "the emulated operator has ", results.size(), " outputs");
-        bool all_known = true;
+        bool all_known = true, is_free = false;
         for (size_t i = 0; i < results.size(); ++i) {
             Value value;
             value.dtype = dtype_of(results[i], operands);
@@ -202,14 +204,15 @@ private:
                 value = constant(known);
             } else {
                 all_known = false;
-                if (shares_memory(step)) value = alias(step.inputs[0], value);
+                is_free = renames(step, value);
+                if (is_free || step.operation->kind == Kind::kAssigns) value = alias(step.inputs[0], value);
             }
             step.outputs.push_back(new_value(std::move(value)));
         }
         outputs_of_[node.name] = step.outputs;
         if (all_known) {
             ++compiled_.statistics.folded;
-        } else if (shares_memory(step) && operation->kind == Kind::kViews) {
+        } else if (is_free) {
             ++compiled_.statistics.views;
         } else {
             TORCH_CHECK(refuse(compiled_, step) == 0, recent_message());
@@ -271,10 +274,13 @@ private:
                     dtype_name(value.dtype), ", but FX has ", dtype_name(*desc.dtype));
     }
 
-    // A private format would not survive another shape: such a weight is copied.
-    bool shares_memory(const Step& step) const {
-        if (step.operation->kind == Kind::kAssigns) return true;
-        return step.operation->kind == Kind::kViews && !is_private(compiled_.values[step.inputs[0]].weight.format);
+    // Whether nothing has to run: other dimensions for the same memory, which a private format would not survive (such
+    // a weight is copied), or a conversion to the dtype that is there already.
+    bool renames(const Step& step, const Value& result) const {
+        const bool casts = step.node->type == "Cast";
+        if (!casts && step.operation->kind != Kind::kViews) return false;
+        const Value& source = compiled_.values[step.inputs.at(0)];
+        return casts ? source.dtype == result.dtype : !is_private(source.format);
     }
 
     // The same memory under another shape.

@@ -16,6 +16,7 @@ struct Value {
     Ints sizes;
     Tensor known;            // of a constant: what it holds
     TensorArgument weight{};  // of a frozen parameter: where it lies, and how it is stored
+    aclFormat format = ACL_FORMAT_ND;  // of an input or a frozen parameter: how it is stored, if not plainly
     int input = -1;          // which one it is; those in host memory are copied to the features first
     int output = -1;         // the one that it is written to directly
     int memory = -1;         // the value whose memory it shares; itself, if it has its own

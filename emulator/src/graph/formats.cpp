@@ -61,7 +61,7 @@ private:
     int format_of(int value) const {
         const int memory = compiled_.values[value].memory;
         const Value& base = compiled_.values[memory];
-        if (base.place == Value::Place::kWeight) return is_private(base.weight.format) ? base.weight.format : ACL_FORMAT_ND;
+        if (is_private(base.format)) return base.format;
         const auto found = formats_.find(memory);
         return found == formats_.end() ? ACL_FORMAT_ND : found->second;
     }
