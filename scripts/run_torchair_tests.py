@@ -132,6 +132,7 @@ def main() -> int:
     arguments = parse_arguments()
     converters = find_converters(arguments.only)
     npu = torch.get_device_module("npu")
+    npu.set_task_queue_enable(0)  # a launch that fails in the queue makes all later ones fail
     npu.set_compile_mode(jit_compile=False)
     npu.config.allow_internal_format = False
     chip = npu.get_device_name(0)
