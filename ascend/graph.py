@@ -55,9 +55,9 @@ def compile_module(module: nn.Module, graph_cache: Path | None = None) -> str:
     device = next(module.parameters()).device
     module.requires_grad_(False)
     if device.type == "npu":
-        _use_private_formats(module)
+        use_private_formats(module)
         # An instance's attribute hides the class's method, so the module's hooks and its name stay.
-        module.forward = StaticGraphs(module, _torchair_config(), graph_cache or default_graph_cache())
+        module.forward = StaticGraphs(module, torchair_config(), graph_cache or default_graph_cache())
         return "torchair"
 
     if device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++"))):
@@ -79,7 +79,7 @@ def _moves(module: nn.Module, device: torch.device) -> bool:
     return next(module.parameters()).device != device
 
 
-def _torchair_config() -> Any:
+def torchair_config() -> Any:
     import torch_npu  # noqa: F401  registers the torchair alias
     import torchair
     import torchair._contrib.custom_torch_ops  # declares the fused token merging
@@ -99,7 +99,7 @@ def _compute_once(module: torch.fx.GraphModule, *_: Any) -> None:
     module.graph = fx_graph_cse(module.graph)
 
 
-def _use_private_formats(module: nn.Module) -> None:
+def use_private_formats(module: nn.Module) -> None:
     """Turns the module's weights into the chip's own layouts: FRACTAL_NZ of Linear, FRACTAL_Z of fp16 convolutions.
 
     310P allows such formats from the start; the other chips only after `allow_internal_format`, which must be set
