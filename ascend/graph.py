@@ -80,6 +80,7 @@ def _moves(module: nn.Module, device: torch.device) -> bool:
 
 
 def torchair_config() -> Any:
+    """torchair's compiler configuration for inference, with torchair ready to compile what this project makes."""
     import torch_npu  # noqa: F401  registers the torchair alias
     import torchair
     import torchair._contrib.custom_torch_ops  # declares the fused token merging
@@ -88,6 +89,8 @@ def torchair_config() -> Any:
     config = torchair.CompilerConfig()
     config.experimental_config.frozen_parameter = True
     config.post_grad_custom_pre_pass = _compute_once
+    # This is what changes torch's own decompositions; cache_compile does so only after the first graph was traced.
+    torchair.get_npu_backend(compiler_config=config)
     return config
 
 
@@ -100,7 +103,7 @@ def _compute_once(module: torch.fx.GraphModule, *_: Any) -> None:
 
 
 def use_private_formats(module: nn.Module) -> None:
-    """Turns the module's weights into the chip's own layouts: FRACTAL_NZ of Linear, FRACTAL_Z of fp16 convolutions.
+    """Turn the module's weights into the chip's own layouts: FRACTAL_NZ of Linear, FRACTAL_Z of fp16 convolutions.
 
     310P allows such formats from the start; the other chips only after `allow_internal_format`, which must be set
     before the weights are cast. It is off again afterwards, as `ascend.device` has it: eager convolutions would else

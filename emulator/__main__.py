@@ -15,7 +15,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from emulator import EmulatorError, build, profile, report, toolkit
+from emulator import EmulatorError, build, drawing, profile, report, toolkit
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -39,6 +39,8 @@ def parse_arguments() -> argparse.Namespace:
     summary = commands.add_parser("report", help="summarise a trace, with an estimate of the chip's time")
     summary.add_argument("trace", type=Path)
     summary.add_argument("--soc", default="Ascend310P3", help="the chip to estimate the time of (Ascend310P3)")
+    summary.add_argument("--graph", metavar="NAME", help="list the launches of this graph instead")
+    summary.add_argument("--svg", type=Path, metavar="FILE", help="draw that graph (the one with the most launches)")
     return parser.parse_args()
 
 
@@ -63,11 +65,26 @@ def environment(arguments: argparse.Namespace) -> dict[str, str]:
     return variables
 
 
+def print_report(arguments: argparse.Namespace) -> None:
+    chip = profile.load(arguments.soc)
+    if arguments.graph is None:
+        print(report.summarise(arguments.trace, chip))
+    if arguments.graph is None and arguments.svg is None:
+        return
+    name, rows = drawing.rows_of(arguments.trace, arguments.graph, chip)
+    if arguments.graph is not None:
+        print(drawing.format_table(rows))
+    if arguments.svg is not None:
+        partial = arguments.svg.with_suffix(".partial")
+        partial.write_text(drawing.draw_svg(f"{name} on {chip['soc']}", rows), encoding="utf-8")
+        partial.replace(arguments.svg)
+
+
 def run(arguments: argparse.Namespace) -> None:
     if arguments.command == "build":
         print(build.build())
     elif arguments.command == "report":
-        print(report.summarise(arguments.trace, profile.load(arguments.soc)))
+        print_report(arguments)
     elif arguments.command == "env":
         variables = environment(arguments)
         print("\n".join(f"export {name}={shlex.quote(value)}" for name, value in variables.items()))

@@ -325,8 +325,8 @@ def test_token_merging_of_another_rate_is_refused(npu: torch.device) -> None:
 
 
 @pytest.mark.skipif(not os.environ.get("CANN_EMULATOR_SOC"), reason="the trace is the emulator's")
-def test_no_weight_is_converted(npu: torch.device, tmp_path: Path) -> None:
-    """In both processes: that which compiles, and that which finds the graph.
+def test_weights_and_upsampling_are_not_taken_apart(npu: torch.device, tmp_path: Path) -> None:
+    """No weight is converted, in both processes: that which compiles, and that which finds the graph.
 
     In float16: torchair leaves convolutions in bfloat16 as they are.
     """
@@ -356,6 +356,7 @@ def test_no_weight_is_converted(npu: torch.device, tmp_path: Path) -> None:
         launches = [event for event in events if event["event"] == "launch" and "graph" in event]
         stored = {(e["operator"], tensor["name"], tensor["format"]) for e in launches for tensor in e["tensors"]}
         assert ("MatMulV2", "x2", "FRACTAL_NZ") in stored and ("Conv2D", "filter", "FRACTAL_Z") in stored
+        assert "ResizeNearestNeighborV2" in {operator for operator, _, _ in stored}  # in the first graph of a process
         converted = [event["tensors"][0]["format"] for event in launches if event["operator"] == "TransData"]
         assert converted and not {"FRACTAL_NZ", "FRACTAL_Z"} & set(converted)
 
