@@ -1,11 +1,11 @@
 """Count what one denoising step costs an NPU: launches, conversions, memory and an estimate of its time.
 
-    python scripts/count_step.py                       the true configuration of SD2.1-base, 512 x 512, about 20 minutes
-    python scripts/count_step.py --model demo          the demo model, in about two minutes
+    python scripts/count_step.py                       the true configuration of SD2.1-base, 512 x 512
+    python scripts/count_step.py --model demo          the demo model
 
 Each configuration draws a picture of a few steps on the emulated chip, in a process of its own with a trace, and the
 last full and the last shallow step of it are counted, with guidance and scheduler. "upstream" is diffusers as it was
-before our patches. Writes the traces, step.json and, for each graph, a drawing to --output_dir.
+before our patches. Without a graph, a launch is a call of aclnn, whose own conversions and casts are not seen. Writes the traces, step.json and, for each graph, a drawing to --output_dir.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ import torch_npu
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from ascend.graph import torchair_config, compile_module
+from ascend.graph import compile_module, torchair_config
 from processors import npu_tome, tome
 from processors.tome import count_merged, match, partition
 from tests.on_npu.helpers import FLOATS, SATURATES, TOLERANCES, numbers, reference
