@@ -51,12 +51,8 @@ class Row:
         return next((kind for name, kind in names.items() if name in self.operator), "")
 
 
-def rows_of(trace: Path, name: str | None, profile: dict[str, Any]) -> tuple[str, list[Row]]:
-    """The launches of the first run of the graph `name`, or of the one with the most launches, and its name.
-
-    Raises:
-        EmulatorError: the trace has no such graph, or it never ran.
-    """
+def graphs_that_ran(trace: Path) -> dict[str, tuple[dict[str, Any], list[dict[str, Any]]]]:
+    """The trace's lines about each graph that ran: that of its compilation, and those of its launches in all runs."""
     graphs: dict[str, dict[str, Any]] = {}
     launches: dict[str, list[dict[str, Any]]] = {}
     for event in read(trace):
@@ -64,14 +60,22 @@ def rows_of(trace: Path, name: str | None, profile: dict[str, Any]) -> tuple[str
             graphs[event["graph"]] = event
         elif event["event"] == "launch" and "graph" in event:
             launches.setdefault(event["graph"], []).append(event)
-    ran = {graph: event for graph, event in graphs.items() if graph in launches}
+    return {name: (graph, launches[name]) for name, graph in graphs.items() if name in launches}
+
+
+def rows_of(trace: Path, name: str | None, profile: dict[str, Any]) -> tuple[str, list[Row]]:
+    """The launches of the first run of the graph `name`, or of the one with the most launches, and its name.
+
+    Raises:
+        EmulatorError: the trace has no such graph, or it never ran.
+    """
+    ran = graphs_that_ran(trace)
     if not ran or (name is not None and name not in ran):
         wanted = "no graph" if name is None else f"no graph {name}"
         raise EmulatorError(f"{trace}: {wanted} that ran; there are: {', '.join(ran) or 'none'}")
-    name = name or max(ran, key=lambda graph: ran[graph]["launches"])
-    return name, [
-        make_row(step, launch, profile) for step, launch in zip(ran[name]["steps"], launches[name], strict=False)
-    ]
+    name = name or max(ran, key=lambda graph: ran[graph][0]["launches"])
+    graph, launches = ran[name]
+    return name, [make_row(*pair, profile) for pair in zip(graph["steps"], launches, strict=False)]
 
 
 def make_row(step: dict[str, Any], launch: dict[str, Any], profile: dict[str, Any]) -> Row:

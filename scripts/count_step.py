@@ -5,7 +5,8 @@
 
 Each configuration draws a picture of a few steps on the emulated chip, in a process of its own with a trace, and the
 last full and the last shallow step of it are counted, with guidance and scheduler. "upstream" is diffusers as it was
-before our patches. Without a graph, a launch is a call of aclnn, whose own conversions and casts are not seen. Writes the traces, step.json and, for each graph, a drawing to --output_dir.
+before our patches. Without a graph, a launch is a call of aclnn, whose own conversions and casts are not seen. Writes
+the traces, step.json and, where there are graphs, drawings of them to --output_dir.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ sys.path.insert(0, str(ROOT))
 
 from fork import ForkError, read_pin, unpack, upstream_wheel
 
-from emulator import profile, report
+from emulator import drawing, profile, report
 from examples.common.cli import ArgumentParser, UserError, image_size, one_line_errors
-from examples.common.files import make_output_dir, write_json
+from examples.common.files import make_output_dir, write_atomically, write_json
 
 CONFIGURATIONS: dict[str, tuple[str, ...]] = {
     "upstream": ("upstream",),
@@ -145,6 +146,13 @@ def draw(args: argparse.Namespace, name: str, upstream: Path) -> dict[str, dict[
     return json.loads(result.read_text(encoding="utf-8"))
 
 
+def draw_graphs(trace: Path, chip: dict[str, Any]) -> None:
+    for graph in drawing.graphs_that_ran(trace):
+        _, rows = drawing.rows_of(trace, graph, chip)
+        svg = drawing.draw_svg(f"{trace.stem}, {graph} on {chip['soc']}", rows)
+        write_atomically(trace.with_name(f"{trace.stem}_{graph}.svg"), svg.encode())
+
+
 def file_stem(name: str) -> str:
     return name.replace(" + ", "_").replace(", ", "_")
 
@@ -169,6 +177,9 @@ def run(args: argparse.Namespace) -> None:
         except ForkError as error:
             raise UserError(str(error)) from error
         results = {name: draw(args, name, Path(folder)) for name in args.configs or CONFIGURATIONS}
+    for name in results:
+        if "dynamo" in CONFIGURATIONS[name]:
+            draw_graphs(args.output_dir / f"{file_stem(name)}.jsonl", profile.load(args.soc))
     write_json(args.output_dir / "step.json", results)
     print(format_results(results))
     print(f"times are an estimate for {args.soc} from its nominal speed and bandwidth, not a measurement")
