@@ -13,7 +13,6 @@ import importlib.metadata
 import inspect
 import sys
 import types
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,7 +32,7 @@ Key = tuple[pytree.TreeSpec, tuple[Any, ...]]
 class StaticGraphs:
     """Calls a module's forward as static graphs.
 
-    Processors, token merging and the like must be installed before; parameters may no longer change or move.
+    Processors, token merging and the like must be installed before; parameters may no longer change.
 
     Args:
         module: on an NPU, its weights in the formats that the graphs are to read.
@@ -55,15 +54,12 @@ class StaticGraphs:
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         key = structure, tuple(_kind(leaf) for leaf in leaves)
         graph = self._graphs.get(key)
-        if graph is not None:
-            self._graphs.move_to_end(key)
-            return graph(tensors)
-        graph = self._graphs[key] = self._compile(key, leaves)
-        if len(self._graphs) > MOST_GRAPHS:
-            self._graphs.popitem(last=False)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "When enable frozen_parameter")  # parameters stay: see the class
-            return graph(tensors)
+        if graph is None:
+            graph = self._graphs[key] = self._compile(key, leaves)
+            if len(self._graphs) > MOST_GRAPHS:
+                self._graphs.popitem(last=False)
+        self._graphs.move_to_end(key)
+        return graph(tensors)
 
     def _compile(self, key: Key, leaves: list[Any]) -> Callable[..., Any]:
         from torchair.inference import cache_compile
