@@ -64,17 +64,22 @@ ROWS: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]], float]] = {
     "broadcasting": (lambda x, y: x + y[:, :1] * 0.5, [X, Y], 2),
     "addcmul": (lambda x, y: torch.addcmul(x, x, y, value=0.5), [X, Y], 8),
     "powers": (lambda x: torch.sqrt(x * x + 1) + torch.rsqrt(x * x + 1) + x**2, [X], 16),
+    "rsub": (lambda x: torch.rsub(x, 2.0, alpha=0.5), [X], 4),
     "functions": (lambda x: torch.sin(x) + torch.cos(x) + torch.exp(-x * x) + torch.tanh(x), [X], 8),
     "activations": (lambda x: F.silu(x) + F.relu(x) + torch.sigmoid(x), [X], 8),
+    "threshold": (lambda x: F.threshold(x, 0.5, 20.0), [X], 1),
     "extremes": (lambda x, y: torch.maximum(x, y).clamp(-1, 1) + torch.minimum(x, y), [X, Y], 4),
     "comparisons": (lambda x, y: (x > y) & (x <= 1) | ~(y >= 0), [X, Y], 1),
     "where": (lambda x, y: torch.where(x > 0, x, y).masked_fill(y > 1, 0.0), [X, Y], 1),
     "sums": (lambda x: x.sum(-1) + x.mean(dim=(0, 2)).sum(), [X], 32),
     "reduced_extremes": (lambda x: (x.max(), x.max(dim=1), x.argmax(-1)), [X], 1),
     "norms": (lambda x: torch.linalg.vector_norm(x, dim=-1), [X], 4),
+    "deviations": (lambda x: (x.std(1), x.std(dim=(0, 2), correction=0, keepdim=True)), [X], 8),
+    "mse_loss": (lambda x, y: [F.mse_loss(x, y, reduction=r) for r in ("none", "mean", "sum")], [X, Y], 16),
     "cumsum": (lambda x: x.cumsum(1), [X], 8),
     "sort": (lambda x: x.sort(-1, descending=True), [X], 1),
     "topk": (lambda x: x.topk(3, dim=-1), [X], 1),
+    "searchsorted": (lambda x, y: torch.searchsorted(x.float().sort(-1).values, y.float(), right=True), [X, Y], 1),
     "views": (lambda x: x.reshape(12, 8).t().unsqueeze(0).squeeze(0).flatten() * 1, [X], 1),
     "permute": (lambda x: x.permute(2, 0, 1).contiguous(), [X], 1),
     "cat": (lambda x, y: torch.cat([x, y, x], dim=1), [X, Y], 1),
@@ -83,17 +88,41 @@ ROWS: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]], float]] = {
     "split": (lambda x: [part + 1 for part in x.split([1, 3], dim=1)], [X], 1),
     "slices": (lambda x: x[:, 1:3, ::2] + x[:, :2, 1::2], [X], 2),
     "select": (lambda x: x[:, -1] + x[0, 0], [X], 2),
+    "select_scatter": (lambda x, y: torch.select_scatter(x, y[:, 0], 1, -1), [X, Y], 1),
+    "as_strided_scatter": (lambda x, y: torch.as_strided_scatter(x, y[0, :2, :2], (2, 2), (32, 3), 5), [X, Y], 1),
     "expand": (lambda x: x[:, :1].expand(-1, 4, -1) + 1, [X], 2),
     "repeat": (lambda x: x.repeat(2, 1, 3), [X], 1),
     "flip": (lambda x: x.flip(-1), [X], 1),
+    "reflection_pad": (lambda x: F.pad(x, (1, 2, 2, 1), mode="reflect"), [(2, 3, 4, 5)], 1),
+    "replication_pad": (lambda x: F.pad(x, (2, 3), mode="replicate"), [X], 1),
+    "foreach": (lambda x, y: torch._foreach_mul(torch._foreach_add([x, y], [0.5, -1.0]), [y, x]), [X, Y], 8),
+    "foreach_unary": (lambda x, y: torch._foreach_tanh([x, y]) + torch._foreach_floor([x, y]), [X, Z], 2),
+    "foreach_of_three": (lambda x, y: torch._foreach_addcmul([x, y], [y, x], [x, x], 0.5), [X, Y], 8),
     "constants": (lambda x: x + torch.arange(8, device=x.device).to(x.dtype) + torch.ones_like(x), [X], 4),
     "softmax": (lambda x: x.softmax(-1), [X], 4),
     "layer_norm": (lambda x: F.layer_norm(x, (8,)), [X], 8),
     "group_norm": (lambda x: F.group_norm(x, 2), [(2, 4, 3, 5)], 8),
     "upsample": (lambda x: F.interpolate(x, scale_factor=2.0, mode="nearest"), [(2, 4, 3, 5)], 1),
     "avg_pool": (lambda x: F.avg_pool2d(x, 2), [(2, 4, 6, 4)], 2),
+    "adaptive_avg_pool": (lambda x: torch.ops.aten._adaptive_avg_pool2d(x, (2, 3)), [(2, 4, 6, 5)], 2),
+    "grid_sample": (
+        lambda x, grid: F.grid_sample(x.float(), grid.float(), "bicubic", "reflection", align_corners=True),
+        [(2, 3, 5, 4), (2, 3, 4, 2)],
+        64,
+    ),
+    "grid_sample_3d": (
+        lambda x, grid: F.grid_sample(x.float(), grid.float(), align_corners=False),
+        [(2, 3, 5, 4, 3), (2, 3, 4, 2, 3)],
+        64,
+    ),
     "convolution": (lambda x, w: F.conv2d(x, w, padding=1), [(2, 4, 6, 5), (3, 4, 3, 3)], 64),
     "strided_convolution": (lambda x, w: F.conv2d(x, w, stride=2, padding=1), [(2, 4, 6, 5), (3, 4, 3, 3)], 64),
+    "convolution_3d": (lambda x, w: F.conv3d(x, w, padding=1), [(1, 2, 3, 4, 5), (3, 2, 3, 3, 3)], 64),
+    "transposed_convolution_3d": (
+        lambda x, w: F.conv_transpose3d(x, w, stride=2, output_padding=1),
+        [(1, 2, 2, 3, 2), (2, 3, 2, 3, 2)],
+        64,
+    ),
     "product": (lambda x, y: x @ y, [X, Z], 64),
     "batched_product": (lambda x, y: torch.bmm(x, y.transpose(1, 2)), [X, Y], 64),
     "baddbmm": (lambda x, y: torch.baddbmm(x[:, :, :4], x, y.transpose(1, 2), alpha=0.5), [X, Y], 64),
@@ -135,12 +164,26 @@ def test_gelu_is_the_tanh_form(npu: torch.device) -> None:
     close(compiled(F.gelu)(x.to(npu)), F.gelu(x.float(), approximate="tanh"), 2)
 
 
+def test_lists_are_rounded_away_from_zero(npu: torch.device) -> None:
+    """torch rounds halves to the even number, and so does the chip outside of lists."""
+
+    def function(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return *torch._foreach_round([x, x + 1]), torch.round(x)
+
+    x = torch.tensor([0.5, -0.5, 2.5, 2.4, -2.6])
+    first, second, single = compiled(function)(x.to(npu))
+    assert first.tolist() == [1, -1, 3, 2, -3]
+    assert second.tolist() == [2, 1, 4, 3, -2]
+    assert single.tolist() == [0, 0, 2, 2, -3]
+
+
 def test_fused_layers(npu: torch.device) -> None:
     def function(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return (
             torch_npu.npu_geglu(x, dim=-1, approximate=1)[0],
             torch_npu.npu_swiglu(x, dim=-1),
             torch_npu.npu_rms_norm(x, weight)[0],
+            *torch_npu.npu_add_rms_norm(x, x * 0.3, weight)[::2],
         )
 
     x, weight = numbers((4, 64), HALF).to(npu), numbers((64,), HALF).to(npu)
@@ -172,12 +215,11 @@ def test_what_the_chip_refuses_names_operator_and_fx_node(npu: torch.device) -> 
 
 
 def test_an_unknown_operator_names_itself_and_its_fx_node(npu: torch.device) -> None:
-    x = numbers((8, 8), torch.float32).to(npu)
-    message = "GE operator GridSampler2D .*FX node .*grid_sampler_2d.*not emulated; see 'Adding an operator'"
+    x, target = numbers((8, 5), torch.float32).to(npu), torch.arange(8, device=npu) % 5
+    message = "GE operator NLLLoss .*FX node .*nll_loss_forward.*not emulated; see 'Adding an operator'"
 
     def function(x: torch.Tensor) -> torch.Tensor:
-        grid = x[None, :, :2, None].expand(1, 8, 2, 2).contiguous()
-        return torch.ops.aten.grid_sampler_2d(x[None, None], grid, 0, 0, False)
+        return torch.ops.aten.nll_loss_forward(x, target, None, 1, -100)[0]
 
     with pytest.raises(Exception, match=message):
         compiled(function)(x)

@@ -22,6 +22,11 @@ Tensor power(const Operands& x) {
     return at::exp(base > 0 ? exponent * std::log(base) : exponent);
 }
 
+Tensor thresholded(const Operands& x) {
+    const Tensor value = x[2].defined() ? x[2].to(x[0].scalar_type()) : at::zeros_like(x[0]);
+    return at::where(x[0] <= x[1], value, x[0]);  // NaN stays
+}
+
 Tensor swish(const Operands& x) { return x.up(0) * at::sigmoid(x.up(0) * x.real("scale", 1)); }
 
 Tensor clipped(const Operands& x) { return at::minimum(at::maximum(x.up(0), x.up(1)), x.up(2)); }
@@ -44,6 +49,7 @@ GE(FloorMod, at::remainder(x.up(0), x.up(1)))
 GE(Mod, at::fmod(x.up(0), x.up(1)))
 GE(AxpyV2, x.up(0) + x.up(1) * x.up(2))
 GE(Axpy, x.up(0) + x.up(1) * x.real("alpha", 1))
+GE(Sxpy, x.up(0) - (x[2].defined() ? x.up(1) * x.up(2) : x.up(1)))
 GE(Addcmul, x.up(0) + x.up(1) * x.up(2) * x.up(3))
 GE(Addcdiv, x.up(0) + x.up(1) / x.up(2) * x.up(3))
 GE(Lerp, x.up(0) + x.up(2) * (x.up(1) - x.up(0)))
@@ -121,6 +127,8 @@ GE(FastGelu, x.up(0) * at::sigmoid(x.up(0) * 1.702))
 GE(Swish, swish(x))
 GE(Sigmoid, at::sigmoid(x.up(0)))
 GE(Relu, at::relu(x[0]))
+GE_MOVES(ThresholdV2, thresholded(x))
+GE_MOVES(ThresholdV2D, at::threshold(x[0], x.real("threshold", 0), x.real("value", 0)))
 GE(LeakyRelu, at::leaky_relu(x.up(0), x.real("negative_slope", 0)))
 GE(Elu, at::elu(x.up(0), x.real("alpha", 1), x.real("scale", 1), x.real("input_scale", 1)))
 GE(Softplus, at::softplus(x.up(0)))

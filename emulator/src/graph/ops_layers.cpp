@@ -1,4 +1,4 @@
-// The layers of networks: matrix products, convolutions, normalisations, gates, resizing.
+// The layers of networks: matrix products, convolutions, normalisations, gates.
 #include "graph/operation.h"
 #include "graph/hf32.h"
 #include "ops/shared.h"
@@ -21,47 +21,59 @@ Tensor product(const Operands& x, const char* transposed_1, const char* transpos
     return at::matmul(up(a), up(b)) + x.up(2);  // one rounding: one of 16 bits would come before the addition
 }
 
-// Two dimensions of four in the order of NCHW.
-Ints last_two(const Ints& four) { return {four.at(2), four.at(3)}; }
+// What follows batch and channels: the tensors are [N, C, ...].
+Ints spatial(const Ints& values) { return {values.begin() + 2, values.end()}; }
+
+// The attributes of a convolution. Two or three dimensions make one kernel.
+struct Window {
+    Window(const Operands& x, size_t rank) {
+        x.integer("offset_x", 0);
+        const std::string format = rank == 4 ? "NCHW" : "NCDHW";
+        TORCH_CHECK(x.text("data_format", "NCHW") == format, "a convolution of another order is not emulated");
+        TORCH_CHECK(!x["offset_w"].defined(), "a quantised convolution is not emulated");
+        stride = spatial(x.list("strides"));
+        dilation = spatial(x.list("dilations", Ints(rank, 1)));
+        groups = x.integer("groups", 1);
+        const Ints pads = x.list("pads");
+        for (size_t i = 0; i < pads.size(); i += 2) {
+            TORCH_CHECK(pads[i] == pads[i + 1], "a convolution with uneven padding is not emulated");
+            padding.push_back(pads[i]);
+        }
+    }
+
+    Ints stride, dilation, padding;
+    int64_t groups;
+};
 
 // A meta tensor has no convolution without Python.
-Ints convolved_sizes(const Tensor& x, const Tensor& filter, const Ints& stride, const Ints& pads,
-                     const Ints& dilation) {
+Ints convolved_sizes(const Tensor& x, const Tensor& filter, const Window& window) {
     Ints sizes{x.size(0), filter.size(0)};
-    for (int i = 0; i < 2; ++i) {
-        const int64_t reach = dilation[i] * (filter.size(2 + i) - 1);
-        sizes.push_back((x.size(2 + i) + pads[2 * i] + pads[2 * i + 1] - reach - 1) / stride[i] + 1);
+    for (size_t i = 0; i < window.stride.size(); ++i) {
+        const int64_t reach = window.dilation[i] * (filter.size(2 + i) - 1);
+        sizes.push_back((x.size(2 + i) + 2 * window.padding[i] - reach - 1) / window.stride[i] + 1);
     }
     return sizes;
 }
 
-Tensor convolution(const Operands& x) {
-    x.integer("offset_x", 0);
-    x.text("data_format", "NCHW");
-    TORCH_CHECK(!x["offset_w"].defined(), "a quantised convolution is not emulated");
-    const Ints stride = last_two(x.list("strides")), dilation = last_two(x.list("dilations", {1, 1, 1, 1}));
-    const Ints pads = x.list("pads");
-    const int64_t groups = x.integer("groups", 1);
-    if (x.compiling()) return at::empty(convolved_sizes(x[0], x[1], stride, pads, dilation), x[0].options());
-    TORCH_CHECK(pads[0] == pads[1] && pads[2] == pads[3], "a convolution with uneven padding is not emulated");
+Tensor convolved(const Tensor& x, const Tensor& filter, const Tensor& bias, const Window& window, bool transposed,
+                 const Ints& output_padding) {
     const int8_t math = allows_hf32(Unit::kConvolution) ? kAllowLower : kKeep;
-    const Tensor input = cube(x[0], math), filter = cube(x[1], math);
-    const Tensor bias = x[2].defined() ? x[2].to(input.scalar_type()) : Tensor();
-    return at::convolution(input, filter, bias, stride, {pads[0], pads[2]}, dilation, false, {0, 0}, groups);
+    const Tensor input = cube(x, math);
+    return at::convolution(input, cube(filter, math), bias.defined() ? bias.to(input.scalar_type()) : Tensor(),
+                           window.stride, window.padding, window.dilation, transposed, output_padding, window.groups);
+}
+
+Tensor convolution(const Operands& x) {
+    const Window window(x, x[0].dim());
+    if (x.compiling()) return at::empty(convolved_sizes(x[0], x[1], window), x[0].options());
+    return convolved(x[0], x[1], x[2], window, false, Ints(window.stride.size(), 0));
 }
 
 Tensor transposed_convolution(const Operands& x) {
-    x.integer("offset_x", 0);
-    x.text("data_format", "NCHW");
-    const Ints stride = last_two(x.list("strides")), dilation = last_two(x.list("dilations", {1, 1, 1, 1}));
-    const Ints pads = x.list("pads");
-    const Ints padding = last_two(x.list("output_padding", {0, 0, 0, 0}));
-    const int64_t groups = x.integer("groups", 1);
+    const Window window(x, x[1].dim());
+    const Ints padding = spatial(x.list("output_padding", Ints(x[1].dim(), 0)));
     if (x.compiling()) return at::empty(x.ints(0), x[1].options());
-    const int8_t math = allows_hf32(Unit::kConvolution) ? kAllowLower : kKeep;
-    const Tensor input = cube(x[1], math), filter = cube(x[2], math);
-    const Tensor bias = x[3].defined() ? x[3].to(input.scalar_type()) : Tensor();
-    return at::convolution(input, filter, bias, stride, {pads[0], pads[2]}, dilation, true, padding, groups);
+    return convolved(x[1], x[2], x[3], window, true, padding);
 }
 
 Tensor softmax(const Operands& x) {
@@ -107,6 +119,14 @@ Results root_mean_square_norm(const Operands& x) {
     return {y, as(at::kFloat, rstd)};
 }
 
+// The sum is normed as it is stored.
+Results added_and_normed(const Operands& x) {
+    const Tensor sum = at::empty_like(x[0]);
+    if (!x.compiling()) put(sum, x.up(0) + x.up(1));
+    const auto [y, rstd] = rms_norm(sum, x[2], x.real("epsilon", 1e-6));
+    return {y, as(at::kFloat, rstd), sum};
+}
+
 Tensor gated(const Operands& x, Tensor (*gate)(const Tensor&)) {
     const auto [first, second] = halves(x[0], x.integer("dim", -1));
     return gate(first) * second;
@@ -125,22 +145,6 @@ Results rotated_pair(const Operands& x) {
     return {rotary(x[0], x[2], x[3], mode), rotary(x[1], x[2], x[3], mode)};
 }
 
-Tensor pooled(const Operands& x) {
-    TORCH_CHECK(x.text("data_format", "NCHW") == "NCHW" && x.text("padding_mode", "CALCULATED") == "CALCULATED" &&
-                !x.flag("global_pooling"), "this kind of pooling is not emulated");
-    const Ints pads = x.list("pads", {0, 0, 0, 0});
-    const int64_t divisor = x.integer("divisor_override", 0);
-    const Ints window = last_two(x.list("ksize")), stride = last_two(x.list("strides"));
-    const bool rounds_up = x.flag("ceil_mode"), counts_padding = !x.flag("exclusive", true);
-    return at::avg_pool2d(x.up(0), window, stride, {pads[0], pads[2]}, rounds_up, counts_padding,
-                          divisor == 0 ? std::nullopt : std::optional(divisor));
-}
-
-Tensor resized(const Operands& x) {
-    TORCH_CHECK(!x.flag("align_corners") && !x.flag("half_pixel_centers"), "this kind of resizing is not emulated");
-    return at::upsample_nearest2d(x[0], x.ints(1));
-}
-
 }  // namespace
 }  // namespace cann::graph
 
@@ -152,6 +156,8 @@ GE(BatchMatMulV2, product(x, "adj_x1", "adj_x2"))
 GE(BatchMatMulV3, product(x, "adj_x1", "adj_x2"))
 GE(Conv2D, convolution(x))
 GE(Conv2DTranspose, transposed_convolution(x))
+GE(Conv3D, convolution(x))
+GE(Conv3DTranspose, transposed_convolution(x))
 
 GE(SoftmaxV2, as(x.flag("half_to_float") ? at::kFloat : x[0].scalar_type(), softmax(x)))
 GE(LogSoftmaxV2, at::log_softmax(x.up(0), x.list("axes", {-1}).at(0)))
@@ -161,6 +167,7 @@ GE(GroupNorm, group_norm_with_variance(x))
 GE(GroupNormV2, group_norm_with_deviation(x, false))
 GE(GroupNormSilu, group_norm_with_deviation(x, true))
 GE(RmsNorm, root_mean_square_norm(x))
+GE(AddRmsNorm, added_and_normed(x))
 
 GE(GLU, at::glu(x.up(0), x.integer("dim", -1)))
 GE(SwiGlu, gated(x, [](const Tensor& gate) { return at::silu(gate); }))
@@ -168,5 +175,3 @@ GE(GeGluV2, geglu(x))
 GE(RotaryMul, rotary(x[0], x[1], x[2], kHalf))
 GE(RotaryPositionEmbedding, rotary(x[0], x[1], x[2], x.integer("mode", 0)))
 GE(ApplyRotaryPosEmb, rotated_pair(x))
-GE(AvgPoolV2, pooled(x))
-GE_MOVES(ResizeNearestNeighborV2, resized(x))

@@ -63,6 +63,25 @@ Results deviation(const Operands& x) {
     return {at::sqrt(std::get<0>(both)), std::get<1>(both)};
 }
 
+// Variances against means that are given in the shape of x.
+Tensor variance(const Operands& x, const Ints& dims, bool keep) {
+    const int64_t correction = x.flag("unbiased", true) ? x.integer("correction", 1) : 0;
+    int64_t count = 1;
+    for (int64_t dim : dims) count *= x[0].size(dim);
+    return at::sum(at::square(x.up(0) - x.up(1)), dims, keep) / std::max<int64_t>(count - correction, 0);
+}
+
+Tensor deviation_from_mean(const Operands& x) {
+    const double epsilon = x.real("epsilon", 0.001);
+    const Tensor spread = variance(x, dims_of(x[0], x.list("dim")), x.flag("keepdim"));
+    return x.flag("invert") ? at::rsqrt(spread + epsilon) : at::sqrt(spread);
+}
+
+Tensor variance_or_deviation(const Operands& x) {
+    const Tensor spread = variance(x, dims_of(x[0], x.list("dim")), x.flag("keepdim"));
+    return x.flag("if_std") ? at::sqrt(spread) : spread;
+}
+
 // The extremes of 32 bits stand for an infinite order.
 double order_of(double p) { return p >= INT32_MAX ? INFINITY : p <= INT32_MIN ? -INFINITY : p; }
 
@@ -70,6 +89,37 @@ Tensor norm(const Operands& x) {
     x.real("epsilon", 0);
     const Ints dims = dims_of(x[0], x.list("axes"));
     return at::linalg_vector_norm(x.up(0), order_of(x.real("p", 2)), at::IntArrayRef(dims), x.flag("keepdim"));
+}
+
+// A norm in two steps: the sum of powers (or what stands for it), and the root.
+Tensor powers_summed(const Operands& x) {
+    x.real("epsilon", 0);
+    const double p = order_of(x.real("p", 2));
+    const Ints dims = dims_of(x[0], x.list("axes"));
+    const bool keep = x.flag("keepdim");
+    const Tensor size = at::abs(x.up(0));
+    if (std::isinf(p)) return p > 0 ? at::amax(size, dims, keep) : at::amin(size, dims, keep);
+    return at::sum(p == 0 ? (size != 0).to(at::kFloat) : at::pow(size, p), dims, keep);
+}
+
+Tensor root(const Operands& x) {
+    const double p = order_of(x.real("p", 2)), epsilon = x.real("epsilon", 1e-12);
+    const bool is_norm = p == 0 || p == 1 || std::isinf(p);
+    return at::clamp_min(is_norm ? x.up(0) : p == 2 ? at::sqrt(x.up(0)) : at::pow(x.up(0), 1 / p), epsilon);
+}
+
+Tensor squared_error(const Operands& x) {
+    const std::string reduction = x.text("reduction", "mean");
+    const Tensor error = at::square(x.up(0) - x.up(1));
+    return reduction == "none" ? error : reduction == "sum" ? at::sum(error) : at::mean(error);
+}
+
+Tensor positions(const Operands& x) {
+    const ScalarType dtype = x.dtype("dtype", at::kLong);
+    const bool right = x.flag("right");
+    if (x.compiling()) return x[1].new_empty(x[1].sizes(), x[1].options().dtype(dtype));
+    const std::optional<Tensor> order = x[2].defined() ? std::optional(x[2]) : std::nullopt;
+    return at::searchsorted(x[0], x[1], dtype == at::kInt, right, std::nullopt, order);
 }
 
 }  // namespace
@@ -93,4 +143,10 @@ GE_MOVES(TopKV2, top(x))
 GE_MOVES(SortV2, std::get<0>(at::sort(x[0], x.integer("axis", -1), x.flag("descending"))))
 GE(Cumsum, cumulated(x))
 GE(ReduceStdV2, deviation(x))
+GE(ReduceStdWithMean, deviation_from_mean(x))
+GE(ReduceStdV2Update, variance_or_deviation(x))
 GE(LpNormV2, norm(x))
+GE(LpNormReduceV2, powers_summed(x))
+GE(LpNormUpdateV2, root(x))
+GE(MseLoss, squared_error(x))
+GE_MOVES(SearchSorted, positions(x))

@@ -100,20 +100,6 @@ Tensor broadcast(const Tensor& x, Ints sizes) {
 
 Tensor tiled(const Tensor& x, const Ints& times) { return x.repeat(times); }
 
-// GE's paddings are pairs in the order of the dimensions, torch's start with the last one.
-Tensor padded(const Operands& x) {
-    const std::string mode = x.text("mode", "constant");
-    TORCH_CHECK(mode == "constant" && x.flag("paddings_contiguous", true), "padding by ", mode, " is not emulated");
-    const Ints pairs = x.ints(1);
-    Ints padding;
-    for (size_t i = pairs.size(); i >= 2; i -= 2) {
-        padding.push_back(pairs[i - 2]);
-        padding.push_back(pairs[i - 1]);
-    }
-    const double value = x[2].defined() && !x.compiling() ? x[2].item<double>() : 0;
-    return at::constant_pad_nd(x[0], padding, value);
-}
-
 Tensor range(const Operands& x) {
     TORCH_CHECK(!x.compiling(), "the bounds of a range must be known when the graph is compiled");
     return at::arange(x[0].item(), x[1].item(), x[2].item(), x[0].scalar_type());
@@ -140,7 +126,7 @@ Tensor gathered(const Operands& x, int64_t dim) {
 Tensor scattered(const Operands& x) {
     const std::string reduction = x.text("reduction", "none");
     const int64_t axis = x.integer("axis", 0);
-    const Tensor index = x[1].to(at::kLong);
+    const Tensor index = wrapped(x[1].to(at::kLong), x[0].dim() == 0 ? 1 : x[0].size(axis));
     if (reduction == "none") return at::scatter(x[0], axis, index, x[2]);
     TORCH_CHECK(reduction == "add" || reduction == "mul", "a scatter that reduces by ", reduction, " is not emulated");
     return at::scatter_reduce(x.up(0), axis, index, x.up(2), reduction == "add" ? "sum" : "prod");
@@ -170,6 +156,14 @@ Tensor linspace(const Operands& x) {
 
 Tensor strided(const Operands& x) { return at::as_strided(x[0], x.ints(1), x.ints(2), x.ints(3).at(0)).contiguous(); }
 
+// Not into the operand itself: converters go on with the result, and others may read the operand.
+Tensor copied_to_view(const Operands& x) {
+    const Tensor whole = x[0].clone();
+    const Tensor source = at::as_strided(x[4], x.ints(5), x.ints(6), x.ints(7).at(0));
+    at::as_strided(whole, x.ints(1), x.ints(2), x.ints(3).at(0)).copy_(source);
+    return whole;
+}
+
 }  // namespace
 }  // namespace cann::graph
 
@@ -196,12 +190,11 @@ GE_MOVES(StridedSliceV2, strided_slice(x, x.ints(1), x.ints(2), x.ints("axes"), 
 GE_MOVES(BroadcastTo, broadcast(x[0], x.ints(1)))
 GE_MOVES(Expand, broadcast(x[0], x.ints(1)))
 GE_MOVES(Tile, tiled(x[0], x.ints(1)))
-GE_MOVES(PadV2, padded(x))
-GE_MOVES(PadV3, padded(x))
 GE_MOVES(ReverseV2, x[0].flip(x.ints(1)))
 GE_MOVES(Triu, at::triu(x[0], x.integer("diagonal", 0)))
 GE_MOVES(Tril, at::tril(x[0], x.integer("diagonal", 0)))
 GE_MOVES(AsStrided, strided(x))
+GE_MOVES(ViewCopy, copied_to_view(x))
 
 GE_MOVES(Gather, gathered(x, 0))
 GE_MOVES(GatherV2, gathered(x, x.ints(2).at(0)))
