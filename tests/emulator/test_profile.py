@@ -27,6 +27,7 @@ def parameters_of_operators() -> dict[str, set[str]]:
             found[name] = set(re.findall(r"(\w+)\s*(?:,|$)", parameters.strip()))
     for name in ("Mm", "Matmul", "MatmulWeightNz", "BatchMatMul"):
         found[name] = set(KERNEL_FAMILIES["PRODUCT"])
+    found["Foreach"] = set()  # all operators of graphs on lists of tensors
     return found
 
 

@@ -130,8 +130,11 @@ ROWS: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]], float]] = {
 }
 
 
+LISTS = {"foreach", "foreach_unary", "foreach_of_three"}  # 310P has no operators on lists of tensors
+
+
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", [name for name in ROWS if not (SATURATES and name in LISTS)])
 def test_a_graph_computes_what_the_cpu_does(npu: torch.device, name: str, dtype: torch.dtype) -> None:
     function, shapes, factor = ROWS[name]
     if dtype == torch.float32 and ("product" in name or "bmm" in name or "linear" in name or "conv" in name):
@@ -164,6 +167,7 @@ def test_gelu_is_the_tanh_form(npu: torch.device) -> None:
     close(compiled(F.gelu)(x.to(npu)), F.gelu(x.float(), approximate="tanh"), 2)
 
 
+@pytest.mark.skipif(SATURATES, reason="310P has no operators on lists of tensors")
 def test_lists_are_rounded_away_from_zero(npu: torch.device) -> None:
     """torch rounds halves to the even number, and so does the chip outside of lists."""
 

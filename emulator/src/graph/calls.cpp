@@ -68,6 +68,8 @@ const Namesake* find_namesake(const std::string& type) {
         {"RmsNorm", {"RmsNorm", {}}},
         {"SwiGlu", {"SwiGlu", {}}},
     };
+    static const Namesake lists{"Foreach", {}};  // one name for all of them
+    if (type.starts_with("Foreach")) return &lists;
     const auto found = namesakes.find(type);
     return found == namesakes.end() ? nullptr : &found->second;
 }
