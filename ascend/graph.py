@@ -54,9 +54,9 @@ def compile_module(module: nn.Module, graph_cache: Path | None = None) -> str:
     """
     device = next(module.parameters()).device
     module.requires_grad_(False)
+    # In both cases an instance's attribute hides the class's method: the module, its hooks and its name stay.
     if device.type == "npu":
         use_private_formats(module)
-        # An instance's attribute hides the class's method, so the module's hooks and its name stay.
         module.forward = StaticGraphs(module, torchair_config(), graph_cache or default_graph_cache())
         return "torchair"
 
@@ -65,7 +65,8 @@ def compile_module(module: nn.Module, graph_cache: Path | None = None) -> str:
     # Convolutions of both devices run in this layout; without it each is wrapped in two copies.
     module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
     # Frozen weights are packed once into the layouts of the matrix kernels, instead of in every call.
-    module.compile(backend="inductor", fullgraph=True, dynamic=False, options={"freezing": True})
+    options: dict[str, Any] = {"freezing": True}
+    module.forward = torch.compile(module.forward, backend="inductor", fullgraph=True, dynamic=False, options=options)
     return "inductor"
 
 

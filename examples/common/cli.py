@@ -11,6 +11,7 @@ from typing import NoReturn
 import torch
 
 from ascend.device import DeviceError
+from ascend.parallel import ParallelError
 
 BAD_INPUT = 2
 FAILED = 1
@@ -39,7 +40,7 @@ def one_line_errors() -> Iterator[None]:
     """Turn errors that are no bugs into one line on stderr, with exit code 2 for bad input and 1 for the others."""
     try:
         yield
-    except (UserError, DeviceError) as error:
+    except (UserError, DeviceError, ParallelError) as error:
         fail(error, BAD_INPUT)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from ascend.device import DeviceManager, get_accelerator_type, get_chip
+from ascend.parallel import world_size
 from examples.common.cli import ArgumentParser, UserError, non_negative_int
 from examples.common.report import Report
 
@@ -38,7 +39,7 @@ def choose_device(args: argparse.Namespace, report: Report) -> DeviceManager:
             raise UserError(f"--device {name} and local rank {args.local_rank} name different devices")
         if kind != "cpu":
             name = f"{kind}:{args.local_rank}"
-        elif args.local_rank > 0:
+        elif args.local_rank > 0 and world_size() == 1:
             report.warn(f"local rank {args.local_rank} has no effect on the CPU")
     manager = DeviceManager(name)
     if args.soc_version:

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from ascend.device import DeviceManager, get_chip, get_device_info
 from ascend.graph import compile_pipeline
+from ascend.parallel import Mesh, choose_branch_size, process_group, share_guidance, world_size
 from examples.common.cache_options import (
     DEFAULT_INTERVAL,
     cache_interval,
@@ -105,6 +106,13 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--dynamo", action="store_true", help="compile to graphs: torchair on an NPU, inductor elsewhere")
     add("--graph_cache", type=Path, metavar="DIR", help="where an NPU's graphs are kept (the user's cache directory)")
+    add(
+        "--cfg_parallel",
+        type=int,
+        choices=(1, 2),
+        metavar="N",
+        help="devices that share a picture, one for each branch of guidance (2 where torchrun starts several)",
+    )
 
     add = parser.add_argument_group("output").add_argument
     add("--warmup", type=non_negative_int, metavar="N", help="untimed calls first (1 with --dynamo, else 0)")
@@ -149,14 +157,36 @@ def merge_ratio(text: str) -> float:
 def run(args: argparse.Namespace) -> None:
     require_patched_diffusers()
     report = Report()
-    output_dir = make_output_dir(args.output_dir)
+    args.output_dir = make_output_dir(args.output_dir)
     manager = choose_device(args, report)
-    dtype = choose_dtype(args, manager, report)
+    args.dtype = choose_dtype(args, manager, report)
     if args.dynamo:
         check_compiler(manager.device)
+    has_guidance = args.guidance_scale > 1
+    with process_group(manager.device, choose_branch_size(world_size(), has_guidance, args.cfg_parallel)) as mesh:
+        check_shares(args, mesh)
+        run_rank(args, manager, mesh, report)
 
+
+def check_shares(args: argparse.Namespace, mesh: Mesh) -> None:
+    """Raise unless all ranks draw the same, and each group of them has something to draw."""
+    flags = {"TOME": args.TOME, "FA": args.FA, "DC": args.cache, "dynamo": args.dynamo, "dtype": str(args.dtype)}
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    mesh.require_same({"model_path": str(args.model_path), "prompts": args.prompts, **settings, **flags})
+    if len(args.prompts) < mesh.data_size:
+        raise UserError(
+            f"{mesh.world_size} devices draw {mesh.data_size} prompts at a time, and there are {len(args.prompts)}: "
+            "take fewer devices or more prompts"
+        )
+    if args.compare and mesh.data_size > 1:
+        raise UserError(f"--compare takes one device, or two for one picture, not {mesh.world_size}")
+
+
+def run_rank(args: argparse.Namespace, manager: DeviceManager, mesh: Mesh, report: Report) -> None:
+    """What one process does: it draws its share, writes its pictures, and, on rank 0, the report."""
     start = time.perf_counter()
-    pipe = load_pipeline(StableDiffusionPipeline, args.model_path, dtype).to(manager.device)
+    pipe = load_pipeline(StableDiffusionPipeline, args.model_path, args.dtype).to(manager.device)
+    pipe.set_progress_bar_config(disable=mesh.rank > 0)
     manager.synchronize()
     load_seconds = time.perf_counter() - start
     if args.scheduler:
@@ -168,26 +198,32 @@ def run(args: argparse.Namespace) -> None:
             pipe.scheduler, args.steps, args.cache
         )  # finds mistakes before any picture
 
-    plain = draw(pipe, args, manager, report, cache={}) if args.compare else None
+    plain = draw(pipe, args, manager, mesh, report, cache={}) if args.compare else None
     flags = accelerate(pipe, args)
-    drawn = draw(pipe, args, manager, report, args.cache)
+    share_guidance(pipe, mesh)
+    drawn = draw(pipe, args, manager, mesh, report, args.cache)
     if args.dynamo and not args.warmup:
         report.warn("with --warmup 0 the time of the first pictures includes compiling")
 
     report.sections = {
-        "device": {**get_device_info(manager.device), "dtype": str(dtype)},
+        "device": {**get_device_info(manager.device), "dtype": str(args.dtype)},
         "settings": {name: getattr(args, name) for name in SETTINGS}
         | {"model_path": str(args.model_path), "scheduler": type(pipe.scheduler).__name__},
         "flags": flags,
+        "devices": {"all": mesh.world_size, "for each picture": mesh.branch_size},
         "load_seconds": load_seconds,
         "costs": costs(drawn, args, compiled=args.dynamo),
     }
-    report.sections["images"] = save_pictures(drawn, args, report.sections, output_dir)
+    entries = save_pictures(drawn, args, report.sections) if mesh.branch == 0 else []
+    everywhere = mesh.gather(entries)
+    if everywhere is None:
+        return
+    report.sections["images"] = sorted(sum(everywhere, []), key=lambda entry: entry["file"])
     if plain:
-        report.sections["comparison"] = compare(plain, drawn, args, output_dir)
-    report.write(output_dir / "report.json")
+        report.sections["comparison"] = compare(plain, drawn, args)
+    report.write(args.output_dir / "report.json")
     print(summary(report.sections))
-    print(f"{len(drawn.images)} pictures and report.json are in {output_dir}")
+    print(f"{len(report.sections['images'])} pictures and report.json are in {args.output_dir}")
 
 
 def choose_size(args: argparse.Namespace, pipe: StableDiffusionPipeline) -> None:
@@ -242,8 +278,9 @@ def largest_attention_kernel(pipe: StableDiffusionPipeline, args: argparse.Names
 
 @dataclass(frozen=True)
 class Call:
-    """The pictures of one prompt, and the seconds for them; `loop_seconds` end with the last denoising step."""
+    """The pictures of prompt `number`, and the seconds for them; `loop_seconds` end with the last denoising step."""
 
+    number: int
     images: list[Image.Image]
     seconds: float
     loop_seconds: float
@@ -278,14 +315,15 @@ def draw(
     pipe: StableDiffusionPipeline,
     args: argparse.Namespace,
     manager: DeviceManager,
+    mesh: Mesh,
     report: Report,
     cache: dict[str, Any],
 ) -> Drawing:
-    """All pictures of all prompts, one call of the pipeline for each prompt, after the warm-up."""
+    """The pictures of this process's prompts, one call of the pipeline for each prompt, after the warm-up."""
     clear_overflow_flag(manager.device)
     manager.reset_peak_memory()
     warmup_seconds = [call_pipeline(pipe, args, manager, 0, cache).seconds for _ in range(args.warmup)]
-    calls = [call_pipeline(pipe, args, manager, number, cache) for number in range(len(args.prompts))]
+    calls = [call_pipeline(pipe, args, manager, number, cache) for number in mesh.share(len(args.prompts))]
     drawing = Drawing(calls, warmup_seconds, manager.memory_stats()["peak"])
     warning = overflow_warning(drawing.images, manager.device)
     if warning:
@@ -323,7 +361,7 @@ def call_pipeline(
         **cache,
     ).images
     manager.synchronize()
-    return Call(images, seconds=time.perf_counter() - start, loop_seconds=loop_end - start)
+    return Call(number, images, seconds=time.perf_counter() - start, loop_seconds=loop_end - start)
 
 
 def seeds_of(args: argparse.Namespace, number: int) -> range:
@@ -341,18 +379,16 @@ def costs(drawing: Drawing, args: argparse.Namespace, compiled: bool) -> dict[st
     }
 
 
-def save_pictures(
-    drawing: Drawing, args: argparse.Namespace, sections: dict[str, Any], output_dir: Path
-) -> list[dict[str, Any]]:
+def save_pictures(drawing: Drawing, args: argparse.Namespace, sections: dict[str, Any]) -> list[dict[str, Any]]:
     """Write the PNG files, with prompt, seed and settings in each. The result lists them for the report."""
     about = {name: json.dumps(sections[name]) for name in ("settings", "flags", "device")}
     about["versions"] = json.dumps(versions())
     entries: list[dict[str, Any]] = []
-    for number, call in enumerate(drawing.calls):
-        prompt = args.prompts[number]
-        for seed, image in zip(seeds_of(args, number), call.images, strict=True):
-            name = f"{len(entries):03d}_{slug(prompt)}_{seed}.png"
-            save_png(image, output_dir / name, {"prompt": prompt, "seed": str(seed), **about})
+    for call in drawing.calls:
+        prompt = args.prompts[call.number]
+        for index, (seed, image) in enumerate(zip(seeds_of(args, call.number), call.images, strict=True)):
+            name = f"{call.number * args.num_images + index:03d}_{slug(prompt)}_{seed}.png"
+            save_png(image, args.output_dir / name, {"prompt": prompt, "seed": str(seed), **about})
             entries.append({"file": name, "prompt": prompt, "seed": seed, "seconds": call.seconds / len(call.images)})
     return entries
 
@@ -362,13 +398,13 @@ def slug(prompt: str) -> str:
     return re.sub(r"\W+", "-", prompt.lower()).strip("-")[:40]
 
 
-def compare(plain: Drawing, drawn: Drawing, args: argparse.Namespace, output_dir: Path) -> dict[str, Any]:
+def compare(plain: Drawing, drawn: Drawing, args: argparse.Namespace) -> dict[str, Any]:
     """Write comparison.png. The result says how much faster and how different the accelerated pictures are."""
     pairs = list(zip(drawn.images, plain.images, strict=True))
     captions = [prompt for prompt in args.prompts for _ in range(args.num_images)]
     rows = [GridRow(caption, [before, after]) for caption, (after, before) in zip(captions, pairs, strict=True)]
     headings = [f"plain, {plain.seconds_per_image():.2f} s", f"accelerated, {drawn.seconds_per_image():.2f} s"]
-    save_png(side_by_side(headings, rows), output_dir / "comparison.png", {})
+    save_png(side_by_side(headings, rows), args.output_dir / "comparison.png", {})
     return {
         "grid": "comparison.png",
         "plain": costs(plain, args, compiled=False),

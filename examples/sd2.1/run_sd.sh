@@ -2,11 +2,48 @@
 # Stable Diffusion 2.1: sets up the environment when needed, then makes pictures.
 # Usage: bash examples/sd2.1/run_sd.sh                    the demo: all accelerations on, compared with a plain run
 #        bash examples/sd2.1/run_sd.sh --prompt "..."     any options of run_sd.py; --help lists them
+#        bash examples/sd2.1/run_sd.sh --device_list=0,1 --model_path=...     on several devices, a process for each
+# --device_list=0,1   the two chips of a 310P Duo card, or other NPUs or GPUs; on a CPU, as many processes
+# --cann_path=DIR     sources DIR/set_env.sh first
 set -euo pipefail
 
 here=$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")
 if (($# == 0)); then
     set -- --FA --TOME --DC --dynamo --compare
 fi
+
+device_list=
+cann_path=
+arguments=()
+while (($#)); do
+    case $1 in
+        --device_list=* | --cann_path=*) name=${1%%=*} && printf -v "${name#--}" %s "${1#*=}" ;;
+        --device_list | --cann_path)
+            (($# > 1)) || { echo "error: $1 needs a value" >&2; exit 2; }
+            printf -v "${1#--}" %s "$2"
+            shift
+            ;;
+        *) arguments+=("$1") ;;
+    esac
+    shift
+done
+
+if [[ $cann_path ]]; then
+    if [[ ! -f $cann_path/set_env.sh ]]; then
+        echo "error: --cann_path $cann_path: there is no set_env.sh in it" >&2
+        exit 2
+    fi
+    set +u  # CANN's script reads variables that may be unset
+    # shellcheck disable=SC1091
+    source "$cann_path/set_env.sh"
+    set -u
+fi
+
 python=$(bash "$here/../../scripts/setup_env.sh")
-exec "$python" "$here/run_sd.py" "$@"
+if [[ $device_list == *,* ]]; then
+    exec "$python" "$here/../common/launch.py" "--device_list=$device_list" -- "$here/run_sd.py" "${arguments[@]}"
+fi
+if [[ $device_list ]]; then
+    export ASCEND_RT_VISIBLE_DEVICES=$device_list CUDA_VISIBLE_DEVICES=$device_list
+fi
+exec "$python" "$here/run_sd.py" "${arguments[@]}"

@@ -1,0 +1,114 @@
+"""Several processes through the launcher, on the CPU with gloo."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[2]
+LAUNCH = ROOT / "examples/common/launch.py"
+RUN_SD = ROOT / "examples/sd2.1/run_sd.py"
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def launch(devices: str, *command: object) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, LAUNCH, "--device_list", devices, "--", *command]
+    return subprocess.run(list(map(str, line)), capture_output=True, text=True, env=ENVIRONMENT, check=False)
+
+
+def draw(output_dir: Path, model: Path, *arguments: object) -> list[object]:
+    options = ["--device", "cpu", "--steps", 3, "--height", 64, "--width", 64, "--model_path", model]
+    return [RUN_SD, *options, "--FA", "--TOME", "--DC", 2, "--output_dir", output_dir, *arguments]
+
+
+def pictures(folder: Path) -> dict[str, np.ndarray]:
+    return {path.name: np.asarray(Image.open(path)).astype(int) for path in sorted(folder.glob("*.png"))}
+
+
+def test_two_devices_draw_the_pictures_of_one(tiny_sd_dir: Path, tmp_path: Path) -> None:
+    prompts = ["--prompt", "a red circle", "--prompt", "a blue square", "--num_images", 2]
+    alone = [sys.executable, *draw(tmp_path / "one", tiny_sd_dir, *prompts)]
+    subprocess.run(list(map(str, alone)), check=True, capture_output=True, env=ENVIRONMENT)
+    result = launch("0,1", *draw(tmp_path / "two", tiny_sd_dir, *prompts))
+    assert result.returncode == 0, result.stderr
+    one, two = pictures(tmp_path / "one"), pictures(tmp_path / "two")
+    assert len(one) == 4 and one.keys() == two.keys()
+    for name, picture in one.items():  # a batch of half the size may sum in another order
+        assert np.abs(picture - two[name]).max() <= 1
+    report = json.loads((tmp_path / "two/report.json").read_text())
+    assert report["devices"] == {"all": 2, "for each picture": 2}
+    assert [entry["file"] for entry in report["images"]] == sorted(one)
+
+
+def test_each_device_draws_prompts_of_its_own(tiny_sd_dir: Path, tmp_path: Path) -> None:
+    prompts = [argument for name in ("one", "two", "three") for argument in ("--prompt", name)]
+    result = launch("0,1", *draw(tmp_path, tiny_sd_dir, *prompts, "--cfg_parallel", 1))
+    assert result.returncode == 0, result.stderr
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [entry["prompt"] for entry in report["images"]] == ["one", "two", "three"]
+    assert [entry["seed"] for entry in report["images"]] == [0, 1, 2]
+    assert len(pictures(tmp_path)) == 3
+
+
+def test_ranks_with_other_settings_are_named(tiny_sd_dir: Path, tmp_path: Path) -> None:
+    script = tmp_path / "rank.py"
+    script.write_text(
+        "import os, sys, runpy\n"
+        "sys.argv = sys.argv[1:] + ['--seed', os.environ['RANK']]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    result = launch("0,1", script, *draw(tmp_path, tiny_sd_dir, "--prompt", "x"))
+    assert result.returncode == 2
+    assert "rank 1 was started with other settings than rank 0: seed is 1 instead of 0" in result.stderr
+    assert not pictures(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("devices", "message"),
+    [
+        ("0,1,2", "3 devices cannot share the two branches of guidance evenly"),
+        ("0,0", "'0,0' must name each device once"),
+        ("0,x", "'0,x' is not a list of numbers such as 0,1"),
+    ],
+)
+def test_devices_that_cannot_work_together(devices: str, message: str, tiny_sd_dir: Path, tmp_path: Path) -> None:
+    result = launch(devices, *draw(tmp_path, tiny_sd_dir, "--prompt", "x"))
+    assert result.returncode == 2
+    assert message in result.stderr and "Traceback" not in result.stderr
+
+
+def test_a_killed_rank_ends_the_others_and_is_named(tmp_path: Path) -> None:
+    script = tmp_path / "wait.py"
+    script.write_text(
+        "import os, pathlib, sys, time\n"
+        "pathlib.Path(sys.argv[1], os.environ['RANK']).write_text(str(os.getpid()))\n"
+        "time.sleep(600)\n"
+    )
+    command = [sys.executable, LAUNCH, "--device_list", "0,1", "--", script, tmp_path]
+    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    pids = [wait_for(tmp_path / str(rank)) for rank in range(2)]
+    os.kill(pids[1], signal.SIGKILL)
+    start = time.monotonic()
+    _, stderr = process.communicate(timeout=60)
+    assert time.monotonic() - start < 30
+    assert process.returncode == 128 + signal.SIGKILL
+    assert "rank 1 was ended by SIGKILL, and the others have been ended" in stderr
+    with pytest.raises(ProcessLookupError):
+        os.kill(pids[0], 0)
+
+
+def wait_for(file: Path) -> int:
+    deadline = time.monotonic() + 60
+    while not (file.exists() and file.read_text()):
+        assert time.monotonic() < deadline, f"{file} was not written"
+        time.sleep(0.05)
+    return int(file.read_text())
