@@ -37,6 +37,7 @@ CONFIGURATIONS: dict[str, tuple[str, ...]] = {
     "FA + TOME + DC + dynamo": ("FA", "TOME", "DC", "dynamo"),
 }
 COLUMNS = ("launches", "TransData", "Cast", "waits", "GFLOP", "GB moved", "peak MiB", "estimated ms")
+Counts = dict[str, float | None]
 INTERVAL = 2
 STEPS = 2 * INTERVAL  # so that each kind of step comes once to compile and once to count
 
@@ -55,7 +56,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def measure(args: argparse.Namespace) -> dict[str, dict[str, float]]:
+def measure(args: argparse.Namespace) -> dict[str, Counts]:
     """Draw with one configuration on the chip of this process, and count the last full and the last shallow step."""
     import torch
     from benchmark import make_pipeline
@@ -115,15 +116,18 @@ def accelerate(pipe: Any, flags: Sequence[str], graphs: Path) -> None:
         compile_pipeline(pipe, graphs)
 
 
-def count(trace: Path, start: int, stop: int, chip: dict[str, Any]) -> dict[str, float]:
+def count(trace: Path, start: int, stop: int, chip: dict[str, Any]) -> Counts:
     with trace.open("rb") as file:
         file.seek(start)
         events = [json.loads(line) for line in file.read(stop - start).splitlines()]
     launches = [event for event in events if event["event"] == "launch"]
+    converted = sum(event["operator"] in report.FORMAT_CONVERSIONS for event in launches)
+    cast = sum(event["operator"] == "Cast" for event in launches)
+    is_graph = any("graph" in event for event in launches)
     return {
         "launches": len(launches),
-        "TransData": sum(event["operator"] in report.FORMAT_CONVERSIONS for event in launches),
-        "Cast": sum(event["operator"] == "Cast" for event in launches),
+        "TransData": converted if is_graph else None,
+        "Cast": cast if is_graph else None,
         "waits": sum(event["event"] == "sync" for event in events),
         "GFLOP": sum(event["flops"] for event in launches) / 1e9,
         "GB moved": sum(event["bytes"] for event in launches) / 1e9,
@@ -131,7 +135,7 @@ def count(trace: Path, start: int, stop: int, chip: dict[str, Any]) -> dict[str,
     }
 
 
-def draw(args: argparse.Namespace, name: str, upstream: Path) -> dict[str, dict[str, float]]:
+def draw(args: argparse.Namespace, name: str, upstream: Path) -> dict[str, Counts]:
     """Run one configuration in a process of its own, with the emulated chip."""
     trace, result = (args.output_dir / f"{file_stem(name)}.{suffix}" for suffix in ("jsonl", "json"))
     worker = [sys.executable, __file__, "--worker", name, "--soc", args.soc, "--model", args.model]
@@ -157,13 +161,18 @@ def file_stem(name: str) -> str:
     return name.replace(" + ", "_").replace(", ", "_")
 
 
-def format_results(results: dict[str, dict[str, dict[str, float]]]) -> str:
+def format_results(results: dict[str, dict[str, Counts]]) -> str:
     lines = [f"| configuration | step | {' | '.join(COLUMNS)} |", f"|---|---|{'---:|' * len(COLUMNS)}"]
     for name, kinds in results.items():
         for kind, counts in kinds.items():
-            values = [f"{counts[c]:,.1f}" if isinstance(counts[c], float) else str(counts[c]) for c in COLUMNS]
-            lines.append(f"| {name} | {kind} | {' | '.join(values)} |")
+            lines.append(f"| {name} | {kind} | {' | '.join(format_number(counts[c]) for c in COLUMNS)} |")
     return "\n".join(lines)
+
+
+def format_number(number: float | None) -> str:
+    if number is None:  # not seen
+        return "-"
+    return f"{number:,.1f}" if isinstance(number, float) else str(number)
 
 
 def run(args: argparse.Namespace) -> None:
