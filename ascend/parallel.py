@@ -129,7 +129,11 @@ def process_group(device: torch.device, branch_size: int) -> Iterator[Mesh]:
     try:
         groups = [dist.new_group([*range(first, first + branch_size)]) for first in range(0, ranks, branch_size)]
         rank = dist.get_rank()
-        yield Mesh(rank, ranks, branch_size, groups[rank // branch_size] if branch_size > 1 else None)
+        group = groups[rank // branch_size] if branch_size > 1 else None
+        if group is not None:
+            # The first collective connects the ranks, for which HCCL has a time limit that no compilation must delay.
+            dist.all_gather_into_tensor(torch.empty(branch_size, device=device), torch.zeros(1, device=device), group)
+        yield Mesh(rank, ranks, branch_size, group)
     finally:
         dist.destroy_process_group()
 

@@ -20,6 +20,6 @@ fi
 
 if (($# == 0)); then # the same on emulated chips, with the genuine torch_npu
     for soc in Ascend310P3 Ascend910B3; do
-        "$python" -m emulator run --soc "$soc" -- "$python" -m pytest tests/on_npu
+        "$python" -m emulator run --soc "$soc" --devices 2 -- "$python" -m pytest tests/on_npu
     done
 fi

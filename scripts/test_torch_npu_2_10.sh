@@ -23,5 +23,5 @@ if [[ ! -e $venv/complete ]]; then
 fi
 
 for soc in Ascend310P3 Ascend910B3; do
-    "$python" -m emulator run --soc "$soc" -- "$python" -m pytest tests/on_npu "$@"
+    "$python" -m emulator run --soc "$soc" --devices 2 -- "$python" -m pytest tests/on_npu "$@"
 done

@@ -30,8 +30,12 @@ std::mutex guard;
 std::string fault_message;
 std::atomic<aclError> fault_code{ACL_SUCCESS};
 
-// Whether this is the thread that launches for torch_npu when TASK_QUEUE_ENABLE is not 0. torch_npu names it so.
-bool on_queue_thread() {
+thread_local bool runs_stream = false;
+
+// Whether errors of this thread have no caller: of a stream's thread, and of the one that launches for torch_npu when
+// TASK_QUEUE_ENABLE is not 0, which torch_npu names so.
+bool runs_behind_the_program() {
+    if (runs_stream) return true;
     char name[16];  // the longest that Linux has
     return prctl(PR_GET_NAME, name) == 0 && std::string_view(name) == "acl_thread";
 }
@@ -57,9 +61,11 @@ void report_crashes() {
     sigaction(SIGSEGV, &handler, &next_handler);
 }
 
+void run_behind_the_program() { runs_stream = true; }
+
 aclError fail_launch(aclError code, const std::string& message) {
     // Elsewhere errors reach the caller at once, and nothing is dropped after them.
-    const bool queued = on_queue_thread();
+    const bool queued = runs_behind_the_program();
     std::lock_guard<std::mutex> lock(guard);
     if (queued && fault_code == ACL_SUCCESS) {
         fault_message = message;
@@ -71,7 +77,7 @@ aclError fail_launch(aclError code, const std::string& message) {
 aclError fault() {
     if (fault_code == ACL_SUCCESS) return ACL_SUCCESS;
     std::lock_guard<std::mutex> lock(guard);
-    return fail(fault_code, "an earlier launch failed and torch_npu runs nothing after it: %s", fault_message.c_str());
+    return fail(fault_code, "an earlier launch failed and nothing runs after it: %s", fault_message.c_str());
 }
 
 aclError fail(aclError code, const char* format, ...) {

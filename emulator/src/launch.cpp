@@ -111,6 +111,8 @@ int run_now(const Executor& executor, const Stream& stream) {
     try {
         at::AutoDispatchBelowADInplaceOrView below_autograd;
         executor.run();
+    } catch (const Failure& failure) {
+        return fail_launch(failure.code, failure.what());
     } catch (const c10::Error& error) {
         return fail_launch(kInnerError, executor.call.title() + ": " + error.what_without_backtrace());
     } catch (const std::exception& error) {
@@ -124,7 +126,8 @@ int run_now(const Executor& executor, const Stream& stream) {
 }
 
 std::string Call::title() const {
-    if (graph == nullptr) return std::string("aclnn") + operator_name;
+    const bool whole = std::string_view(operator_name).starts_with("Hccl");
+    if (graph == nullptr) return (whole ? "" : "aclnn") + std::string(operator_name);
     return *operator_name == '\0' ? graph : std::string(operator_name) + " in " + graph;
 }
 

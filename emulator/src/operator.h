@@ -66,6 +66,11 @@ struct Executor {
 
 // The error code of a call that the chip refuses, 0 for one that it takes.
 int refuse(const Call& call);
+// The rule of the chip's profile that the call breaks.
+struct BrokenRule {
+    std::string parameter, text;
+};
+std::optional<BrokenRule> broken_rule(const Call& call);
 // Runs the call in order on the stream, and deletes the executor.
 int launch(Executor* executor, aclrtStream stream);
 // Runs the call: within a task of the stream.

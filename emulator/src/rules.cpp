@@ -122,6 +122,7 @@ bool holds(const Rule& rule, const Call& call) {
                                  rule.parameter.c_str());
     if (rule.check == "absent") return argument->tensors.empty() && argument->value.empty();
     if (rule.check == "values") return contains(rule.value, argument->value);
+    if (rule.check == "values_except") return !contains(rule.value, argument->value);
     if (rule.check == "max") return std::stoll(argument->value) <= std::stoll(rule.value);
     for (const auto& tensor : argument->tensors) {
         if (!tensor_holds(rule, *tensor, call)) return false;
@@ -149,14 +150,18 @@ int refuse(const Call& call) {
             }
         }
     }
+    const auto broken = broken_rule(call);
+    return broken ? fail(kInvalidParameter, "%s on %s: %s", call.title().c_str(), chip().soc.c_str(),
+                         broken->text.c_str())
+                  : 0;
+}
+
+std::optional<BrokenRule> broken_rule(const Call& call) {
     const auto [first, last] = rules().operators.equal_range(call.operator_name);
     for (auto rule = first; rule != last; ++rule) {
-        if (!holds(rule->second, call)) {
-            return fail(kInvalidParameter, "%s on %s: %s", call.title().c_str(), chip().soc.c_str(),
-                        rule->second.text.c_str());
-        }
+        if (!holds(rule->second, call)) return BrokenRule{rule->second.parameter, rule->second.text};
     }
-    return 0;
+    return std::nullopt;
 }
 
 }  // namespace cann

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <stdexcept>
 #include <string>
 
 #include "acl/acl.h"
@@ -34,9 +35,17 @@ aclError fail(aclError code, const char* format, ...) __attribute__((format(prin
 
 // The same for a failed launch (an operator, an asynchronous copy). torch_npu launches from a queue thread, raises the
 // first error and silently drops every launch after it; a program that catches the error would go on with zeros. So
-// an error on such a thread stays: fault() returns it from then on, and copies and synchronisations report it.
+// an error on such a thread stays: fault() returns it from then on, and copies and synchronisations report it. The same
+// holds for threads that run a stream, which call run_behind_the_program().
 aclError fail_launch(aclError code, const std::string& message);
 aclError fault();
+void run_behind_the_program();
+
+// A launch that fails with an error code of its own; others are inner errors of the operator.
+struct Failure : std::runtime_error {
+    Failure(int code, const std::string& message) : std::runtime_error(message), code(code) {}
+    int code;
+};
 
 // The message of this thread's latest fail().
 std::string recent_message();

@@ -48,6 +48,7 @@ public:
 private:
     void work() {
         aclrtSetDevice(device);
+        run_behind_the_program();
         std::unique_lock<std::mutex> lock(guard_);
         while (true) {
             changed_.wait(lock, [this] { return !tasks_.empty(); });

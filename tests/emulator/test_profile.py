@@ -12,6 +12,7 @@ from emulator import EmulatorError, profile
 
 SOURCES = Path(profile.__file__).parent / "src/ops"
 KERNEL_FAMILIES = {"PRODUCT": ("self", "mat2")}
+HCCL_PARAMETERS = {"dataType", "op", "op of dataType"}
 DECLARATION = re.compile(r"(?:ACLNN|FUNCTION|BOTH|MOVE|PRODUCT)\((\w+),\s*(?:\(([^{]*?)\)\s*[{,]|)")
 
 
@@ -28,6 +29,8 @@ def parameters_of_operators() -> dict[str, set[str]]:
     for name in ("Mm", "Matmul", "MatmulWeightNz", "BatchMatMul"):
         found[name] = set(KERNEL_FAMILIES["PRODUCT"])
     found["Foreach"] = set()  # all operators of graphs on lists of tensors
+    for name in re.findall(r"CANN_API HcclResult (\w+)\(", (SOURCES.parent / "hccl.cpp").read_text(encoding="utf-8")):
+        found[name] = HCCL_PARAMETERS
     return found
 
 
