@@ -87,7 +87,7 @@ def run_and_kill(
                 return process.wait(timeout=chance.expovariate(1 / args.kill_seconds))
             except subprocess.TimeoutExpired:
                 pass
-            if kills["driver"] < args.driver_kills and chance.random() < 0.2:
+            if kills["driver"] < args.driver_kills and chance.random() < 0.4:
                 process.kill()
                 kills["driver"] += 1
                 continue

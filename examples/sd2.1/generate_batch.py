@@ -206,9 +206,11 @@ def read_jsonl(path: Path) -> list[tuple[str, Any]]:
 
 
 def read_parquet(path: Path) -> list[tuple[str, Any]]:
-    import pyarrow  # comes with Ray Data
-    import pyarrow.parquet
-
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise not_installed("Parquet files need pyarrow, which", error) from error
     try:
         rows = pyarrow.parquet.read_table(path).to_pylist()
     except pyarrow.ArrowException as error:
@@ -443,9 +445,13 @@ def import_ray() -> Any:
         import ray
         import ray.data
     except ImportError as error:
-        install = f"python -m pip install --requirement {HERE.parents[1] / 'requirements-batch.txt'}"
-        raise UserError(f"Ray Data is not installed ({error}); run: {install}") from error
+        raise not_installed("Ray Data", error) from error
     return ray
+
+
+def not_installed(what: str, error: ImportError) -> UserError:
+    install = f"python -m pip install --requirement {HERE.parents[1] / 'requirements-batch.txt'}"
+    return UserError(f"{what} is not installed ({error}); run: {install}")
 
 
 def worker_environment() -> dict[str, str]:
@@ -554,9 +560,9 @@ def draw_all(
 
 def run(args: argparse.Namespace) -> None:
     require_patched_diffusers()
+    records = read_records(args.prompts)
     check_model_dir(args.model_path)
     ray = import_ray()
-    records = read_records(args.prompts)
     report = Report()
     columns = unused_columns(records)
     if columns:
