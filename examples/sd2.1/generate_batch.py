@@ -466,7 +466,8 @@ def find_workers(ray: Any, args: argparse.Namespace) -> tuple[str, int]:
         try:
             ray.init(args.address, runtime_env={"env_vars": worker_environment()}, **RAY_OPTIONS)
         except (ConnectionError, RuntimeError, ValueError) as error:
-            raise UserError(f"--address {args.address}: {error}") from error
+            hint = "if it is there and wants a token, set RAY_AUTH_MODE=token"
+            raise UserError(f"--address {args.address}: {error}; {hint}") from error
         return choose_workers(args, ray.cluster_resources())
     kind = find_device(args.device).type
     devices = count_devices(kind)
