@@ -2,11 +2,14 @@
 
 import json
 import os
+import platform
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from examples.common.cli import UserError
+
+SCRATCH = ".part"
 
 
 def make_output_dir(path: Path) -> Path:
@@ -20,12 +23,18 @@ def make_output_dir(path: Path) -> Path:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write to a name beside `path` that no reader looks for, then rename."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    """Write to a name beside `path` that no reader looks for and no other process takes, then rename."""
+    scratch = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}{SCRATCH}")
     try:
         scratch.write_bytes(data)
         scratch.replace(path)
     finally:
+        scratch.unlink(missing_ok=True)
+
+
+def remove_scratch(folder: Path) -> None:
+    """Remove what writers that were killed left in `folder`. Any that are still at work there fail."""
+    for scratch in folder.glob(f".*{SCRATCH}"):
         scratch.unlink(missing_ok=True)
 
 

@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,40 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--prompt", action="append", default=[], metavar="TEXT", help="repeat it for more pictures")
     add("--prompt_file", type=Path, metavar="FILE", help="UTF-8 text, a prompt on each line")
     add("--negative_prompt", default="", metavar="TEXT", help="what the pictures should not show")
+    add_step_and_size_arguments(add)
+    add("--num_images", type=positive_int, default=1, metavar="N", help="pictures of each prompt, made together (1)")
+    add("--scheduler", choices=SCHEDULERS, metavar="NAME", help=f"{', '.join(SCHEDULERS)} (the model's)")
+    add("--seed", type=non_negative_int, default=0, metavar="N", help="of the first picture, the next has N+1 ... (0)")
+
+    add_device_arguments(parser)
+    parser.add_argument_group("several devices").add_argument(
+        "--cfg_parallel",
+        type=int,
+        choices=(1, 2),
+        metavar="N",
+        help="devices that share a picture, one for each branch of guidance (2 where torchrun starts several)",
+    )
+    add_acceleration_arguments(parser)
+
+    add = parser.add_argument_group("output").add_argument
+    add("--warmup", type=non_negative_int, metavar="N", help="untimed calls first (1 with --dynamo, else 0)")
+    add("--output_dir", type=Path, default=Path("outputs/sd2.1"), metavar="DIR", help="(outputs/sd2.1)")
+    add("--compare", action="store_true", help="also draw without accelerations and compare")
+
+    args = parser.parse_args(arguments)
+    args.prompts = choose_prompts(args)
+    choose_guidance_and_cache(args)
+    if args.seed + len(args.prompts) * args.num_images > MAX_SEED:
+        parser.error(f"--seed {args.seed} is too large: seeds end at {MAX_SEED}")
+    if args.compare and not (args.FA or args.TOME or args.cache or args.dynamo):
+        parser.error("--compare needs an acceleration to compare: --FA, --TOME, --DC or --dynamo")
+    if args.warmup is None:
+        args.warmup = 1 if args.dynamo else 0
+    return args
+
+
+def add_step_and_size_arguments(add: Callable[..., object]) -> None:
+    """How long to draw and how large, for `add` of an argument group."""
     add("--steps", type=positive_int, default=50, metavar="N", help="denoising steps (50)")
     add(
         "--guidance_scale",
@@ -81,12 +115,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--height", type=image_size, metavar="PIXELS", help="multiple of 8 (the model's)")
     add("--width", type=image_size, metavar="PIXELS", help="multiple of 8 (the model's)")
-    add("--num_images", type=positive_int, default=1, metavar="N", help="pictures of each prompt, made together (1)")
-    add("--scheduler", choices=SCHEDULERS, metavar="NAME", help=f"{', '.join(SCHEDULERS)} (the model's)")
-    add("--seed", type=non_negative_int, default=0, metavar="N", help="of the first picture, the next has N+1 ... (0)")
 
-    add_device_arguments(parser)
 
+def add_acceleration_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument_group("accelerations").add_argument
     add("--FA", action="store_true", help="fused attention kernel")
     add("--TOME", nargs="?", type=merge_ratio, const=0.5, metavar="RATIO", help="merge this share of the tokens (0.5)")
@@ -106,31 +137,13 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--dynamo", action="store_true", help="compile to graphs: torchair on an NPU, inductor elsewhere")
     add("--graph_cache", type=Path, metavar="DIR", help="where an NPU's graphs are kept (the user's cache directory)")
-    add(
-        "--cfg_parallel",
-        type=int,
-        choices=(1, 2),
-        metavar="N",
-        help="devices that share a picture, one for each branch of guidance (2 where torchrun starts several)",
-    )
 
-    add = parser.add_argument_group("output").add_argument
-    add("--warmup", type=non_negative_int, metavar="N", help="untimed calls first (1 with --dynamo, else 0)")
-    add("--output_dir", type=Path, default=Path("outputs/sd2.1"), metavar="DIR", help="(outputs/sd2.1)")
-    add("--compare", action="store_true", help="also draw without accelerations and compare")
 
-    args = parser.parse_args(arguments)
-    args.prompts = choose_prompts(args)
+def choose_guidance_and_cache(args: argparse.Namespace) -> None:
+    """Fill in what depends on other arguments: `guidance_scale`, and `cache` for the pipeline."""
     if args.guidance_scale is None:
         args.guidance_scale = DEMO_GUIDANCE_SCALE if args.model_path == DEMO_MODEL else GUIDANCE_SCALE
     args.cache = cache_options(args.DC, args.cache_schedule)
-    if args.seed + len(args.prompts) * args.num_images > MAX_SEED:
-        parser.error(f"--seed {args.seed} is too large: seeds end at {MAX_SEED}")
-    if args.compare and not (args.FA or args.TOME or args.cache or args.dynamo):
-        parser.error("--compare needs an acceleration to compare: --FA, --TOME, --DC or --dynamo")
-    if args.warmup is None:
-        args.warmup = 1 if args.dynamo else 0
-    return args
 
 
 def choose_prompts(args: argparse.Namespace) -> list[str]:
@@ -207,8 +220,7 @@ def run_rank(args: argparse.Namespace, manager: DeviceManager, mesh: Mesh, repor
 
     report.sections = {
         "device": {**get_device_info(manager.device), "dtype": str(args.dtype)},
-        "settings": {name: getattr(args, name) for name in SETTINGS}
-        | {"model_path": str(args.model_path), "scheduler": type(pipe.scheduler).__name__},
+        "settings": settings_in_use(args, pipe),
         "flags": flags,
         "devices": {"all": mesh.world_size, "for each picture": mesh.branch_size},
         "load_seconds": load_seconds,
@@ -224,6 +236,14 @@ def run_rank(args: argparse.Namespace, manager: DeviceManager, mesh: Mesh, repor
     report.write(args.output_dir / "report.json")
     print(summary(report.sections))
     print(f"{len(report.sections['images'])} pictures and report.json are in {args.output_dir}")
+
+
+def settings_in_use(args: argparse.Namespace, pipe: StableDiffusionPipeline) -> dict[str, Any]:
+    """The arguments that decide what the pictures look like, for the report and the pictures' metadata."""
+    return {name: getattr(args, name) for name in SETTINGS} | {
+        "model_path": str(args.model_path),
+        "scheduler": type(pipe.scheduler).__name__,
+    }
 
 
 def choose_size(args: argparse.Namespace, pipe: StableDiffusionPipeline) -> None:

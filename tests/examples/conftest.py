@@ -15,12 +15,17 @@ class Outcome(NamedTuple):
     err: str
 
 
-@pytest.fixture(scope="session")
-def run_sd_module() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("run_sd", ROOT / "examples" / "sd2.1" / "run_sd.py")
+def load_script(name: str) -> ModuleType:
+    """A script of examples/sd2.1, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / "sd2.1" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def run_sd_module() -> ModuleType:
+    return load_script("run_sd")
 
 
 @pytest.fixture

@@ -1,0 +1,619 @@
+"""Pictures of many prompts on many devices: Stable Diffusion 2.1 on Ray Data, with a worker for each device.
+
+    python examples/sd2.1/generate_batch.py --prompts prompts.jsonl --output_dir outputs/batch --workers 2
+
+--prompts is a .jsonl file with an object on each line, or a .parquet file with such columns:
+
+    {"prompt": "a lighthouse at dawn"}
+    {"prompt": "a red circle", "id": "circle-7", "seed": 7, "negative_prompt": "blue"}
+
+Each picture becomes output_dir/images/NAME.png with its settings inside and, when the picture is whole, NAME.json.
+NAME is the id, without one a digest of all that decides what the picture looks like. The same command once more goes
+on where the last run ended, however it ended: what is there is not drawn again. Failures are listed at the end.
+
+On a cluster this folder, the model and output_dir must be at the same path on every machine.
+"""
+
+import argparse
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import platform
+import re
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parents[1])]
+
+from run_sd import (  # first: it sets what torch and diffusers read when they are imported
+    DEMO_MODEL,
+    MAX_SEED,
+    accelerate,
+    add_acceleration_arguments,
+    add_step_and_size_arguments,
+    call_pipeline,
+    choose_guidance_and_cache,
+    choose_size,
+    settings_in_use,
+    warn_of_long_prompts,
+)
+
+# isort: split
+import torch
+from diffusers import StableDiffusionPipeline
+from tqdm import tqdm
+
+from ascend.device import DEVICE_TYPES, DeviceError, DeviceManager, find_device, get_all_devices, get_device_info
+from examples.common.cache_options import count_full_steps
+from examples.common.cli import (
+    FAILED,
+    ArgumentParser,
+    UserError,
+    fail,
+    is_out_of_memory,
+    non_negative_int,
+    one_line_errors,
+    positive_int,
+)
+from examples.common.devices import DTYPES, check_compiler, choose_dtype
+from examples.common.files import SCRATCH, make_output_dir, remove_scratch, write_json
+from examples.common.images import save_png
+from examples.common.model_dir import check_model_dir, load_pipeline, require_patched_diffusers
+from examples.common.overflow import clear_overflow_flag, overflow_warning
+from examples.common.report import Report, versions
+from examples.common.schedulers import SCHEDULERS, make_scheduler
+
+COLUMNS = ("prompt", "id", "seed", "negative_prompt")
+RESOURCES = {"npu": "NPU", "cuda": "GPU", "cpu": "CPU"}  # as Ray calls them
+MAX_NAME_BYTES = 128  # of an id, which becomes a file's name with more around it
+MAX_BLOCKS = 2000  # tasks that Ray keeps track of; with more pictures, some share a task
+OBJECT_STORE_BYTES = 200 * 2**20  # of prompts and outcomes; the pictures go to disk
+RAY_OPTIONS: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+MAX_LISTED = 20  # failures in the terminal; report.json has all
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = ArgumentParser(
+        prog="generate_batch.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument_group("what to draw").add_argument
+    add("--prompts", type=Path, required=True, metavar="FILE", help=".jsonl or .parquet, see above")
+    add(
+        "--model_path", type=Path, default=DEMO_MODEL, metavar="DIR", help="pipeline in diffusers' layout (demo model)"
+    )
+    add(
+        "--negative_prompt", default="", metavar="TEXT", help="what pictures should not show, where a row says nothing"
+    )
+    add_step_and_size_arguments(add)
+    add("--scheduler", choices=SCHEDULERS, metavar="NAME", help=f"{', '.join(SCHEDULERS)} (the model's)")
+    add(
+        "--seed",
+        type=non_negative_int,
+        default=0,
+        metavar="N",
+        help="of the first row, the next has N+1 ..., where a row gives none (0)",
+    )
+
+    add = parser.add_argument_group("where to compute").add_argument
+    add(
+        "--device",
+        type=device_type,
+        default=os.environ.get("PREFERRED_DEVICE") or None,
+        metavar="TYPE",
+        help="npu, cuda or cpu (the best there is)",
+    )
+    add("--dtype", choices=DTYPES, help="(the device's best)")
+    add("--workers", type=positive_int, metavar="N", help="each with a device of its own (all devices; on the CPU 1)")
+    add(
+        "--threads",
+        type=positive_int,
+        default=1,
+        metavar="N",
+        help="CPU threads of each worker; on the CPU another number can change a picture's last bits (1)",
+    )
+    add(
+        "--address",
+        default=os.environ.get("RAY_ADDRESS") or None,
+        metavar="HOST:PORT",
+        help="of a Ray cluster, or auto for that of this machine ($RAY_ADDRESS, else one is started here)",
+    )
+    add(
+        "--retries",
+        type=non_negative_int,
+        default=3,
+        metavar="N",
+        help="how often a picture is begun again after its worker died (3)",
+    )
+
+    add_acceleration_arguments(parser)
+
+    add = parser.add_argument_group("output").add_argument
+    add("--output_dir", type=Path, default=Path("outputs/batch"), metavar="DIR", help="(outputs/batch)")
+
+    args = parser.parse_args(arguments)
+    choose_guidance_and_cache(args)
+    args.num_images, args.warmup = 1, 0  # which run_sd's functions ask for
+    args.model_path, args.output_dir = args.model_path.absolute(), args.output_dir.absolute()
+    return args
+
+
+def device_type(text: str) -> str:
+    if text not in DEVICE_TYPES:
+        hint = "; Ray gives each worker one of its own" if text.partition(":")[0] in DEVICE_TYPES else ""
+        raise argparse.ArgumentTypeError(f"must be npu, cuda or cpu, not '{text}'{hint}")
+    return text
+
+
+class BadRow(ValueError):
+    """A row that no picture can be made of; the message says why."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture to draw. `digest` is of all that decides what it looks like, `name` that of its files."""
+
+    name: str
+    digest: str
+    prompt: str
+    negative_prompt: str
+    seed: int
+    place: str  # in the file of prompts
+
+    def __str__(self) -> str:
+        return f"{self.place} ({self.name})"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A row without a picture, and why."""
+
+    row: str
+    reason: str
+
+
+def read_records(path: Path) -> list[tuple[str, Any]]:
+    """Each row of `path` with its place there. Of a line that is no JSON it is the ValueError that says so."""
+    if path.suffix not in (".jsonl", ".parquet"):
+        raise UserError(f"--prompts {path} must be a .jsonl or a .parquet file")
+    try:
+        records = read_jsonl(path) if path.suffix == ".jsonl" else read_parquet(path)
+    except OSError as error:
+        raise UserError(f"--prompts {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"--prompts {path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+    if not records:
+        raise UserError(f"--prompts {path} holds no row")
+    return records
+
+
+def read_jsonl(path: Path) -> list[tuple[str, Any]]:
+    def load(line: str) -> Any:
+        try:
+            return json.loads(line)
+        except (ValueError, RecursionError) as error:
+            return ValueError(f"is not JSON: {error}")
+
+    lines = enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1)
+    return [(f"line {number}", load(line)) for number, line in lines if line.strip()]
+
+
+def read_parquet(path: Path) -> list[tuple[str, Any]]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise not_installed("Parquet files need pyarrow, which", error) from error
+    try:
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+    except pyarrow.ArrowException as error:
+        raise UserError(f"--prompts {path} is not a Parquet file: {error}") from error
+    return [(f"row {number}", row) for number, row in enumerate(rows, start=1)]
+
+
+def make_picture(
+    record: Any, number: int, place: str, args: argparse.Namespace, appearance: dict[str, Any]
+) -> Picture:
+    """The picture of row `number`, counted from 0. Raises BadRow."""
+    if isinstance(record, ValueError):
+        raise BadRow(str(record))
+    if not isinstance(record, dict):
+        raise BadRow('must be an object as {"prompt": "..."}')
+    prompt = text_of(record, "prompt")
+    if prompt is None or not prompt.strip():
+        raise BadRow("prompt is empty" if "prompt" in record else "has no prompt")
+    negative_prompt = text_of(record, "negative_prompt")
+    if negative_prompt is None:
+        negative_prompt = args.negative_prompt
+    seed = record.get("seed")
+    if seed is None:
+        seed = args.seed + number
+    elif isinstance(seed, float) and seed.is_integer():
+        seed = int(seed)  # what Parquet makes of a column where some are missing
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed <= MAX_SEED:
+        raise BadRow(f"seed must be a whole number from 0 to {MAX_SEED}, not {seed!r}")
+    digest = digest_of({"prompt": prompt, "negative_prompt": negative_prompt, "seed": seed} | appearance)
+    name = digest if record.get("id") is None else name_of(record["id"])
+    return Picture(name, digest, prompt, negative_prompt, seed, place)
+
+
+def text_of(record: dict[str, Any], column: str) -> str | None:
+    text = record.get(column)
+    if text is not None and not isinstance(text, str):
+        raise BadRow(f"{column} must be text, not {text!r:.40}")
+    try:
+        (text or "").encode()
+    except UnicodeEncodeError as error:
+        raise BadRow(f"{column} is not valid Unicode: {error.reason}") from None
+    return text
+
+
+def name_of(id_: object) -> str:
+    """An id as the name of a file."""
+    if isinstance(id_, bool) or not isinstance(id_, str | int):
+        raise BadRow(f"id must be text or a whole number, not {id_!r:.40}")
+    name = str(id_)
+    if not re.fullmatch(r"\w[\w.+=@-]*", name) or len(name.encode()) > MAX_NAME_BYTES:
+        raise BadRow(
+            f"id {name!r:.40} must begin with a letter or digit, have only such and _ . + = @ - in it, and be "
+            f"{MAX_NAME_BYTES} bytes at most: it names the picture's files"
+        )
+    return name
+
+
+def digest_of(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def appearance_of(args: argparse.Namespace, kind: str) -> dict[str, Any]:
+    """All but prompts and seed that decides what the pictures look like, on devices of type `kind`."""
+    names = ("steps", "guidance_scale", "height", "width", "scheduler", "dtype", "FA", "TOME", "cache", "dynamo")
+    appearance = {name: getattr(args, name) for name in names}
+    return appearance | {
+        "model": str(args.model_path.resolve()),
+        "device": kind,
+        "threads": args.threads if kind == "cpu" else None,
+    }
+
+
+def plan(
+    records: Sequence[tuple[str, Any]], args: argparse.Namespace, kind: str
+) -> tuple[list[Picture], list[Failure]]:
+    """The pictures of all good rows, and the bad rows. Raises UserError where two rows make one picture."""
+    appearance = appearance_of(args, kind)
+    pictures: dict[str, Picture] = {}
+    failures = []
+    for number, (place, record) in enumerate(records):
+        try:
+            picture = make_picture(record, number, place, args, appearance)
+        except BadRow as error:
+            failures.append(Failure(place, str(error)))
+            continue
+        other = pictures.setdefault(picture.name, picture)
+        if other is not picture:
+            rows = f"--prompts {args.prompts}: {other.place} and {place}"
+            if picture.name == picture.digest:
+                raise UserError(f"{rows} are the same picture; give one an id or another seed, or leave one out")
+            raise UserError(f"{rows} have the same id '{picture.name}'")
+    return list(pictures.values()), failures
+
+
+def unused_columns(records: Sequence[tuple[str, Any]]) -> list[str]:
+    found = {column: None for _, record in records if isinstance(record, dict) for column in record}
+    return [column for column in found if column not in COLUMNS]
+
+
+def is_complete(picture: Picture, folder: Path) -> bool:
+    """Whether `folder` has the whole picture. Raises UserError when it has another one of that name."""
+    try:
+        about = json.loads((folder / f"{picture.name}.json").read_text(encoding="utf-8"))
+        digest, size = about["digest"], about["bytes"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return False
+    if digest != picture.digest:
+        raise UserError(
+            f"{picture.place}: {folder} has a picture '{picture.name}' of another prompt, seed, model or setting; "
+            "take another --output_dir, or delete it"
+        )
+    with suppress(FileNotFoundError):
+        return (folder / f"{picture.name}.png").stat().st_size == size
+    return False
+
+
+class Painter:
+    """Draws pictures on one device; each worker of Ray makes one and calls it row by row.
+
+    It draws exactly as run_sd.py does, one picture in a call of the pipeline, and leaves alone what is complete, so
+    that calling it again for the same row is harmless.
+    """
+
+    def __init__(self, args: argparse.Namespace, kind: str) -> None:
+        self.args = argparse.Namespace(**vars(args))
+        self.folder = args.output_dir / "images"
+        self.refusal = ""
+        try:
+            self.load(kind)
+        except (UserError, DeviceError) as error:  # no other worker would fare better, nor would this one later
+            self.refusal = f"{error} (on {platform.node()})"
+
+    def load(self, kind: str) -> None:
+        require_patched_diffusers()
+        if not self.folder.is_dir():
+            raise UserError(f"{self.folder} is not there; every machine must see the same --output_dir")
+        torch.set_num_threads(self.args.threads)
+        report = Report()
+        self.manager = DeviceManager(kind)
+        dtype = choose_dtype(self.args, self.manager, report)
+        if self.args.dynamo:
+            check_compiler(self.manager.device)
+        self.pipe = load_pipeline(StableDiffusionPipeline, self.args.model_path, dtype).to(self.manager.device)
+        self.pipe.set_progress_bar_config(disable=True)
+        if self.args.scheduler:
+            self.pipe.scheduler = make_scheduler(self.args.scheduler, like=self.pipe.scheduler)
+        choose_size(self.args, self.pipe)
+        if self.args.cache:
+            self.args.cache_steps = count_full_steps(self.pipe.scheduler, self.args.steps, self.args.cache)
+        self.about = {
+            "flags": accelerate(self.pipe, self.args),
+            "device": {**get_device_info(self.manager.device), "dtype": str(dtype)},
+            "versions": versions(),
+        }
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, str]:
+        """A `Picture` as a row of Ray's to what came of it. Empty text stands for none: Ray would turn None to NaN."""
+        picture = Picture(**row)
+        outcome = {"name": picture.name, "refusal": self.refusal, "error": "", "warning": ""}
+        if self.refusal:
+            return outcome
+        # Grows with each attempt and stays when this process dies. Ray itself would either retry for ever or, with a
+        # limit, count deaths for all pictures of a task.
+        attempts = self.folder / f".{picture.name}.attempts{SCRATCH}"
+        try:
+            if is_complete(picture, self.folder):
+                return outcome
+            with attempts.open("ab") as file:
+                file.write(b".")
+            if attempts.stat().st_size > self.args.retries + 1:
+                outcome["error"] = f"its worker died {self.args.retries + 1} times"
+            else:
+                outcome["warning"] = "; ".join(self.draw(picture))
+        except Exception as error:
+            outcome["error"] = "out of memory" if is_out_of_memory(error) else f"{type(error).__name__}: {error}"
+            print(f"{picture.name}: {outcome['error']}", file=sys.stderr)
+            self.leave_if_broken()
+        with suppress(OSError):
+            attempts.unlink(missing_ok=True)
+        return outcome
+
+    def draw(self, picture: Picture) -> list[str]:
+        """Draw and save `picture`. The result is warnings."""
+        args = argparse.Namespace(**vars(self.args))
+        args.prompts, args.negative_prompt, args.seed = [picture.prompt], picture.negative_prompt, picture.seed
+        report = Report()
+        warn_of_long_prompts(args, self.pipe, report)
+        clear_overflow_flag(self.manager.device)
+        call = call_pipeline(self.pipe, args, self.manager, 0, args.cache)
+        warning = overflow_warning(call.images, self.manager.device)
+        if warning:
+            report.warn(warning)
+
+        about = {"settings": settings_in_use(args, self.pipe), **self.about}
+        path = self.folder / f"{picture.name}.png"
+        chunks = {name: json.dumps(content, default=str) for name, content in about.items()}
+        save_png(call.images[0], path, {"prompt": picture.prompt, "seed": str(picture.seed), **chunks})
+        entry = {"file": path.name, "bytes": path.stat().st_size, **asdict(picture), "seconds": call.seconds}
+        # Last: this file says that the picture is whole.
+        write_json(path.with_suffix(".json"), entry | about | {"warnings": report.warnings})
+        return report.warnings
+
+    def leave_if_broken(self) -> None:
+        """End this process when its device no longer computes, so that Ray starts another one for the row."""
+        try:
+            self.manager.empty_cache()
+            torch.ones(1, device=self.manager.device).item()
+        except Exception as error:
+            print(f"{self.manager.device} is lost: {error}", file=sys.stderr, flush=True)
+            os._exit(FAILED)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other runs out of `folder`, and remove what killed ones left half written."""
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another run is writing to {folder.parent}; wait for it or take another one") from None
+        except OSError:
+            pass  # a file system without locks
+        remove_scratch(folder)
+        yield
+        remove_scratch(folder)  # of workers that died on the way
+
+
+def import_ray() -> Any:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else each start of a worker is announced as an error
+    try:
+        import ray
+        import ray.data
+    except ImportError as error:
+        raise not_installed("Ray Data", error) from error
+    return ray
+
+
+def not_installed(what: str, error: ImportError) -> UserError:
+    install = f"python -m pip install --requirement {HERE.parents[1] / 'requirements-batch.txt'}"
+    return UserError(f"{what} is not installed ({error}); run: {install}")
+
+
+def worker_environment() -> dict[str, str]:
+    """What Python needs in a worker's environment: it has to find the modules that this script comes with."""
+    paths = [str(HERE), str(HERE.parents[1]), os.environ.get("PYTHONPATH")]
+    return {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+
+
+def find_workers(ray: Any, args: argparse.Namespace) -> tuple[str, int]:
+    """Type of the devices and number of workers: in the cluster, which this connects to, else on this machine."""
+    if args.address:
+        try:
+            ray.init(args.address, runtime_env={"env_vars": worker_environment()}, **RAY_OPTIONS)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            hint = "if it is there and wants a token, set RAY_AUTH_MODE=token"
+            raise UserError(f"--address {args.address}: {error}; {hint}") from error
+        return choose_workers(args, ray.cluster_resources())
+    kind = find_device(args.device).type
+    devices = count_devices(kind)
+    if kind != "cpu" and (args.workers or 0) > devices:
+        raise UserError(f"--workers {args.workers} are more than this machine's devices: {devices} of type {kind}")
+    return kind, args.workers or devices
+
+
+def choose_workers(args: argparse.Namespace, resources: dict[str, float]) -> tuple[str, int]:
+    """Type of the devices and number of workers in a cluster with `resources`."""
+    kind = args.device or next((kind for kind in DEVICE_TYPES if resources.get(RESOURCES[kind])), "cpu")
+    devices = 1 if kind == "cpu" else int(resources.get(RESOURCES[kind], 0))
+    if not args.workers and not devices:
+        raise UserError(f"--device {kind}: the cluster has none now; with --workers N the run waits for them")
+    return kind, args.workers or devices
+
+
+def count_devices(kind: str) -> int:
+    return [device.type for device in get_all_devices()].count(kind)
+
+
+def start_ray(ray: Any, args: argparse.Namespace, kind: str, workers: int) -> None:
+    """Start a cluster of this machine alone. It ends with this process, even when that is killed."""
+    logging.getLogger("ray._private.accelerators.npu").setLevel(logging.CRITICAL)  # misses CANN's acl with a traceback
+    os.environ.update(worker_environment())
+    ray.init(
+        "local",
+        num_cpus=workers * args.threads,
+        num_gpus=count_devices(kind) if kind == "cuda" else 0,
+        resources={"NPU": count_devices(kind)} if kind == "npu" else {},
+        object_store_memory=OBJECT_STORE_BYTES,
+        include_dashboard=False,
+        **RAY_OPTIONS,
+    )
+
+
+def draw_on_workers(
+    ray: Any, pictures: Sequence[Picture], args: argparse.Namespace, kind: str, workers: int
+) -> Iterator[dict[str, str]]:
+    """What came of each picture, as they get ready."""
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = context.print_on_execution_start = False
+    context.max_errored_blocks = -1  # what Ray loses does not end the run
+    context.max_consecutive_actor_init_deaths = args.retries  # of workers killed while they load
+    context.execution_no_progress_timeout_s = -1  # a graph may compile for longer than any limit
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    dataset = ray.data.from_items(
+        [asdict(picture) for picture in pictures], override_num_blocks=min(len(pictures), MAX_BLOCKS)
+    ).map(
+        Painter,
+        fn_constructor_args=(args, kind),
+        # One task in flight: pictures that take long are not queued at a worker while another has nothing to do.
+        compute=ray.data.ActorPoolStrategy(size=min(workers, len(pictures)), max_tasks_in_flight_per_actor=1),
+        num_cpus=args.threads,
+        num_gpus=1 if kind == "cuda" else None,
+        resources={"NPU": 1} if kind == "npu" else None,
+    )
+    try:
+        for batch in dataset.iter_batches(batch_size=None, prefetch_batches=0):
+            columns = list(batch)
+            yield from (dict(zip(columns, values, strict=True)) for values in zip(*batch.values(), strict=True))
+    except ray.exceptions.RayError as error:
+        fail(f"Ray: {str(error).strip().splitlines()[-1]} (its logs have more)", FAILED)
+
+
+def draw_all(
+    ray: Any, pictures: Sequence[Picture], there: int, args: argparse.Namespace, kind: str, workers: int
+) -> tuple[list[Failure], list[str]]:
+    """Draw `pictures` under a progress bar that begins at `there`. The result is failures and warnings."""
+    waiting = {picture.name: picture for picture in pictures}
+    failures: list[Failure] = []
+    warnings: list[str] = []
+    with tqdm(total=there + len(waiting), initial=there, unit="image", dynamic_ncols=True) as bar:
+        while waiting:  # again where Ray lost something, unless it lost all
+            before = len(waiting)
+            for outcome in draw_on_workers(ray, list(waiting.values()), args, kind, workers):
+                if outcome["refusal"]:
+                    raise UserError(outcome["refusal"])
+                row = str(waiting.pop(outcome["name"]))
+                if outcome["error"]:
+                    failures.append(Failure(row, outcome["error"]))
+                    bar.set_postfix(failed=len(failures))
+                    continue
+                if outcome["warning"]:
+                    warnings.append(f"{row}: {outcome['warning']}")
+                bar.update()
+            if len(waiting) == before:
+                break
+    return failures + [Failure(str(picture), "Ray lost it") for picture in waiting.values()], warnings
+
+
+def run(args: argparse.Namespace) -> None:
+    require_patched_diffusers()
+    records = read_records(args.prompts)
+    check_model_dir(args.model_path)
+    ray = import_ray()
+    report = Report()
+    columns = unused_columns(records)
+    if columns:
+        report.warn(f"--prompts {args.prompts}: not used: {', '.join(columns)[:200]}; known are {', '.join(COLUMNS)}")
+    images = make_output_dir(args.output_dir / "images")
+    try:
+        kind, workers = find_workers(ray, args)
+        with locked(images):
+            pictures, bad_rows = plan(records, args, kind)
+            waiting = [picture for picture in pictures if not is_complete(picture, images)]
+            there = len(pictures) - len(waiting)
+            if waiting and not args.address:
+                start_ray(ray, args, kind, workers)
+            start = time.perf_counter()
+            lost, warnings = draw_all(ray, waiting, there, args, kind, workers)
+            seconds = time.perf_counter() - start
+    finally:
+        ray.shutdown()
+
+    drawn, failures = len(waiting) - len(lost), bad_rows + lost
+    report.warnings += warnings
+    report.sections = {
+        "settings": appearance_of(args, kind) | {"prompts": str(args.prompts), "workers": workers},
+        "images": {"drawn": drawn, "already_there": there, "failed": len(failures)},
+        "seconds": seconds,
+        "failures": [asdict(failure) for failure in failures],
+    }
+    report.write(args.output_dir / "report.json")
+    list_at_most(f"{len(warnings)} pictures with warnings", warnings)
+    list_at_most(
+        f"{len(failures)} rows without a picture", [f"{failure.row}: {failure.reason}" for failure in failures]
+    )
+    print(
+        f"{drawn} pictures drawn in {seconds:.1f} s ({drawn / seconds:.2f} images/s) by {workers} workers on {kind}, "
+        f"{there} were there, {len(failures)} failed; they are in {images}"
+    )
+    if failures:
+        fail(f"{len(failures)} pictures are missing; the same command tries them again", FAILED)
+
+
+def list_at_most(heading: str, lines: Sequence[str]) -> None:
+    if lines:
+        more = [f"... and {len(lines) - MAX_LISTED} more in report.json"] if len(lines) > MAX_LISTED else []
+        print(f"{heading}:", *lines[:MAX_LISTED], *more, sep="\n  ", file=sys.stderr)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    with one_line_errors():
+        run(parse_arguments(arguments))
+
+
+if __name__ == "__main__":
+    main()
