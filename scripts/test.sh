@@ -18,8 +18,20 @@ fi
 "$python" -m mypy
 "$python" -m pytest "$@"
 
-if (($# == 0)); then # the same on emulated chips, with the genuine torch_npu
-    for soc in Ascend310P3 Ascend910B3; do
-        "$python" -m emulator run --soc "$soc" --devices 2 -- "$python" -m pytest tests/on_npu
+if (($# == 0)); then # the same on emulated chips, with the genuine torch_npu: both at once, as each uses one core
+    "$python" -m emulator build
+    logs=$(mktemp -d)
+    processes=()
+    trap 'kill "${processes[@]}" 2>/dev/null || true; rm -rf "$logs"' EXIT # Ctrl-C does not reach them
+    chips=(Ascend310P3 Ascend910B3)
+    for soc in "${chips[@]}"; do
+        "$python" -m emulator run --soc "$soc" --devices 2 -- "$python" -m pytest tests/on_npu >"$logs/$soc" 2>&1 &
+        processes+=($!)
     done
+    failed=0
+    for index in "${!chips[@]}"; do
+        wait "${processes[$index]}" || failed=$?
+        cat "$logs/${chips[$index]}"
+    done
+    exit "$failed"
 fi
