@@ -74,8 +74,12 @@ def rows_of(trace: Path, name: str | None, profile: dict[str, Any]) -> tuple[str
         wanted = "no graph" if name is None else f"no graph {name}"
         raise EmulatorError(f"{trace}: {wanted} that ran; there are: {', '.join(ran) or 'none'}")
     name = name or max(ran, key=lambda graph: ran[graph][0]["launches"])
-    graph, launches = ran[name]
-    return name, [make_row(*pair, profile) for pair in zip(graph["steps"], launches, strict=False)]
+    return name, make_rows(*ran[name], profile)
+
+
+def make_rows(graph: dict[str, Any], launches: list[dict[str, Any]], profile: dict[str, Any]) -> list[Row]:
+    """The launches of a graph's first run, from what `graphs_that_ran` found about it."""
+    return [make_row(*pair, profile) for pair in zip(graph["steps"], launches, strict=False)]
 
 
 def make_row(step: dict[str, Any], launch: dict[str, Any], profile: dict[str, Any]) -> Row:

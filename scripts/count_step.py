@@ -59,7 +59,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 def measure(args: argparse.Namespace) -> dict[str, Counts]:
     """Draw with one configuration on the chip of this process, and count the last full and the last shallow step."""
     import torch
-    from benchmark import make_pipeline
+    from benchmark import PROMPT_TOKENS, make_pipeline
 
     from ascend.device import DeviceManager
 
@@ -80,7 +80,8 @@ def measure(args: argparse.Namespace) -> dict[str, Counts]:
         npu.reset_peak_memory_stats()
         return tensors
 
-    prompt = torch.randn(2, 1, 77, pipe.unet.config.cross_attention_dim).to(manager.device, torch.float16)
+    width = pipe.unet.config.cross_attention_dim
+    prompt = torch.randn(2, 1, PROMPT_TOKENS, width).to(manager.device, torch.float16)
     options = {"cache_interval": INTERVAL} if "DC" in flags else {}
     sizes = {"height": args.pixels, "width": args.pixels, "num_inference_steps": STEPS, "output_type": "latent"}
     pipe(prompt_embeds=prompt[0], negative_prompt_embeds=prompt[1], callback_on_step_end=mark, **sizes, **options)
@@ -151,10 +152,9 @@ def draw(args: argparse.Namespace, name: str, upstream: Path) -> dict[str, Count
 
 
 def draw_graphs(trace: Path, chip: dict[str, Any]) -> None:
-    for graph in drawing.graphs_that_ran(trace):
-        _, rows = drawing.rows_of(trace, graph, chip)
-        svg = drawing.draw_svg(f"{trace.stem}, {graph} on {chip['soc']}", rows)
-        write_atomically(trace.with_name(f"{trace.stem}_{graph}.svg"), svg.encode())
+    for name, found in drawing.graphs_that_ran(trace).items():
+        svg = drawing.draw_svg(f"{trace.stem}, {name} on {chip['soc']}", drawing.make_rows(*found, chip))
+        write_atomically(trace.with_name(f"{trace.stem}_{name}.svg"), svg.encode())
 
 
 def file_stem(name: str) -> str:
