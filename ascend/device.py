@@ -8,6 +8,7 @@ Where torch_npu is installed and CANN is not, `import torch` itself fails, befor
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 import random
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 
 DEVICE_TYPES = ("npu", "cuda", "cpu")  # best first
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 VISIBLE_DEVICES = {"npu": "ASCEND_RT_VISIBLE_DEVICES", "cuda": "CUDA_VISIBLE_DEVICES"}
 
 
@@ -227,6 +229,22 @@ def _use_precompiled_kernels() -> None:
     npu.config.allow_internal_format = False
 
 
+@functools.cache
+def _keep_freed_memory() -> None:
+    """Let glibc keep what tensors free: pages that it gives back and asks for again have to be zeroed each time.
+
+    That takes a tenth of a step of SD2.1. Other C libraries are left alone.
+    """
+    _call_libc("mallopt", _M_MMAP_MAX, 0)
+    _call_libc("mallopt", _M_TRIM_THRESHOLD, 2**31 - 1)  # bytes
+
+
+def _call_libc(name: str, *numbers: int) -> None:
+    function = getattr(ctypes.CDLL(None), name, None)
+    if function is not None:
+        function(*numbers)
+
+
 class DeviceManager:
     """The device that a program computes on, chosen once.
 
@@ -248,6 +266,8 @@ class DeviceManager:
             self.device = find_device(preferred_device)
         if self.device.type == "npu":
             _use_precompiled_kernels()
+        if self.device.type == "cpu":
+            _keep_freed_memory()
         if self.device.type != "cpu":
             torch.accelerator.set_device_index(self.device.index)
         self.dtype = best_dtype(self.device)
@@ -265,8 +285,10 @@ class DeviceManager:
         reset_peak_memory(self.device)
 
     def empty_cache(self) -> None:
-        """Return unused memory of torch's allocator to the device."""
-        if self.device.type != "cpu":
+        """Return unused memory of the allocator to the device."""
+        if self.device.type == "cpu":
+            _call_libc("malloc_trim", 0)
+        else:
             torch.get_device_module(self.device).empty_cache()
 
     def synchronize(self) -> None:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
 BACKENDS = {"npu": "hccl", "cuda": "nccl", "cpu": "gloo"}
+PROMPT = "encoder_hidden_states"  # as the UNet calls it
 BRANCHES = 2  # of guidance: unconditional and conditional
 TIMEOUT = timedelta(minutes=30)  # the slowest first step compiles
 
@@ -117,6 +118,13 @@ def choose_branch_size(ranks: int, has_guidance: bool, wanted: int | None = None
     return BRANCHES
 
 
+def all_gather(everyone: torch.Tensor, mine: torch.Tensor, group: Any) -> None:
+    """Fill `everyone` with the equal shares of all ranks of `group`, in their order."""
+    # torch 2.13 renamed it and warns of the old name, the only one of torch 2.10.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(everyone, mine, group=group)
+
+
 @contextmanager
 def process_group(device: torch.device, branch_size: int) -> Iterator[Mesh]:
     """Join the processes that torchrun started, each with a device of its own, until the end of the block."""
@@ -132,7 +140,7 @@ def process_group(device: torch.device, branch_size: int) -> Iterator[Mesh]:
         group = groups[rank // branch_size] if branch_size > 1 else None
         if group is not None:
             # The first collective connects the ranks, for which HCCL has a time limit that no compilation must delay.
-            dist.all_gather_into_tensor(torch.empty(branch_size, device=device), torch.zeros(1, device=device), group)
+            all_gather(torch.empty(branch_size, device=device), torch.zeros(1, device=device), group)
         yield Mesh(rank, ranks, branch_size, group)
     finally:
         dist.destroy_process_group()
@@ -167,6 +175,7 @@ class SharedBatch:
         self.forward = forward
         self.mesh = mesh
         self.must_split = must_split
+        self.prompt: tuple[Any, Any] = None, None  # the last whole one, and this rank's rows of it
 
     def __call__(self, batch: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         rows, ranks = len(batch), self.mesh.branch_size
@@ -182,7 +191,12 @@ class SharedBatch:
             is_batched = isinstance(value, torch.Tensor) and value.dim() > 0 and len(value) == rows
             return value[mine] if is_batched else value
 
+        prompt = kwargs.pop(PROMPT, None)
+        if prompt is not self.prompt[0]:  # its keys and values for every block are the same in all steps
+            self.prompt = prompt, pytree.tree_map(share, prompt)
         args, kwargs = pytree.tree_map(share, (args, kwargs))
+        if prompt is not None:
+            kwargs[PROMPT] = self.prompt[1]
         results = self.forward(batch[mine], *args, **kwargs)
         if isinstance(results, torch.Tensor):
             return self._gather(results, rows)
@@ -194,7 +208,7 @@ class SharedBatch:
         if len(mine) < most:  # all_gather takes equal shares
             mine = torch.cat([mine, mine.new_zeros(most - len(mine), *mine.shape[1:])])
         everyone = mine.new_empty(ranks * most, *mine.shape[1:])
-        dist.all_gather_into_tensor(everyone, mine.contiguous(), group=self.mesh.group)
+        all_gather(everyone, mine.contiguous(), self.mesh.group)
         if rows == ranks * most:
             return everyone
         starts = [rows_of(rows, rank, ranks) for rank in range(ranks)]

@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # Installs the requirements and the patched diffusers, and prints the interpreter that has them.
-# Usage: bash scripts/setup_env.sh [--dev]      (--dev: the tools of the tests and checks as well)
+# Usage: bash scripts/setup_env.sh [--batch] [--dev]
+#   --batch   Ray Data as well, for generate_batch.py
+#   --dev     Ray Data, and the tools of the tests and checks
 #
 # The environment is that of $PYTHON when it is set, else the active virtual environment, else .venv, made when needed.
 # What is installed already is left alone; then no network is needed. All messages go to stderr.
@@ -39,11 +41,12 @@ install() { # a file of requirements, unless it was installed already as it is n
     fi
 }
 
-dev=false
+extras=()
 for argument in "$@"; do
     case $argument in
-        --dev) dev=true ;;
-        *) fail "unknown option '$argument' (usage: bash scripts/setup_env.sh [--dev])" ;;
+        --batch) extras+=(requirements-batch.txt) ;;
+        --dev) extras+=(requirements-batch.txt requirements-dev.txt) ;;
+        *) fail "unknown option '$argument' (usage: bash scripts/setup_env.sh [--batch] [--dev])" ;;
     esac
 done
 
@@ -66,8 +69,8 @@ if [[ -e /dev/davinci_manager ]]; then # the Ascend driver's device node
     install requirements-npu.txt
 fi
 PYTHON=$python bash "$root/apply_patch.sh" >&2
-if $dev; then # after diffusers: DeepCache asks for one, and this must be ours
-    install requirements-dev.txt
-fi
+for extra in "${extras[@]}"; do # after diffusers: DeepCache asks for one, and this must be ours
+    install "$extra"
+done
 
 echo "$python"

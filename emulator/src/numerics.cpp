@@ -28,8 +28,9 @@ bool host_multiplies(at::ScalarType dtype) {
 at::Tensor saturated(const at::Tensor& value) {
     if (value.is_meta()) return value;  // the compiler of graphs only asks for shapes
     const at::Tensor wide = value.to(at::kFloat);
-    const bool in_range = wide.numel() == 0 || wide.abs().max().item<float>() < kRoundsToInfinity;  // false for NaN
-    if (in_range) return value;
+    if (wide.numel() == 0) return value;
+    const auto [lowest, highest] = wide.aminmax();  // NaN where there is one, which no comparison holds for
+    if (lowest.item<float>() > -kRoundsToInfinity && highest.item<float>() < kRoundsToInfinity) return value;
     overflowed = true;
     return wide.nan_to_num(0., kLargestHalf, -kLargestHalf).clamp(-kLargestHalf, kLargestHalf);
 }

@@ -16,35 +16,27 @@ On a cluster this folder, the model and output_dir must be at the same path on e
 
 import argparse
 import fcntl
-import json
 import logging
 import os
-import platform
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parents[1])]
+sys.path.insert(0, str(HERE))
 
 from run_sd import (  # first: it sets what torch and diffusers read when they are imported
     DEMO_MODEL,
-    accelerate,
     add_acceleration_arguments,
     add_step_and_size_arguments,
-    call_pipeline,
     choose_guidance_and_cache,
-    choose_size,
-    settings_in_use,
-    warn_of_long_prompts,
 )
 
 # isort: split
-import torch
 from batch_rows import (
     COLUMNS,
     Failure,
@@ -56,28 +48,24 @@ from batch_rows import (
     read_records,
     unused_columns,
 )
-from diffusers import StableDiffusionPipeline
+from painter import Painter
 from tqdm import tqdm
 
-from ascend.device import DEVICE_TYPES, DeviceError, DeviceManager, find_device, get_all_devices, get_device_info
-from examples.common.cache_options import count_full_steps
+from ascend.device import DEVICE_TYPES, find_device, get_all_devices
 from examples.common.cli import (
     FAILED,
     ArgumentParser,
     UserError,
     fail,
-    is_out_of_memory,
     non_negative_int,
     one_line_errors,
     positive_int,
 )
-from examples.common.devices import DTYPES, check_compiler, choose_dtype
-from examples.common.files import SCRATCH, make_output_dir, remove_scratch, write_json
-from examples.common.images import save_png
-from examples.common.model_dir import check_model_dir, load_pipeline, require_patched_diffusers
-from examples.common.overflow import clear_overflow_flag, overflow_warning
-from examples.common.report import Report, versions
-from examples.common.schedulers import SCHEDULERS, make_scheduler
+from examples.common.devices import DTYPES
+from examples.common.files import make_output_dir, remove_scratch
+from examples.common.model_dir import check_model_dir, require_patched_diffusers
+from examples.common.report import Report
+from examples.common.schedulers import SCHEDULERS
 
 RESOURCES = {"npu": "NPU", "cuda": "GPU", "cpu": "CPU"}  # as Ray calls them
 MAX_BLOCKS = 2000  # tasks that Ray keeps track of; with more pictures, some share a task
@@ -156,102 +144,6 @@ def device_type(text: str) -> str:
         hint = "; Ray gives each worker one of its own" if text.partition(":")[0] in DEVICE_TYPES else ""
         raise argparse.ArgumentTypeError(f"must be npu, cuda or cpu, not '{text}'{hint}")
     return text
-
-
-class Painter:
-    """Draws pictures on one device; each worker of Ray makes one and calls it row by row.
-
-    It draws exactly as run_sd.py does, one picture in a call of the pipeline, and leaves alone what is complete, so
-    that calling it again for the same row is harmless.
-    """
-
-    def __init__(self, args: argparse.Namespace, kind: str) -> None:
-        self.args = argparse.Namespace(**vars(args))
-        self.folder = args.output_dir / "images"
-        self.refusal = ""
-        try:
-            self.load(kind)
-        except (UserError, DeviceError) as error:  # no other worker would fare better, nor would this one later
-            self.refusal = f"{error} (on {platform.node()})"
-
-    def load(self, kind: str) -> None:
-        require_patched_diffusers()
-        if not self.folder.is_dir():
-            raise UserError(f"{self.folder} is not there; every machine must see the same --output_dir")
-        torch.set_num_threads(self.args.threads)
-        report = Report()
-        self.manager = DeviceManager(kind)
-        dtype = choose_dtype(self.args, self.manager, report)
-        if self.args.dynamo:
-            check_compiler(self.manager.device)
-        self.pipe = load_pipeline(StableDiffusionPipeline, self.args.model_path, dtype).to(self.manager.device)
-        self.pipe.set_progress_bar_config(disable=True)
-        if self.args.scheduler:
-            self.pipe.scheduler = make_scheduler(self.args.scheduler, like=self.pipe.scheduler)
-        choose_size(self.args, self.pipe)
-        if self.args.cache:
-            self.args.cache_steps = count_full_steps(self.pipe.scheduler, self.args.steps, self.args.cache)
-        self.about = {
-            "flags": accelerate(self.pipe, self.args),
-            "device": {**get_device_info(self.manager.device), "dtype": str(dtype)},
-            "versions": versions(),
-        }
-
-    def __call__(self, row: dict[str, Any]) -> dict[str, str]:
-        """A `Picture` as a row of Ray's to what came of it. Empty text stands for none: Ray would turn None to NaN."""
-        picture = Picture(**row)
-        outcome = {"name": picture.name, "refusal": self.refusal, "error": "", "warning": ""}
-        if self.refusal:
-            return outcome
-        # Grows with each attempt and stays when this process dies. Ray itself would either retry for ever or, with a
-        # limit, count deaths for all pictures of a task.
-        attempts = self.folder / f".{picture.name}.attempts{SCRATCH}"
-        try:
-            if is_complete(picture, self.folder):
-                return outcome
-            with attempts.open("ab") as file:
-                file.write(b".")
-            if attempts.stat().st_size > self.args.retries + 1:
-                outcome["error"] = f"its worker died {self.args.retries + 1} times"
-            else:
-                outcome["warning"] = "; ".join(self.draw(picture))
-        except Exception as error:
-            outcome["error"] = "out of memory" if is_out_of_memory(error) else f"{type(error).__name__}: {error}"
-            print(f"{picture.name}: {outcome['error']}", file=sys.stderr)
-            self.leave_if_broken()
-        with suppress(OSError):
-            attempts.unlink(missing_ok=True)
-        return outcome
-
-    def draw(self, picture: Picture) -> list[str]:
-        """Draw and save `picture`. The result is warnings."""
-        args = argparse.Namespace(**vars(self.args))
-        args.prompts, args.negative_prompt, args.seed = [picture.prompt], picture.negative_prompt, picture.seed
-        report = Report()
-        warn_of_long_prompts(args, self.pipe, report)
-        clear_overflow_flag(self.manager.device)
-        call = call_pipeline(self.pipe, args, self.manager, 0, args.cache)
-        warning = overflow_warning(call.images, self.manager.device)
-        if warning:
-            report.warn(warning)
-
-        about = {"settings": settings_in_use(args, self.pipe), **self.about}
-        path = self.folder / f"{picture.name}.png"
-        chunks = {name: json.dumps(content, default=str) for name, content in about.items()}
-        save_png(call.images[0], path, {"prompt": picture.prompt, "seed": str(picture.seed), **chunks})
-        entry = {"file": path.name, "bytes": path.stat().st_size, **asdict(picture), "seconds": call.seconds}
-        # Last: this file says that the picture is whole.
-        write_json(path.with_suffix(".json"), entry | about | {"warnings": report.warnings})
-        return report.warnings
-
-    def leave_if_broken(self) -> None:
-        """End this process when its device no longer computes, so that Ray starts another one for the row."""
-        try:
-            self.manager.empty_cache()
-            torch.ones(1, device=self.manager.device).item()
-        except Exception as error:
-            print(f"{self.manager.device} is lost: {error}", file=sys.stderr, flush=True)
-            os._exit(FAILED)
 
 
 @contextmanager

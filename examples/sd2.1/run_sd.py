@@ -12,16 +12,18 @@ import re
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")  # without CANN it would end in a traceback here
 
 from diffusers import StableDiffusionPipeline
-from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parents[1])]
+
+from pictures import Drawing, call_pipeline, seeds_of
 
 from ascend.device import DeviceManager, get_chip, get_device_info
 from ascend.graph import compile_pipeline
@@ -54,8 +56,8 @@ from processors import AttnProcessor2_0Tome, enable_flash_attention, enable_toke
 from processors.kernels import AttentionCall, select_kernel
 from processors.tome_processor import check_ratio
 
-DEMO_MODEL = Path(__file__).with_name("demo_model")
-DEMO_PROMPTS = Path(__file__).with_name("prompts.txt")
+DEMO_MODEL = HERE / "demo_model"
+DEMO_PROMPTS = HERE / "prompts.txt"
 GUIDANCE_SCALE, DEMO_GUIDANCE_SCALE = 7.5, 1.5  # so small a model draws worse pictures with stronger guidance
 MAX_SEED = 2**63 - 1
 SETTINGS = ("negative_prompt", "steps", "guidance_scale", "height", "width", "num_images", "seed", "warmup")
@@ -296,41 +298,6 @@ def largest_attention_kernel(pipe: StableDiffusionPipeline, args: argparse.Names
     return select_kernel(call).name
 
 
-@dataclass(frozen=True)
-class Call:
-    """The pictures of prompt `number`, and the seconds for them; `loop_seconds` end with the last denoising step."""
-
-    number: int
-    images: list[Image.Image]
-    seconds: float
-    loop_seconds: float
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """All pictures of a run and what they cost."""
-
-    calls: list[Call]
-    warmup_seconds: list[float]  # of each untimed call
-    peak_memory: int  # bytes
-
-    @property
-    def images(self) -> list[Image.Image]:
-        return [image for call in self.calls for image in call.images]
-
-    def seconds_to_compile(self) -> float | None:
-        """What the first warm-up took beyond a later call; None without a warm-up."""
-        later = sum(call.seconds for call in self.calls) / len(self.calls)
-        return self.warmup_seconds[0] - later if self.warmup_seconds else None
-
-    def seconds_per_image(self) -> float:
-        return sum(call.seconds for call in self.calls) / len(self.images)
-
-    def seconds_per_step(self, steps: int) -> float:
-        """Of one denoising step, which serves all pictures of a call."""
-        return sum(call.loop_seconds for call in self.calls) / (len(self.calls) * steps)
-
-
 def draw(
     pipe: StableDiffusionPipeline,
     args: argparse.Namespace,
@@ -349,45 +316,6 @@ def draw(
     if warning:
         report.warn(warning)
     return drawing
-
-
-def call_pipeline(
-    pipe: StableDiffusionPipeline, args: argparse.Namespace, manager: DeviceManager, number: int, cache: dict[str, Any]
-) -> Call:
-    """The pictures of prompt `number`. Each has its own generator, on the CPU: any one can be drawn again alone."""
-    loop_end = 0.0
-
-    def on_step_end(
-        pipe: StableDiffusionPipeline, step: int, timestep: int, tensors: dict[str, Any]
-    ) -> dict[str, Any]:
-        nonlocal loop_end
-        if step == pipe.num_timesteps - 1:  # at no other step: waiting for the device holds it up
-            manager.synchronize()
-            loop_end = time.perf_counter()
-        return {}
-
-    manager.synchronize()
-    start = time.perf_counter()
-    images = pipe(
-        args.prompts[number],
-        negative_prompt=args.negative_prompt,
-        height=args.height,
-        width=args.width,
-        num_inference_steps=args.steps,
-        guidance_scale=args.guidance_scale,
-        num_images_per_prompt=args.num_images,
-        generator=[manager.create_generator(seed) for seed in seeds_of(args, number)],
-        callback_on_step_end=on_step_end,
-        **cache,
-    ).images
-    manager.synchronize()
-    return Call(number, images, seconds=time.perf_counter() - start, loop_seconds=loop_end - start)
-
-
-def seeds_of(args: argparse.Namespace, number: int) -> range:
-    """Of the pictures of prompt `number`: consecutive over all pictures of a run."""
-    first = args.seed + number * args.num_images
-    return range(first, first + args.num_images)
 
 
 def costs(drawing: Drawing, args: argparse.Namespace, compiled: bool) -> dict[str, float | None]:

@@ -5,6 +5,7 @@
 #        bash examples/sd2.1/run_sd.sh --device_list=0,1 --model_path=...     on several devices, a process for each
 # --device_list=0,1   the two chips of a 310P Duo card, or other NPUs or GPUs; on a CPU, as many processes
 # --cann_path=DIR     sources DIR/set_env.sh first
+# --rdzv_endpoint=HOST:PORT --nnodes=N --node_rank=0   for several machines, or a port of your own; see common/launch.py
 set -euo pipefail
 
 here=$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")
@@ -14,15 +15,19 @@ fi
 
 device_list=
 cann_path=
+launcher=() # what concerns the launcher of several processes
 arguments=()
 while (($#)); do
     case $1 in
-        --device_list=* | --cann_path=*) name=${1%%=*} && printf -v "${name#--}" %s "${1#*=}" ;;
-        --device_list | --cann_path)
+        --device_list | --cann_path | --rdzv_endpoint | --nnodes | --node_rank)
             (($# > 1)) || { echo "error: $1 needs a value" >&2; exit 2; }
-            printf -v "${1#--}" %s "$2"
-            shift
+            set -- "$1=$2" "${@:3}"
             ;;
+    esac
+    case $1 in
+        --device_list=*) device_list=${1#*=} ;;
+        --cann_path=*) cann_path=${1#*=} ;;
+        --rdzv_endpoint=* | --nnodes=* | --node_rank=*) launcher+=("$1") ;;
         *) arguments+=("$1") ;;
     esac
     shift
@@ -40,8 +45,9 @@ if [[ $cann_path ]]; then
 fi
 
 python=$(bash "$here/../../scripts/setup_env.sh")
-if [[ $device_list == *,* ]]; then
-    exec "$python" "$here/../common/launch.py" "--device_list=$device_list" -- "$here/run_sd.py" "${arguments[@]}"
+if [[ $device_list == *,* ]] || ((${#launcher[@]})); then
+    launcher+=("--device_list=${device_list:-0}")
+    exec "$python" "$here/../common/launch.py" "${launcher[@]}" -- "$here/run_sd.py" "${arguments[@]}"
 fi
 if [[ $device_list ]]; then
     export ASCEND_RT_VISIBLE_DEVICES=$device_list CUDA_VISIBLE_DEVICES=$device_list

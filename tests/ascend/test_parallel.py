@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
+from ascend import parallel
 from ascend.parallel import LocalRows, Mesh, ParallelError, SharedBatch, choose_branch_size, rows_of
 
 
@@ -48,7 +48,7 @@ def test_groups_draw_all_prompts_once() -> None:
 
 
 def gathers(shares: list[torch.Tensor]) -> Any:
-    """all_gather_into_tensor of a rank whose peers give `shares`."""
+    """all_gather of a rank whose peers give `shares`."""
 
     def gather(everyone: torch.Tensor, mine: torch.Tensor, group: Any) -> None:
         assert all(len(share) == len(mine) for share in shares)
@@ -61,7 +61,7 @@ def gathers(shares: list[torch.Tensor]) -> Any:
 def test_three_rows_on_two_ranks(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
     batch = torch.arange(12.0).view(3, 4)
     shares = [batch[:2] * 2, torch.cat([batch[2:] * 2, torch.zeros(1, 4)])]
-    monkeypatch.setattr(dist, "all_gather_into_tensor", gathers(shares))
+    monkeypatch.setattr(parallel, "all_gather", gathers(shares))
     seen = {}
 
     def forward(rows: torch.Tensor, scalar: torch.Tensor, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -78,6 +78,22 @@ def test_three_rows_on_two_ranks(rank: int, monkeypatch: pytest.MonkeyPatch) -> 
     assert len(feature) == 3 and torch.equal(feature.tensor, batch[mine] + 100)
     split(batch, torch.tensor(5), cached_feature=feature)
     assert torch.equal(seen["cached_feature"], batch[mine] + 100)  # its own rows, as it returned them
+
+
+def test_a_prompt_is_cut_once_for_all_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parallel, "all_gather", gathers([torch.zeros(1), torch.zeros(1)]))
+    seen: list[torch.Tensor] = []
+
+    def forward(rows: torch.Tensor, encoder_hidden_states: dict[str, tuple[torch.Tensor]]) -> torch.Tensor:
+        seen.append(encoder_hidden_states["block"][0])
+        return rows
+
+    split = SharedBatch(forward, Mesh(1, 2, 2, group=object()), must_split=True)
+    first, second = ({"block": (torch.tensor([0.0, value]),)} for value in (1.0, 2.0))
+    for prompt in (first, first, second):
+        split(torch.zeros(2), encoder_hidden_states=prompt)
+    assert [tensor.tolist() for tensor in seen] == [[1.0], [1.0], [2.0]]
+    assert seen[0] is seen[1]
 
 
 def test_a_batch_without_branches_is_refused_or_computed_by_all() -> None:

@@ -316,6 +316,36 @@ def test_a_file_that_is_no_parquet_is_one_line(run_batch: Callable, tmp_path: Pa
     assert outcome.code == 2 and "is not a Parquet file" in outcome.err.strip().splitlines()[-1]
 
 
+def test_all_good_rows_are_drawn_on_ray_and_a_rerun_has_nothing_to_do(
+    batch: ModuleType, parse: Callable, tiny_sd_dir: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("ray")
+    rows = [{"prompt": "a red circle", "id": "x"}, {"prompt": " "}, {"prompt": "a blue square", "seed": 5, "id": "y"}]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    settings = ["--model_path", tiny_sd_dir, "--steps", 2, "--device", "cpu", "--workers", 2]
+    command = [sys.executable, SCRIPT, "--prompts", tmp_path / "prompts.jsonl", "--output_dir", tmp_path / "batch"]
+
+    def run() -> tuple[int, str, dict[str, int]]:
+        line = [str(part) for part in [*command, *settings]]
+        result = subprocess.run(
+            line, capture_output=True, text=True, env=os.environ | {"RAY_ADDRESS": ""}, check=False
+        )
+        report = json.loads((tmp_path / "batch" / "report.json").read_text())
+        return result.returncode, result.stderr, report["images"]
+
+    code, message, counts = run()
+    assert code == 1 and "line 2: prompt is empty" in message and "Traceback" not in message
+    assert counts == {"drawn": 2, "already_there": 0, "failed": 1}
+    images = tmp_path / "batch" / "images"
+    assert sorted(path.name for path in images.glob("[!.]*")) == ["x.json", "x.png", "y.json", "y.png"]
+    single = batch.Painter(parse(*settings, "--output_dir", tmp_path / "single"), "cpu")
+    for picture in batch.plan(batch.read_records(tmp_path / "prompts.jsonl"), parse(*settings), "cpu")[0]:
+        single(batch.asdict(picture))
+        [ours, alone] = (np.asarray(Image.open(folder / f"{picture.name}.png")) for folder in (images, single.folder))
+        assert np.array_equal(ours, alone)
+    assert run()[2] == {"drawn": 0, "already_there": 2, "failed": 1}
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_killed_workers_and_a_killed_run_leave_each_picture_once(

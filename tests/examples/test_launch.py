@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +23,8 @@ RUN_SD = ROOT / "examples/sd2.1/run_sd.py"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def launch(devices: str, *command: object) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, LAUNCH, "--device_list", devices, "--", *command]
+def launch(devices: str, *command: object, launcher: Sequence[object] = ()) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, LAUNCH, "--device_list", devices, *launcher, "--", *command]
     return subprocess.run(list(map(str, line)), capture_output=True, text=True, env=ENVIRONMENT, check=False)
 
 
@@ -84,6 +87,48 @@ def test_devices_that_cannot_work_together(devices: str, message: str, tiny_sd_d
     result = launch(devices, *draw(tmp_path, tiny_sd_dir, "--prompt", "x"))
     assert result.returncode == 2
     assert message in result.stderr and "Traceback" not in result.stderr
+
+
+def test_a_port_that_another_program_has() -> None:
+    with socket.create_server(("", 0)) as server:
+        endpoint = f"localhost:{server.getsockname()[1]}"
+        result = launch("0,1", "x.py", launcher=["--rdzv_endpoint", endpoint])
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert f"error: --rdzv_endpoint {endpoint}: the ranks cannot meet there" in result.stderr
+    assert "address already in use" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--nnodes", 2], "--nnodes 2 needs --rdzv_endpoint HOST:PORT"),
+        (["--node_rank", 1], "--node_rank 1 must be less than --nnodes, which is 1"),
+        (["--rdzv_endpoint", "somewhere"], "'somewhere' is not a host and a port"),
+    ],
+)
+def test_machines_that_cannot_meet(options: list[object], message: str) -> None:
+    result = launch("0,1", "x.py", launcher=options)
+    assert result.returncode == 2 and message in result.stderr
+
+
+def test_two_machines(tmp_path: Path) -> None:
+    """Two launchers stand for the machines; both count as many ranks, and each has its own."""
+    script = tmp_path / "rank.py"
+    script.write_text(
+        "import os, pathlib, sys\n"
+        "import torch.distributed as dist\n"
+        "dist.init_process_group('gloo')\n"
+        "file = pathlib.Path(sys.argv[1], os.environ['RANK'])\n"
+        "file.write_text(f'{dist.get_world_size()} {os.environ[\"GROUP_RANK\"]}')\n"
+        "dist.destroy_process_group()\n"
+    )
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+    meet = ["--nnodes", 2, "--rdzv_endpoint", f"localhost:{port}", "--node_rank"]
+    with ThreadPoolExecutor() as machines:
+        results = list(machines.map(lambda node: launch("0,1", script, tmp_path, launcher=[*meet, node]), range(2)))
+    assert [result.returncode for result in results] == [0, 0], results
+    assert [(tmp_path / str(rank)).read_text() for rank in range(4)] == ["4 0", "4 0", "4 1", "4 1"]
 
 
 def test_a_killed_rank_ends_the_others_and_is_named(tmp_path: Path) -> None:

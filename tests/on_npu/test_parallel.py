@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -34,3 +38,26 @@ def test_two_chips_draw_the_pictures_of_one(npu: torch.device, chip: str, tiny_s
     assert np.abs(alone - together).mean() < 1.5
     report = json.loads((tmp_path / "two/report.json").read_text())
     assert report["devices"] == {"all": 2, "for each picture": 2} and report["device"]["chip"] == chip
+
+
+def test_a_chip_that_is_lost_ends_the_run(npu: torch.device, tiny_sd_dir: Path, tmp_path: Path) -> None:
+    if torch.npu.device_count() < 2:
+        pytest.skip("needs two chips")
+    options = ["--model_path", tiny_sd_dir, "--steps", 900, "--height", 64, "--width", 64, "--output_dir", tmp_path]
+    line = [str(part) for part in [sys.executable, *LAUNCH, *RUN_SD, *options]]
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(line, stdout=log, stderr=log)
+
+    def said() -> str:
+        return (tmp_path / "log").read_text()
+
+    while not re.search(r"\d\d/900", said()):  # steps
+        assert process.poll() is None, said()
+        time.sleep(0.1)
+    ranks = psutil.Process(process.pid).children()
+    next(rank for rank in ranks if rank.environ().get("RANK") == "1").kill()
+    start = time.monotonic()
+    assert process.wait(timeout=60) == 128 + signal.SIGKILL
+    assert time.monotonic() - start < 30
+    assert "error: rank 1 was ended by SIGKILL, and the others have been ended" in said()
+    assert not any(rank.is_running() for rank in ranks)

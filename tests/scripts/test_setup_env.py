@@ -25,7 +25,7 @@ def checkout(tmp_path: Path) -> Path:
     root = tmp_path / "a checkout"
     (root / "scripts").mkdir(parents=True)
     shutil.copy(ROOT / "scripts" / "setup_env.sh", root / "scripts")
-    for name in ("requirements.txt", "requirements-dev.txt", "requirements-npu.txt"):
+    for name in ("requirements.txt", "requirements-batch.txt", "requirements-dev.txt", "requirements-npu.txt"):
         (root / name).write_text(f"# {name}\n")
     (root / "apply_patch.sh").write_text('echo patched >>"$PREFIX/installed"; echo to-stdout\n')
     (root / "prefix").mkdir()
@@ -50,7 +50,7 @@ def test_it_installs_once_and_prints_the_interpreter_alone(checkout: Path) -> No
     code, out, _, installed = set_up(checkout, "--dev")
     assert (code, out) == (0, f"{checkout}/python\n")
     # DeepCache, among the tools, asks for a diffusers: ours has to be there first
-    assert installed == ["requirements.txt", "patched", "requirements-dev.txt"]
+    assert installed == ["requirements.txt", "patched", "requirements-batch.txt", "requirements-dev.txt"]
     assert set_up(checkout, "--dev")[3] == ["patched"]  # apply_patch.sh finds out by itself that it is up to date
     assert set_up(checkout)[3] == ["patched"]
 
