@@ -3,10 +3,10 @@
     python scripts/benchmark_parallel.py                    two processes of one thread each, on the CPU
     python scripts/benchmark_parallel.py --flags FA TOME DC --interval 2
 
-One device and two draw in turns, each time in fresh processes; the speed-up is a ratio of neighbours, and its median
-over the rounds is reported. Beside the denoising steps, after a first one that is not timed, it times the text encoder
-and the VAE's decoder, for the share they have in a picture, and the decoder on half a picture, as tiles would give to
-each device. From these it computes what more devices would do, and marks that as simulated.
+One device and two denoise in turns: while the first computes alone, the second waits. The speed-up is a ratio of
+neighbours, and its median over the rounds is reported. Then it times, on one device, the text encoder, the VAE's
+decoder, and the decoder on half a picture, as tiles would give to each device. From these it computes whole pictures,
+and what more devices would bring, which it marks as simulated.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ sys.path.insert(0, str(ROOT))
 
 from ascend.device import DeviceManager
 from ascend.graph import compile_pipeline
-from ascend.parallel import choose_branch_size, process_group, share_guidance, world_size
+from ascend.parallel import Mesh, all_gather, process_group, share_guidance
 from examples.common.cli import ArgumentParser, fail, image_size, one_line_errors, positive_int
 from examples.common.launch import RankFailedError, launch
 from examples.common.report import format_table
@@ -60,16 +61,17 @@ DEVICES = (1, 2, 4, 8, 16)
 
 
 @dataclass(frozen=True)
-class Stages:
-    """Seconds of what makes up a picture: `step` of a denoising step, `tile` of the decoder on half a picture."""
+class Times:
+    """Seconds of a denoising step on `one` device and on `two`, of each round, and of the rest on one device."""
 
+    one: list[float]
+    two: list[float]
     text: float
-    step: float
     decoder: float
     tile: float
 
-    def picture(self) -> float:
-        return self.text + PICTURE_STEPS * self.step + self.decoder
+    def picture(self, steps: list[float]) -> float:
+        return self.text + PICTURE_STEPS * statistics.median(steps) + self.decoder
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -82,8 +84,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--flags", nargs="*", choices=FLAGS, default=[], metavar="FLAG", help=f"accelerations of {' '.join(FLAGS)}")
     add("--interval", type=positive_int, default=2, metavar="N", help="of full steps with DC (2)")
     add("--ratio", type=float, default=0.5, metavar="R", help="of merged tokens with TOME (0.5)")
-    add("--steps", type=positive_int, default=2, metavar="N", help="timed denoising steps (2)")
-    add("--rounds", type=positive_int, default=3, metavar="N", help="(3)")
+    add("--steps", type=positive_int, default=2, metavar="N", help="denoising steps of a turn (2)")
+    add("--rounds", type=positive_int, default=5, metavar="N", help="(5)")
     add("--output", type=Path, help=argparse.SUPPRESS)  # of a rank: where its seconds go
     args = parser.parse_args(arguments)
     if "DC" in args.flags and args.steps % args.interval:
@@ -92,48 +94,71 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def measure(args: argparse.Namespace) -> None:
-    """What each rank does; rank 0 writes the seconds and the latents to `args.output`."""
-    name = args.device if args.device == "cpu" else f"{args.device}:{os.environ.get('LOCAL_RANK', 0)}"
+    """What each rank does; rank 0 writes the times and how far the latents differ to `args.output`."""
+    name = args.device if args.device == "cpu" else f"{args.device}:{os.environ['LOCAL_RANK']}"
     manager = DeviceManager(name)
     pipe = make_pipeline(argparse.Namespace(model="sd2.1-base", seed=0), manager, manager.dtype)
-    with process_group(manager.device, choose_branch_size(world_size(), has_guidance=True)) as mesh:
-        with switched_on(pipe, args.flags, args) as options:
-            if "dynamo" in args.flags:
-                compile_pipeline(pipe)
-            share_guidance(pipe, mesh)
-            step, latents = denoise(pipe, args, manager, options)
-        stages = Stages(step=step, **time_ends(args, manager))
+    seconds: tuple[list[float], list[float]] = [], []
+    with (
+        process_group(manager.device, branch_size=2) as mesh,
+        switched_on(pipe, args.flags, args) as options,
+    ):
+        if "dynamo" in args.flags:
+            compile_pipeline(pipe)
+        for number in tqdm(range(args.rounds + 1), desc="rounds, the first to warm up", disable=mesh.rank > 0):
+            if mesh.rank == 0:
+                alone, expected = denoise(pipe, args, manager, options)
+            wait_for_all(mesh, manager)
+            with sharing(pipe, mesh):
+                together, latents = denoise(pipe, args, manager, options)
+            if number and mesh.rank == 0:
+                seconds[0].append(alone)
+                seconds[1].append(together)
         if mesh.rank == 0:
-            args.output.write_text(json.dumps({"seconds": asdict(stages), "latents": latents.tolist()}))
+            times = Times(one=seconds[0], two=seconds[1], **time_ends(args, manager))
+            difference = ((latents - expected).float().norm() / expected.float().norm()).item()
+            args.output.write_text(json.dumps({"times": asdict(times), "difference": difference}))
+        wait_for_all(mesh, manager)
+
+
+def wait_for_all(mesh: Mesh, manager: DeviceManager) -> None:
+    """A barrier, by the collective that 310P Duo has."""
+    every = torch.empty(mesh.world_size, device=manager.device)
+    all_gather(every, torch.zeros(1, device=manager.device), mesh.group)
+    manager.synchronize()
+
+
+@contextmanager
+def sharing(pipe: StableDiffusionPipeline, mesh: Mesh) -> Iterator[None]:
+    modules = (pipe.unet, pipe.vae.decoder)
+    forwards = [module.forward for module in modules]
+    share_guidance(pipe, mesh)
+    yield
+    for module, forward in zip(modules, forwards, strict=True):
+        module.forward = forward
 
 
 def denoise(
     pipe: StableDiffusionPipeline, args: argparse.Namespace, manager: DeviceManager, options: dict[str, Any]
 ) -> tuple[float, torch.Tensor]:
-    """Seconds of a step, on average over whole intervals of DeepCache, and the latents."""
-    seconds = [0.0]
-
-    def on_step_end(pipe: Any, step: int, timestep: torch.Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
-        if step in (0, args.steps):
-            manager.synchronize()
-            seconds.append(time.perf_counter())
-        return tensors
-
+    """Seconds of a step, on average over `args.steps`, and the latents."""
+    generator = torch.Generator().manual_seed(0)
     width = pipe.unet.config.cross_attention_dim
-    prompt = torch.randn(2, 1, PROMPT_TOKENS, width, generator=torch.Generator().manual_seed(0)).to(pipe.unet.device)
-    for _ in range(2 if "dynamo" in args.flags else 1):  # the first compiles
-        latents = pipe(
-            prompt_embeds=prompt[0].to(pipe.unet.dtype),
-            negative_prompt_embeds=prompt[1].to(pipe.unet.dtype),
-            height=args.pixels,
-            width=args.pixels,
-            num_inference_steps=args.steps + 1,
-            generator=torch.Generator().manual_seed(0),
-            output_type="latent",
-            callback_on_step_end=on_step_end,
-            **options,
-        ).images
-    return (seconds[-1] - seconds[-2]) / args.steps, latents
+    prompt, negative = torch.randn(2, 1, PROMPT_TOKENS, width, generator=generator).to(manager.device, pipe.unet.dtype)
+    manager.synchronize()
+    start = time.perf_counter()
+    latents = pipe(
+        prompt_embeds=prompt,
+        negative_prompt_embeds=negative,
+        height=args.pixels,
+        width=args.pixels,
+        num_inference_steps=args.steps,
+        generator=generator,
+        output_type="latent",
+        **options,
+    ).images
+    manager.synchronize()
+    return (time.perf_counter() - start) / args.steps, latents
 
 
 @torch.no_grad()
@@ -161,32 +186,19 @@ def seconds_of(manager: DeviceManager, call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def draw_in_turns(args: argparse.Namespace) -> dict[int, list[dict[str, Any]]]:
-    """What rank 0 wrote in each round, for one device and for two."""
-    results: dict[int, list[dict[str, Any]]] = {1: [], 2: []}
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder, "result.json")
-        for _ in tqdm(range(args.rounds), desc="rounds"):
-            for devices, found in results.items():
-                launch([*range(devices)], Path(folder), [__file__, *sys.argv[1:], "--output", str(output)])
-                found.append(json.loads(output.read_text()))
-    return results
-
-
-def scaling_table(one: Stages, two: Stages) -> str:
+def scaling_table(times: Times) -> str:
     """Seconds of one picture and pictures in an hour: measured for up to two devices, computed for more.
 
     Devices draw pictures independently of each other, alone or in pairs, so that only the last, incomplete turn costs.
     """
+    one, two = times.picture(times.one), times.picture(times.two)
     rows = []
     for devices in DEVICES:
         fastest = two if devices > 1 else one
-        pairs, turns_alone = max(devices // 2, 1), -(-PROMPTS // devices)
-        turns = -(-PROMPTS // pairs)
-        hourly = [3600 * PROMPTS / (turns * fastest.picture()), 3600 * PROMPTS / (turns_alone * one.picture())]
+        turns = -(-PROMPTS // max(devices // 2, 1))
+        hourly = [3600 * PROMPTS / (turns * fastest), 3600 * PROMPTS / (-(-PROMPTS // devices) * one)]
         label = f"{devices} devices, simulated" if devices > 2 else f"{devices}, measured"
-        rows.append((label, [fastest.picture(), *hourly], ".4g"))
+        rows.append((label, [fastest, *hourly], ".4g"))
     headings = ["a picture (s)", "an hour, in pairs", "an hour, each alone"]
     return f"{format_table(headings, rows)}\n(each alone: simulated from one device)"
 
@@ -195,25 +207,27 @@ def run(args: argparse.Namespace) -> None:
     if args.output:
         measure(args)
         return
-    results = draw_in_turns(args)
-    ones, twos = ([Stages(**result["seconds"]) for result in found] for found in results.values())
-    one, two = (
-        Stages(**{name: statistics.median(asdict(s)[name] for s in stages) for name in asdict(stages[0])})
-        for stages in (ones, twos)
-    )
-    first, second = (torch.tensor(found[-1]["latents"]) for found in results.values())
-    names = {"text": "text encoder", "step": "denoising step", "decoder": "decoder", "tile": "decoder, half a picture"}
-    table = [(label, [asdict(one)[name], asdict(two)[name]], ".3f") for name, label in names.items()]
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder, "result.json")
+        launch([0, 1], Path(folder), [__file__, *sys.argv[1:], "--output", str(output)])
+        result = json.loads(output.read_text())
+    times = Times(**result["times"])
+    one, two = times.picture(times.one), times.picture(times.two)
+    table: list[tuple[str, list[float | None], str]] = [
+        ("denoising step", [statistics.median(times.one), statistics.median(times.two)], ".3f"),
+        ("text encoder", [times.text, None], ".3f"),
+        ("decoder", [times.decoder, None], ".3f"),
+        ("decoder, half a picture", [times.tile, None], ".3f"),
+        (f"picture of {PICTURE_STEPS} steps", [one, two], ".1f"),
+    ]
     print(format_table(["one device (s)", "two devices (s)"], table))
-    ratios = {
-        "denoising": [a.step / b.step for a, b in zip(ones, twos, strict=True)],
-        f"picture of {PICTURE_STEPS} steps": [a.picture() / b.picture() for a, b in zip(ones, twos, strict=True)],
-    }
-    for name, rounds in ratios.items():
-        each = ", ".join(f"{ratio:.2f}" for ratio in rounds)
-        print(f"speed-up of two devices, {name}: {statistics.median(rounds):.2f}x (rounds: {each})")
-    print(f"latents differ by {((first - second).norm() / first.norm()).item():.1e} of their norm\n")
-    print(scaling_table(one, two))
+    ratios = [alone / together for alone, together in zip(times.one, times.two, strict=True)]
+    each = ", ".join(f"{ratio:.2f}" for ratio in ratios)
+    print(f"speed-up of denoising on two devices: {statistics.median(ratios):.2f}x (rounds: {each})")
+    print(f"of a picture of {PICTURE_STEPS} steps: {one / two:.2f}x")
+    print(f"latents differ by {result['difference']:.1e} of their norm\n")
+    print(scaling_table(times))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

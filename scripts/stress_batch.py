@@ -3,8 +3,8 @@
     python scripts/stress_batch.py --model_path DIR
 
 Draws the same prompts with run_sd.py in one process, and demands of the batch: all pictures are there, none twice, no
-other file, and each equal to the one process's, pixel by pixel. A last run must find nothing left to draw. Needs
-requirements-batch.txt and Linux.
+other file, and each equal to the one process's, pixel by pixel. A last run must find nothing left to draw. Needs the
+environment of `setup_env.sh --batch`, and Linux.
 """
 
 from __future__ import annotations

@@ -128,6 +128,7 @@ def launch(devices: list[int], log_dir: Path, command: list[str], machines: Mach
     for variable in VISIBLE_DEVICES.values():
         os.environ[variable] = ",".join(map(str, devices))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // ranks)))
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as in run_sd.py
     logs_specs = DefaultLogsSpecs(str(log_dir), redirects={rank: Std.ALL for rank in range(1, ranks)})
     config = LaunchConfig(nproc_per_node=ranks, logs_specs=logs_specs, max_restarts=0, **machines.rendezvous())
     try:

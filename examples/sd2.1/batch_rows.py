@@ -195,5 +195,4 @@ def is_complete(picture: Picture, folder: Path) -> bool:
 
 
 def not_installed(what: str, error: ImportError) -> UserError:
-    install = f"python -m pip install --requirement {ROOT / 'requirements-batch.txt'}"
-    return UserError(f"{what} is not installed ({error}); run: {install}")
+    return UserError(f"{what} is not installed ({error}); run: bash {ROOT / 'scripts/setup_env.sh'} --batch")

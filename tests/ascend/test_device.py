@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -193,3 +194,17 @@ def test_a_model_fits_when_it_leaves_memory_for_activations() -> None:
 def test_a_pipeline_without_a_vae_is_placed_too(tiny_sd: StableDiffusionPipeline) -> None:
     tiny_sd.vae = None
     assert place_pipeline(tiny_sd, CPU) == ["all components are on cpu"]
+
+
+def test_the_cpu_s_freed_memory_is_kept_until_the_cache_is_emptied() -> None:
+    manager = DeviceManager("cpu")
+
+    def new_pages() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(2**26)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    new_pages()
+    assert new_pages() < 100
+    manager.empty_cache()
+    assert new_pages() > 100  # fewer than its 65536 where the kernel hands out large pages
