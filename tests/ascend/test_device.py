@@ -204,7 +204,8 @@ def test_the_cpu_s_freed_memory_is_kept_until_the_cache_is_emptied() -> None:
         torch.ones(2**26)
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-    new_pages()
+    for _ in range(8):  # until what lies free is in one piece: memory that is aligned leaves splinters
+        new_pages()
     assert new_pages() < 100
     manager.empty_cache()
     assert new_pages() > 100  # fewer than its 65536 where the kernel hands out large pages
