@@ -268,7 +268,7 @@ class DeviceManager:
             _use_precompiled_kernels()
         if self.device.type == "cpu":
             _keep_freed_memory()
-        if self.device.type != "cpu":
+        else:
             torch.accelerator.set_device_index(self.device.index)
         self.dtype = best_dtype(self.device)
 

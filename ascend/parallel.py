@@ -125,6 +125,11 @@ def all_gather(everyone: torch.Tensor, mine: torch.Tensor, group: Any) -> None:
     gather(everyone, mine, group=group)
 
 
+def wait_for_all(mesh: Mesh, device: torch.device) -> None:
+    """Hold up `device` until all ranks of the group are here, by the one collective that a 310P Duo card has."""
+    all_gather(torch.empty(mesh.branch_size, device=device), torch.zeros(1, device=device), mesh.group)
+
+
 @contextmanager
 def process_group(device: torch.device, branch_size: int) -> Iterator[Mesh]:
     """Join the processes that torchrun started, each with a device of its own, until the end of the block."""
@@ -138,10 +143,11 @@ def process_group(device: torch.device, branch_size: int) -> Iterator[Mesh]:
         groups = [dist.new_group([*range(first, first + branch_size)]) for first in range(0, ranks, branch_size)]
         rank = dist.get_rank()
         group = groups[rank // branch_size] if branch_size > 1 else None
+        mesh = Mesh(rank, ranks, branch_size, group)
         if group is not None:
             # The first collective connects the ranks, for which HCCL has a time limit that no compilation must delay.
-            all_gather(torch.empty(branch_size, device=device), torch.zeros(1, device=device), group)
-        yield Mesh(rank, ranks, branch_size, group)
+            wait_for_all(mesh, device)
+        yield mesh
     finally:
         dist.destroy_process_group()
 

@@ -143,27 +143,26 @@ def switched_on(pipe: StableDiffusionPipeline, flags: Sequence[str], args: argpa
 
 
 def denoise(
-    pipe: StableDiffusionPipeline, args: argparse.Namespace, manager: DeviceManager, flags: Sequence[str]
+    pipe: StableDiffusionPipeline, args: argparse.Namespace, manager: DeviceManager, options: dict[str, Any]
 ) -> tuple[float, torch.Tensor]:
-    """Seconds of one denoising loop with guidance, and its latents."""
+    """Seconds of one denoising loop with guidance, and its latents; `options` are those of `switched_on`."""
     generator = torch.Generator().manual_seed(args.seed)
     width = pipe.unet.config.cross_attention_dim
     prompt, negative = torch.randn(2, 1, PROMPT_TOKENS, width, generator=generator).to(manager.device, pipe.unet.dtype)
-    with switched_on(pipe, flags, args) as options:
-        manager.synchronize()
-        start = time.perf_counter()
-        latents = pipe(
-            prompt_embeds=prompt,
-            negative_prompt_embeds=negative,
-            height=args.height,
-            width=args.width,
-            num_inference_steps=args.steps,
-            generator=generator,
-            output_type="latent",
-            **options,
-        ).images
-        manager.synchronize()
-        return time.perf_counter() - start, latents
+    manager.synchronize()
+    start = time.perf_counter()
+    latents = pipe(
+        prompt_embeds=prompt,
+        negative_prompt_embeds=negative,
+        height=args.height,
+        width=args.width,
+        num_inference_steps=args.steps,
+        generator=generator,
+        output_type="latent",
+        **options,
+    ).images
+    manager.synchronize()
+    return time.perf_counter() - start, latents
 
 
 def measure(args: argparse.Namespace, manager: DeviceManager, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
@@ -182,7 +181,8 @@ def measure(args: argparse.Namespace, manager: DeviceManager, dtype: torch.dtype
     # The first round warms up: it compiles, fills caches and is not counted.
     for number in range(args.rounds + 1):
         for name in tqdm(args.configs, desc=f"round {number}" if number else "warm-up"):
-            taken, latents[name] = denoise(pipes[name], args, manager, CONFIGURATIONS[name])
+            with switched_on(pipes[name], CONFIGURATIONS[name], args) as options:
+                taken, latents[name] = denoise(pipes[name], args, manager, options)
             if number:
                 seconds[name].append(taken)
 

@@ -22,10 +22,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from benchmark import PROMPT_TOKENS, make_pipeline, switched_on
+from benchmark import PROMPT_TOKENS, denoise, make_pipeline, switched_on
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -35,9 +34,9 @@ sys.path.insert(0, str(ROOT))
 
 from ascend.device import DeviceManager
 from ascend.graph import compile_pipeline
-from ascend.parallel import Mesh, all_gather, process_group, share_guidance
-from examples.common.cli import ArgumentParser, fail, image_size, one_line_errors, positive_int
-from examples.common.launch import RankFailedError, launch
+from ascend.parallel import Mesh, process_group, share_guidance, wait_for_all
+from examples.common.cli import ArgumentParser, image_size, one_line_errors, positive_int
+from examples.common.launch import launch
 from examples.common.report import format_table
 
 FLAGS = ("FA", "TOME", "DC", "dynamo")
@@ -87,7 +86,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--steps", type=positive_int, default=2, metavar="N", help="denoising steps of a turn (2)")
     add("--rounds", type=positive_int, default=5, metavar="N", help="(5)")
     add("--output", type=Path, help=argparse.SUPPRESS)  # of a rank: where its seconds go
+    parser.set_defaults(model="sd2.1-base", seed=0)
     args = parser.parse_args(arguments)
+    args.height = args.width = args.pixels
     if "DC" in args.flags and args.steps % args.interval:
         parser.error(f"--steps {args.steps} must be a multiple of --interval {args.interval}, to time whole intervals")
     return args
@@ -97,7 +98,7 @@ def measure(args: argparse.Namespace) -> None:
     """What each rank does; rank 0 writes the times and how far the latents differ to `args.output`."""
     name = args.device if args.device == "cpu" else f"{args.device}:{os.environ['LOCAL_RANK']}"
     manager = DeviceManager(name)
-    pipe = make_pipeline(argparse.Namespace(model="sd2.1-base", seed=0), manager, manager.dtype)
+    pipe = make_pipeline(args, manager, manager.dtype)
     seconds: tuple[list[float], list[float]] = [], []
     with (
         process_group(manager.device, branch_size=2) as mesh,
@@ -108,24 +109,18 @@ def measure(args: argparse.Namespace) -> None:
         for number in tqdm(range(args.rounds + 1), desc="rounds, the first to warm up", disable=mesh.rank > 0):
             if mesh.rank == 0:
                 alone, expected = denoise(pipe, args, manager, options)
-            wait_for_all(mesh, manager)
+            wait_for_all(mesh, manager.device)
+            manager.synchronize()
             with sharing(pipe, mesh):
                 together, latents = denoise(pipe, args, manager, options)
             if number and mesh.rank == 0:
-                seconds[0].append(alone)
-                seconds[1].append(together)
+                seconds[0].append(alone / args.steps)
+                seconds[1].append(together / args.steps)
         if mesh.rank == 0:
             times = Times(one=seconds[0], two=seconds[1], **time_ends(args, manager))
             difference = ((latents - expected).float().norm() / expected.float().norm()).item()
             args.output.write_text(json.dumps({"times": asdict(times), "difference": difference}))
-        wait_for_all(mesh, manager)
-
-
-def wait_for_all(mesh: Mesh, manager: DeviceManager) -> None:
-    """A barrier, by the collective that 310P Duo has."""
-    every = torch.empty(mesh.world_size, device=manager.device)
-    all_gather(every, torch.zeros(1, device=manager.device), mesh.group)
-    manager.synchronize()
+        wait_for_all(mesh, manager.device)
 
 
 @contextmanager
@@ -136,29 +131,6 @@ def sharing(pipe: StableDiffusionPipeline, mesh: Mesh) -> Iterator[None]:
     yield
     for module, forward in zip(modules, forwards, strict=True):
         module.forward = forward
-
-
-def denoise(
-    pipe: StableDiffusionPipeline, args: argparse.Namespace, manager: DeviceManager, options: dict[str, Any]
-) -> tuple[float, torch.Tensor]:
-    """Seconds of a step, on average over `args.steps`, and the latents."""
-    generator = torch.Generator().manual_seed(0)
-    width = pipe.unet.config.cross_attention_dim
-    prompt, negative = torch.randn(2, 1, PROMPT_TOKENS, width, generator=generator).to(manager.device, pipe.unet.dtype)
-    manager.synchronize()
-    start = time.perf_counter()
-    latents = pipe(
-        prompt_embeds=prompt,
-        negative_prompt_embeds=negative,
-        height=args.pixels,
-        width=args.pixels,
-        num_inference_steps=args.steps,
-        generator=generator,
-        output_type="latent",
-        **options,
-    ).images
-    manager.synchronize()
-    return (time.perf_counter() - start) / args.steps, latents
 
 
 @torch.no_grad()
@@ -203,14 +175,14 @@ def scaling_table(times: Times) -> str:
     return f"{format_table(headings, rows)}\n(each alone: simulated from one device)"
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace, arguments: Sequence[str]) -> None:
     if args.output:
         measure(args)
         return
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder, "result.json")
-        launch([0, 1], Path(folder), [__file__, *sys.argv[1:], "--output", str(output)])
+        launch([0, 1], Path(folder), [__file__, *arguments, "--output", str(output)])
         result = json.loads(output.read_text())
     times = Times(**result["times"])
     one, two = times.picture(times.one), times.picture(times.two)
@@ -232,10 +204,7 @@ def run(args: argparse.Namespace) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     with one_line_errors():
-        try:
-            run(parse_arguments(arguments))
-        except RankFailedError as error:
-            fail(error, error.exit_code)
+        run(parse_arguments(arguments), sys.argv[1:] if arguments is None else arguments)
 
 
 if __name__ == "__main__":

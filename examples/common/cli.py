@@ -22,6 +22,14 @@ class UserError(Exception):
     """Something the user can put right; the message says what is wrong, with which value, and what to do."""
 
 
+class RankFailedError(Exception):
+    """A rank failed, and the others have been ended."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """Reports bad arguments as every other error: one line, exit code 2."""
 
@@ -42,6 +50,8 @@ def one_line_errors() -> Iterator[None]:
         yield
     except (UserError, DeviceError, ParallelError) as error:
         fail(error, BAD_INPUT)
+    except RankFailedError as error:
+        fail(error, error.exit_code)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise

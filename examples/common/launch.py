@@ -2,9 +2,9 @@
 
     python examples/common/launch.py --device_list 0,1 -- examples/sd2.1/run_sd.py --FA --prompt "..."
 
-The rendezvous takes a free port by itself; several machines need --nnodes, --node_rank and
---rdzv_endpoint. The first rank of a machine writes to the terminal, the others to files of their own. When a rank
-fails, the others are ended, and the exit code is the one of the rank that failed first.
+The rendezvous takes a free port by itself; several machines need --nnodes, --node_rank and --rdzv_endpoint.
+The first rank of a machine writes to the terminal, the others to files of their own. When a rank fails, the others are
+ended, and the exit code is the one of the rank that failed first.
 """
 
 from __future__ import annotations
@@ -34,10 +34,9 @@ sys.path.insert(0, str(ROOT))
 from ascend.device import VISIBLE_DEVICES
 from examples.common.cli import (
     FAILED,
-    INTERRUPTED,
     ArgumentParser,
+    RankFailedError,
     UserError,
-    fail,
     non_negative_int,
     one_line_errors,
     positive_int,
@@ -46,14 +45,6 @@ from examples.common.cli import (
 FREE_PORT = "localhost:0"
 MEETING_SECONDS = 600  # how long the first machine waits for the last
 LAST_LINES = 5  # of a failed rank's log
-
-
-class RankFailedError(Exception):
-    """A rank failed, and the others have been ended."""
-
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
 
 
 def device_list(text: str) -> list[int]:
@@ -137,6 +128,10 @@ def launch(devices: list[int], log_dir: Path, command: list[str], machines: Mach
         rank, failure = error.get_first_failure()
         code = 128 - failure.exitcode if failure.exitcode < 0 else failure.exitcode
         raise RankFailedError(describe(rank, failure, log_dir), code) from error
+    except SignalException as error:
+        if error.sigval == signal.SIGINT:
+            raise KeyboardInterrupt from None
+        raise RankFailedError("interrupted", FAILED) from error
     except (RendezvousError, DistNetworkError, DistStoreError) as error:
         raise UserError(
             f"--rdzv_endpoint {machines.endpoint}: the ranks cannot meet there, as the port is taken or a machine did "
@@ -160,12 +155,7 @@ def main() -> None:
     log_dir = arguments.log_dir or Path(tempfile.mkdtemp(prefix="diffusers-npu-"))
     machines = Machines(arguments.rdzv_endpoint, arguments.nnodes, arguments.node_rank)
     with one_line_errors():
-        try:
-            launch(arguments.device_list, log_dir, arguments.command, machines)
-        except RankFailedError as error:
-            fail(error, error.exit_code)
-        except SignalException as error:
-            fail("interrupted", INTERRUPTED if error.sigval == signal.SIGINT else FAILED)
+        launch(arguments.device_list, log_dir, arguments.command, machines)
 
 
 if __name__ == "__main__":
