@@ -44,6 +44,7 @@ from examples.common.cli import (
 
 FREE_PORT = "localhost:0"
 MEETING_SECONDS = 600  # how long the first machine waits for the last
+POLL_SECONDS = 0.01  # shorter than ranks take to fail because another did: the first to fail is named
 LAST_LINES = 5  # of a failed rank's log
 
 
@@ -121,7 +122,13 @@ def launch(devices: list[int], log_dir: Path, command: list[str], machines: Mach
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // ranks)))
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as in run_sd.py
     logs_specs = DefaultLogsSpecs(str(log_dir), redirects={rank: Std.ALL for rank in range(1, ranks)})
-    config = LaunchConfig(nproc_per_node=ranks, logs_specs=logs_specs, max_restarts=0, **machines.rendezvous())
+    config = LaunchConfig(
+        nproc_per_node=ranks,
+        logs_specs=logs_specs,
+        max_restarts=0,
+        monitor_interval=POLL_SECONDS,
+        **machines.rendezvous(),
+    )
     try:
         elastic_launch(config, sys.executable)("-u", *command)
     except ChildFailedError as error:
