@@ -34,7 +34,7 @@ sys.path.insert(0, str(ROOT))
 
 from ascend.device import DeviceManager
 from ascend.graph import compile_pipeline
-from ascend.parallel import Mesh, process_group, share_guidance, wait_for_all
+from ascend.parallel import Mesh, process_group, share_guidance, unshare_guidance, wait_for_all
 from examples.common.cli import ArgumentParser, image_size, one_line_errors, positive_int
 from examples.common.launch import launch
 from examples.common.report import format_table
@@ -125,12 +125,9 @@ def measure(args: argparse.Namespace) -> None:
 
 @contextmanager
 def sharing(pipe: StableDiffusionPipeline, mesh: Mesh) -> Iterator[None]:
-    modules = (pipe.unet, pipe.vae.decoder)
-    forwards = [module.forward for module in modules]
     share_guidance(pipe, mesh)
     yield
-    for module, forward in zip(modules, forwards, strict=True):
-        module.forward = forward
+    unshare_guidance(pipe)
 
 
 @torch.no_grad()
