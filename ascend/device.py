@@ -36,15 +36,26 @@ def _torch_npu_failure() -> str | None:
     """
     try:
         import torch_npu  # noqa: F401
-    except ModuleNotFoundError as error:
+    except Exception as error:
+        return _describe_failure(_hidden_failure() or error)
+    return None
+
+
+def _hidden_failure() -> Exception | None:
+    """What diffusers met when it imported torch_npu, after which it puts None there and every import is "not found"."""
+    is_hidden = sys.modules.get("torch_npu", sys) is None
+    kept = getattr(sys.modules.get("diffusers.utils.import_utils"), "torch_npu_import_error", None)
+    return kept() if is_hidden and kept else None
+
+
+def _describe_failure(error: Exception) -> str:
+    if isinstance(error, ModuleNotFoundError):
         if error.name == "torch_npu":
             return "torch_npu is not installed"
         return f"torch_npu needs the module {error.name}, which is not installed"
-    except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]  # an error code and the time follow
-        hint = "; has CANN's set_env.sh been sourced?" if "cannot open shared object" in reason else ""
-        return f"torch_npu does not load ({reason}){hint}"
-    return None
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]  # an error code and the time follow
+    hint = "; has CANN's set_env.sh been sourced?" if "cannot open shared object" in reason else ""
+    return f"torch_npu does not load ({reason}){hint}"
 
 
 def is_npu_available() -> bool:
@@ -229,11 +240,12 @@ def _use_precompiled_kernels() -> None:
     npu.config.allow_internal_format = False
 
 
-@functools.cache
-def _keep_freed_memory() -> None:
-    """Let glibc keep what tensors free: pages that it gives back and asks for again have to be zeroed each time.
+def keep_freed_memory() -> None:
+    """Let glibc keep what tensors on the CPU free: pages given back and asked for again have to be zeroed each time.
 
-    That takes a tenth of a step of SD2.1. Other C libraries are left alone.
+    That takes a tenth of a step of SD2.1 there. It holds for the whole process and has no inverse, so it is for
+    programs to choose, not for libraries. `DeviceManager.empty_cache` gives back what is free. Other C libraries are
+    left alone.
     """
     _call_libc("mallopt", _M_MMAP_MAX, 0)
     _call_libc("mallopt", _M_TRIM_THRESHOLD, 2**31 - 1)  # bytes
@@ -266,9 +278,7 @@ class DeviceManager:
             self.device = find_device(preferred_device)
         if self.device.type == "npu":
             _use_precompiled_kernels()
-        if self.device.type == "cpu":
-            _keep_freed_memory()
-        else:
+        if self.device.type != "cpu":
             torch.accelerator.set_device_index(self.device.index)
         self.dtype = best_dtype(self.device)
 

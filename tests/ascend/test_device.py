@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -90,6 +89,26 @@ except DeviceError as error:
     assert first == "False cpu"
     assert second.startswith(f"device 'npu:1' is not there: torch_npu does not load ({reason})")
     assert ("set_env.sh" in second) == says_what_to_source
+
+
+@pytest.mark.parametrize("before", ["import diffusers", "from ascend import device"])
+def test_the_reason_why_an_npu_is_absent_is_the_same_whatever_is_imported_first(tmp_path: Path, before: str) -> None:
+    (tmp_path / "torch_npu").mkdir()
+    (tmp_path / "torch_npu" / "__init__.py").write_text(f"raise ImportError({LIBRARY_MISSING!r})")
+    metadata = tmp_path / "torch_npu-2.13.0.dist-info" / "METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text("Metadata-Version: 2.1\nName: torch_npu\nVersion: 2.13.0\n")
+    code = f"""
+{before}
+from ascend.device import DeviceError, find_device, is_npu_available
+from diffusers import StableDiffusionPipeline
+try:
+    find_device("npu")
+except DeviceError as error:
+    print(error)
+"""
+    said = run_python(code, tmp_path)
+    assert said.startswith(f"device 'npu' is not there: torch_npu does not load ({LIBRARY_MISSING})"), said
 
 
 @pytest.mark.parametrize("name", ["npu", "cuda", "cuda:99"])
@@ -196,16 +215,26 @@ def test_a_pipeline_without_a_vae_is_placed_too(tiny_sd: StableDiffusionPipeline
     assert place_pipeline(tiny_sd, CPU) == ["all components are on cpu"]
 
 
-def test_the_cpu_s_freed_memory_is_kept_until_the_cache_is_emptied() -> None:
-    manager = DeviceManager("cpu")
+def test_freed_memory_is_kept_once_a_program_asks_for_it_until_the_cache_is_emptied() -> None:
+    code = """
+import resource, torch
+from ascend.device import DeviceManager, keep_freed_memory
 
-    def new_pages() -> int:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        torch.ones(2**26)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+def new_pages():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(2**26)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-    for _ in range(8):  # until what lies free is in one piece: memory that is aligned leaves splinters
-        new_pages()
-    assert new_pages() < 100
-    manager.empty_cache()
-    assert new_pages() > 100  # fewer than its 65536 where the kernel hands out large pages
+manager = DeviceManager("cpu")
+print(new_pages(), new_pages())
+keep_freed_memory()
+for _ in range(8):  # until what lies free is in one piece: memory that is aligned leaves splinters
+    new_pages()
+print(new_pages())
+manager.empty_cache()
+print(new_pages())
+"""
+    first, second, kept, emptied = map(int, run_python(code).split())
+    # Fewer than the 65536 pages of the tensor where the kernel hands out large ones.
+    assert min(first, second, emptied) > 100, "a library has changed malloc for the whole process"
+    assert kept < 100
