@@ -32,7 +32,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from ascend.device import DeviceManager
+from ascend.device import DeviceManager, keep_freed_memory
 from ascend.graph import compile_pipeline
 from ascend.parallel import Mesh, process_group, share_guidance, unshare_guidance, wait_for_all
 from examples.common.cli import ArgumentParser, image_size, one_line_errors, positive_int
@@ -98,6 +98,7 @@ def measure(args: argparse.Namespace) -> None:
     """What each rank does; rank 0 writes the times and how far the latents differ to `args.output`."""
     name = args.device if args.device == "cpu" else f"{args.device}:{os.environ['LOCAL_RANK']}"
     manager = DeviceManager(name)
+    keep_freed_memory()
     pipe = make_pipeline(args, manager, manager.dtype)
     seconds: tuple[list[float], list[float]] = [], []
     with (
