@@ -14,6 +14,7 @@ import os
 import random
 import re
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ def _torch_npu_failure() -> str | None:
 
 
 def _hidden_failure() -> Exception | None:
-    """What diffusers met when it imported torch_npu, after which it puts None there and every import is "not found"."""
+    """What diffusers met when it imported torch_npu; it then puts None there, and all further imports find nothing."""
     is_hidden = sys.modules.get("torch_npu", sys) is None
     kept = getattr(sys.modules.get("diffusers.utils.import_utils"), "torch_npu_import_error", None)
     return kept() if is_hidden and kept else None
@@ -222,6 +223,39 @@ def _absence(kind: str) -> str:
     reason = "torch_npu sees no NPU" if kind == "npu" else "torch sees no CUDA GPU"
     variable = VISIBLE_DEVICES[kind]
     return f"{reason} (with {variable}={os.environ[variable]})" if variable in os.environ else reason
+
+
+def narrow_visible_devices(devices: Sequence[int]) -> dict[str, str]:
+    """The variables that leave a child process only these of the devices that this one sees, by their numbers here.
+
+    A scheduler (Slurm, Kubernetes, Ray) may have set them already; numbers then count within its value. One that hides
+    all devices of a kind stays. The child numbers its devices from 0.
+
+    Args:
+        devices: ascending, as CANN refuses others for NPUs: EE2002, "configured in ascending order", in
+            docs/en/error_code_ref of the public hicann/runtime.
+
+    Raises:
+        DeviceError: the numbers do not ascend, or name a device that is not visible.
+    """
+    if list(devices) != sorted(set(devices)):
+        raise DeviceError(f"devices {_join(devices)}: CANN takes each device once, in ascending order")
+    variables = {}
+    for variable in VISIBLE_DEVICES.values():
+        value = os.environ.get(variable)
+        visible = value.split(",") if value else []
+        if visible and devices[-1] >= len(visible):
+            raise DeviceError(
+                f"devices {_join(devices)}: {variable}={value} was set before, by a scheduler perhaps, and has no "
+                f"device {devices[-1]}; numbers count within it, from 0 to {len(visible) - 1}"
+            )
+        if value != "":
+            variables[variable] = ",".join(visible[device] for device in devices) if visible else _join(devices)
+    return variables
+
+
+def _join(devices: Sequence[int]) -> str:
+    return ",".join(map(str, devices))
 
 
 def _environment_device() -> torch.device:

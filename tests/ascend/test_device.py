@@ -12,6 +12,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import save_file
 
 from ascend.device import (
+    VISIBLE_DEVICES,
     DeviceError,
     DeviceManager,
     best_dtype,
@@ -21,6 +22,7 @@ from ascend.device import (
     get_device_info,
     get_memory_info,
     is_npu_available,
+    narrow_visible_devices,
     set_seed,
 )
 from ascend.weights import fits, place_pipeline
@@ -124,6 +126,46 @@ def test_what_hides_a_device_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
     with pytest.raises(DeviceError, match="with CUDA_VISIBLE_DEVICES=7"):
         DeviceManager("cuda")
+
+
+@pytest.mark.parametrize(
+    ("before", "devices", "expected"),
+    [
+        (None, [0, 2], "0,2"),
+        ("4,6,7", [0, 2], "4,7"),
+        ("GPU-a,GPU-b", [1], "GPU-b"),
+        ("", [0, 1], None),  # hides all, and that stays
+    ],
+)
+def test_chosen_devices_count_within_those_that_were_visible(
+    monkeypatch: pytest.MonkeyPatch, before: str | None, devices: list[int], expected: str | None
+) -> None:
+    for variable in VISIBLE_DEVICES.values():
+        monkeypatch.delenv(variable, raising=False)
+        if before is not None:
+            monkeypatch.setenv(variable, before)
+    assert narrow_visible_devices(devices) == (
+        {} if expected is None else dict.fromkeys(VISIBLE_DEVICES.values(), expected)
+    )
+
+
+@pytest.mark.parametrize(
+    ("devices", "reason"),
+    [
+        ([1, 0], "devices 1,0: CANN takes each device once, in ascending order"),
+        ([0, 0], "devices 0,0: CANN takes each device once"),
+        (
+            [0, 2],
+            "devices 0,2: ASCEND_RT_VISIBLE_DEVICES=4,6 was set before, by a scheduler perhaps, and has no device 2",
+        ),
+    ],
+)
+def test_devices_that_cann_or_a_scheduler_refuses_are_one_clear_error(
+    monkeypatch: pytest.MonkeyPatch, devices: list[int], reason: str
+) -> None:
+    monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", "4,6")
+    with pytest.raises(DeviceError, match=reason):
+        narrow_visible_devices(devices)
 
 
 @pytest.mark.parametrize("name", ["", "tpu", "npu:", "cuda:-1", "cpu:x", "NPU"])
