@@ -5,8 +5,9 @@
 
 Each configuration draws a picture of a few steps on the emulated chip, in a process of its own with a trace, and the
 last full and the last shallow step of it are counted, with guidance and scheduler. "upstream" is diffusers as it was
-before our patches. "AI CPU" counts the launches that are known to run there, which is slow. Without a graph, a launch is a call of aclnn, whose own conversions and casts are not seen. Writes
-the traces, step.json and, where there are graphs, drawings of them to --output_dir.
+before our patches. "AI CPU" counts the launches that are known to run there, which is slow. Without a graph, a launch
+is a call of aclnn, whose own conversions and casts are not seen. Writes the traces, step.json and, where there are
+graphs, drawings of them to --output_dir.
 """
 
 from __future__ import annotations
