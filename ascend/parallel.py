@@ -58,7 +58,7 @@ BATCHED_ARGUMENTS = {
     "Decoder": {"sample", "latent_embeds"},
 }
 WHOLE_ARGUMENTS = {"cross_attention_kwargs[ip_adapter_masks]"}  # a row for each adapter
-CONSTANT_ARGUMENTS = {PROMPT, "projected_prompt"}  # the same objects in all steps of a picture
+CONSTANT_ARGUMENTS = (PROMPT, "projected_prompt")  # the same objects in all steps of a picture
 
 
 class ParallelError(RuntimeError):
@@ -287,10 +287,12 @@ class SharedBatch:
         return type(results)(**dict(zip(results, gathered, strict=True))) if isinstance(results, dict) else gathered
 
     def _require_agreement(self, batch: torch.Tensor, arguments: dict[str, Any]) -> None:
-        prompt = arguments.get(PROMPT)
-        if PROMPT in self.constant and prompt is self.constant[PROMPT][0]:
+        prompts = [arguments.get(name) for name in CONSTANT_ARGUMENTS]
+        known = [self.constant.get(name, (None, None))[0] for name in CONSTANT_ARGUMENTS]
+        if all(prompt is before for prompt, before in zip(prompts, known, strict=True)):
             return
-        mine = fingerprint(batch, arguments["timestep"], prompt)
+        self.constant.clear()
+        mine = fingerprint(batch, arguments["timestep"], prompts)
         everyone = mine.new_empty(self.mesh.branch_size * len(mine))
         all_gather(everyone, mine, self.mesh.group)
         first = self.mesh.rank - self.mesh.branch

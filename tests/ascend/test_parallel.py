@@ -140,6 +140,20 @@ def test_a_prompt_is_cut_once_for_all_steps(monkeypatch: pytest.MonkeyPatch) -> 
     assert seen[0] is seen[1]
 
 
+@pytest.mark.parametrize("name", ["encoder_hidden_states", "projected_prompt"])
+def test_a_picture_begins_with_another_prompt_in_either_form(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    unet = unet_of_rank(1, [torch.zeros(1), torch.zeros(1)], monkeypatch)
+    compared: list[int] = []
+    monkeypatch.setattr(parallel, "differences", lambda *_: compared.append(1))
+    first, second = ({"block": (torch.zeros(2), torch.zeros(2))} for _ in range(2))
+    for prompt in (first, first, second, second, first):
+        call = {"encoder_hidden_states": None} | {name: prompt}
+        unet(torch.zeros(2), 5, **call)
+    assert len(compared) == 3
+    unet(torch.zeros(2), 5, torch.zeros(2, 4))  # in the other form: another picture
+    assert len(compared) == 4 and unet.seen["projected_prompt"] is None
+
+
 def test_a_batch_without_branches_is_refused_or_computed_by_all(
     tiny_sd: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
