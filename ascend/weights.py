@@ -66,23 +66,45 @@ def place_pipeline(pipe: Any, device: torch.device) -> list[str]:
     """Bring a diffusers pipeline to `device` with as little memory as leaves the pictures as they are.
 
     Pictures are decoded one at a time. Where the weights do not fit beside their activations, each component is on the
-    device only while it runs.
+    device only while it runs. Call it before `compile_pipeline`, which leaves components that move as they are, and as
+    often as you like: an earlier offloading is undone.
 
     Returns:
         What was done, in words.
+
+    Raises:
+        RuntimeError: the weights do not fit, and they cannot move, as the forward of a module was replaced.
     """
     done = []
     if getattr(pipe, "vae", None) is not None:
         pipe.vae.enable_slicing()
         done.append("the VAE decodes one picture at a time")
     modules = [component for component in pipe.components.values() if isinstance(component, torch.nn.Module)]
-    parameters = [parameter for module in modules for parameter in module.parameters()]
+    parameters = {parameter for module in modules for parameter in module.parameters()}
     weights = sum(parameter.nbytes for parameter in parameters)
     resident = sum(parameter.nbytes for parameter in parameters if parameter.device == device)
     if device.type != "cpu" and not fits(weights, resident, get_memory_info(device)):
+        _require_own_forwards(pipe)
         pipe.enable_model_cpu_offload(device=device)
         done.append(f"components move to {device} in turn: {weights / 2**30:.1f} GiB do not fit at once")
     else:
+        pipe.remove_all_hooks()  # those of an earlier offloading would move the components again
         pipe.to(device)
         done.append(f"all components are on {device}")
     return done
+
+
+def _require_own_forwards(pipe: Any) -> None:
+    """Graphs and shared batches replace a forward; accelerate's hooks do too, and are theirs to move."""
+    for name, component in pipe.components.items():
+        modules = component.modules() if isinstance(component, torch.nn.Module) else ()
+        if any(_has_other_forward(module) and not hasattr(module, "_hf_hook") for module in modules):
+            raise RuntimeError(
+                f"the weights do not fit on the device at once, and those of the {name} cannot move, as it is "
+                "compiled or shared: place the pipeline first, or undo that by decompile_pipeline or unshare_guidance"
+            )
+
+
+def _has_other_forward(module: torch.nn.Module) -> bool:
+    # accelerate leaves the method of the class behind as an attribute.
+    return getattr(module.forward, "__func__", None) is not type(module).forward

@@ -37,7 +37,7 @@ def run(source: Path, number: int, *arguments: str | Path) -> subprocess.Complet
     write_files(installed, {"diffusers/__init__.py": f"__version__ = 'v{number}'\nnumber = {number}\n"})
     command = [sys.executable, ROOT / "scripts/run_upstream_tests.py", "--online", "--source", source, *arguments]
     environment = os.environ | {"PYTHONPATH": str(installed)}
-    return subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=240)
 
 
 def test_outcomes_are_written_and_compared(source: Path, tmp_path: Path) -> None:
