@@ -189,15 +189,33 @@ def test_inputs_processors_and_structure_are_watched() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Module())
     model[1].processor = IPAdapterAttnProcessor2_0(8, CROSS_ATTENTION_DIM)
     prompt = torch.zeros(1)
-    watch = ChangeWatch(model, prompt, None)
-    assert not watch.sees_change(model, prompt, None)
+    watch = ChangeWatch()
+    assert watch.look(model, prompt, None)
+    assert not watch.look(model, prompt, None)
     for change in (
         lambda: model[1].processor.scale.__setitem__(0, 0.0),
         lambda: model.append(nn.ReLU()),
         lambda: prompt.add_(1),
     ):
         change()
-        assert watch.sees_change(model, prompt, None)
-        assert not watch.sees_change(model, prompt, None)
-    assert watch.sees_change(model, prompt.clone(), None)
-    assert watch.sees_change(model, prompt, {"scale": 0.5})
+        assert watch.look(model, prompt, None)
+        assert not watch.look(model, prompt, None)
+    assert watch.look(model, prompt.clone(), None)
+    assert watch.look(model, prompt, {"scale": 0.5})
+
+
+def test_what_a_step_changes_itself_does_not_end_the_reuse(tiny_sd: StableDiffusionPipeline) -> None:
+    """As a processor that counts its calls does, or a graph that is compiled in the first of them."""
+
+    class Counting(AttnProcessor):
+        calls = 0
+
+        def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+            self.calls += 1
+            return super().__call__(*args, **kwargs)
+
+    tiny_sd.unet.set_attn_processor(Counting())
+    full_steps: list[int] = []
+    tiny_sd.unet.mid_block.register_forward_hook(lambda *_: full_steps.append(1))
+    draw(tiny_sd, lambda _: None, cache_schedule=[0])
+    assert len(full_steps) == 1

@@ -32,21 +32,21 @@ class ChangeWatch:
     It sees parameters that are replaced or written to; modules, hooks and attention processors that are put in or
     replaced; and the settings (numbers, strings and containers of them) of processors and of all modules but torch's
     own layers: scales of adapters, merged adapters, FreeU. No tensor is read, so that no device is waited for, and a
-    UNet of 700 modules takes about a millisecond. A processor that counts its calls is one that changes. What is written
-    through `parameter.data` or into inference tensors is not seen, since torch keeps no count of it.
+    UNet of 700 modules takes about a millisecond. What is written through `parameter.data` or into inference tensors is
+    not seen, since torch keeps no count of it.
     """
 
-    def __init__(self, model: nn.Module, *inputs: Any):
-        self._look(model, inputs)
+    def __init__(self) -> None:
+        self._model: nn.Module | None = None
 
-    def sees_change(self, model: nn.Module, *inputs: Any) -> bool:
-        """Whether anything is other than at the last look. If it is, this is the last look from now on."""
+    def look(self, model: nn.Module, *inputs: Any) -> bool:
+        """Whether anything is other than at the last look; true for the first one."""
         if model is self._model and self._facts(inputs) == self._last_facts:
             return False
-        self._look(model, inputs)
+        self._survey(model, inputs)
         return True
 
-    def _look(self, model: nn.Module, inputs: tuple) -> None:
+    def _survey(self, model: nn.Module, inputs: tuple) -> None:
         self._model = model
         self._modules = list(model.modules())
         self._states = [vars(module) for module in self._modules]
