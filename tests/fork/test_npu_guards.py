@@ -104,6 +104,27 @@ def test_a_torch_npu_that_fails_to_import_counts_as_absent(without_cann: Path) -
     assert result.stderr.count(f"torch_npu is installed but failed to import: {WITHOUT_CANN}") == 1
 
 
+@pytest.mark.parametrize("first", ["import diffusers", "import torch_npu"])
+def test_the_reason_why_torch_npu_is_absent_survives_in_either_order(without_cann: Path, first: str) -> None:
+    result = run_beside(
+        without_cann,
+        f"try:\n    {first}\nexcept (ImportError, OSError, RuntimeError):\n    pass\n"
+        "from diffusers import StableDiffusionPipeline\n"
+        "from diffusers.utils.import_utils import is_torch_npu_available, torch_npu_import_error\n"
+        "print(is_torch_npu_available(), torch_npu_import_error())",
+    )
+    assert result.stdout.splitlines()[-1:] == [f"False {WITHOUT_CANN}"], result.stderr
+
+
+def test_there_is_no_reason_where_torch_npu_imports(without_kernels: Path) -> None:
+    result = run_beside(
+        without_kernels,
+        "from diffusers.utils.import_utils import is_torch_npu_available, torch_npu_import_error\n"
+        "print(is_torch_npu_available(), torch_npu_import_error())",
+    )
+    assert result.stdout.split() == ["True", "None"], result.stderr
+
+
 @pytest.mark.parametrize("without_cann", ["ImportError", WHEEL], indirect=True)
 def test_pipelines_import_beside_a_torch_npu_without_cann(without_cann: Path, tiny_sd_dir: Path) -> None:
     result = run_beside(

@@ -78,6 +78,25 @@ def test_native_npu_equals_native_on_the_cpu(make: MakeMask, shape: tuple[int, .
     assert torch.equal(npu, native)
 
 
+def test_native_npu_is_causal_when_it_is_asked_to_be() -> None:
+    query, key, value = random_qkv()
+    native, npu = (
+        dispatch_attention_fn(query, key, value, is_causal=True, backend=backend)
+        for backend in ("native", "_native_npu")
+    )
+    assert torch.equal(npu, native)
+    assert not torch.equal(npu, dispatch_attention_fn(query, key, value, backend="native"))
+
+
+def test_native_npu_takes_grouped_queries() -> None:
+    query, key, value = random_qkv()
+    native, npu = (
+        dispatch_attention_fn(query, key[:, :, :1], value[:, :, :1], enable_gqa=True, backend=backend)
+        for backend in ("native", "_native_npu")
+    )
+    assert torch.equal(npu, native)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("make", [random_mask, random_bias, None])
 def test_attn_processor_npu_equals_attn_processor_2_0_on_the_cpu(make: MakeMask | None, dtype: torch.dtype) -> None:

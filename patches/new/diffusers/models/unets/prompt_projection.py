@@ -15,9 +15,10 @@
 The keys and values of a prompt, which are the same in every denoising step, computed once for all of them.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from ..attention import BasicTransformerBlock
 from ..attention_processor import Attention
@@ -31,31 +32,32 @@ ProjectedPrompt = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
 def project_prompt(
-    unet: "UNet2DConditionModel", encoder_hidden_states: torch.Tensor
-) -> ProjectedPrompt | torch.Tensor:
+    unet: "UNet2DConditionModel", prompt_embeds: torch.Tensor, cross_attention_kwargs: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """
-    What a UNet takes as `encoder_hidden_states`, so that it need not project them in each call.
+    The arguments by which a UNet is given a prompt, projected if that can be done once for all calls.
 
     Returns:
-        The key and value of every cross-attention by the name of its block. The `encoder_hidden_states` themselves if
-        the UNet has more uses for them, an attention processor or a block that is not known to take projections, or
-        hooks that move or cast weights around a call.
+        `projected_prompt`, the key and value of every cross-attention by the name of its block. The
+        `encoder_hidden_states` themselves if the UNet has more uses for them, the processors are given arguments such
+        as a LoRA scale, an attention processor or a block is not known to take projections, or hooks and replaced
+        forwards may look at the prompt, move weights or cast them.
     """
     blocks = {name: module for name, module in unet.named_modules() if isinstance(module, BasicTransformerBlock)}
-    if not _is_projectable(unet, list(blocks.values())):
-        return encoder_hidden_states
-    projected = {}
+    if cross_attention_kwargs is not None or not _is_projectable(unet, list(blocks.values())):
+        return {"encoder_hidden_states": prompt_embeds}
+    projected: ProjectedPrompt = {}
     for name, block in blocks.items():
         block.context_name = name
-        projected[name] = block.attn2.project_context(encoder_hidden_states)
-    return projected
+        projected[name] = block.attn2.project_context(prompt_embeds)
+    return {"encoder_hidden_states": None, "projected_prompt": projected}
 
 
 def _is_projectable(unet: "UNet2DConditionModel", blocks: list[BasicTransformerBlock]) -> bool:
     config = unet.config
     if config.encoder_hid_dim_type is not None or config.addition_embed_type is not None:
         return False
-    if any(hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook") for module in unet.modules()):
+    if any(_has_hooks(module) or ("forward" in vars(module) and module is not unet) for module in unet.modules()):
         return False
     attentions = {id(module) for module in unet.modules() if isinstance(module, Attention)}
     return attentions == {id(attn) for block in blocks for attn in (block.attn1, block.attn2)} and all(
@@ -63,6 +65,12 @@ def _is_projectable(unet: "UNet2DConditionModel", blocks: list[BasicTransformerB
         type(block) is BasicTransformerBlock
         and not block.only_cross_attention
         and block.attn2.is_cross_attention
-        and getattr(block.attn2.processor, "takes_projected_context", False)
+        # Of the class itself: a promise that is inherited was not made by the `__call__` that has to keep it.
+        and vars(type(block.attn2.processor)).get("takes_projected_context", False)
         for block in blocks
     )
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    hooks = module._forward_pre_hooks or module._forward_hooks
+    return bool(hooks) or hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook")

@@ -1,0 +1,72 @@
+"""An argument that a pipeline has no use for is an error that names it."""
+
+import ast
+import inspect
+import pkgutil
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+from diffusers import (
+    DiffusionPipeline,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
+
+PIPELINES = Path(inspect.getfile(diffusers)).parent / "pipelines"
+
+
+@pytest.mark.parametrize(
+    "sister",
+    [
+        StableDiffusionImg2ImgPipeline,
+        StableDiffusionInpaintPipeline,
+        StableDiffusionControlNetPipeline,
+        StableDiffusionXLPipeline,
+    ],
+)
+def test_a_pipeline_without_caching_refuses_its_arguments(sister: type[DiffusionPipeline]) -> None:
+    pipe = sister.__new__(sister)
+    message = rf"{sister.__name__}.__call__\(\) got an unexpected keyword argument 'cache_interval'"
+    with pytest.raises(TypeError, match=message):
+        pipe(prompt="a cat", cache_interval=3)
+
+
+def test_a_misspelt_argument_is_an_error_that_says_the_right_one(tiny_sd: StableDiffusionPipeline) -> None:
+    with pytest.raises(TypeError, match=r"argument 'cache_intervall'. Did you mean 'cache_interval'\?"):
+        tiny_sd("a cat", cache_intervall=3)
+    with pytest.raises(TypeError, match=r"argument 'guidance'. Did you mean 'guidance_scale'\?"):
+        tiny_sd("a cat", guidance=3)
+
+
+def test_the_deprecated_callback_is_still_taken(tiny_sd: StableDiffusionPipeline) -> None:
+    steps: list[int] = []
+
+    def callback(step: int, timestep: torch.Tensor, latents: torch.Tensor) -> None:
+        steps.append(step)
+
+    tiny_sd("a cat", num_inference_steps=2, callback=callback, callback_steps=1, output_type="latent")
+    assert steps == [0, 1]
+
+
+def swallowing_calls() -> list[str]:
+    """The pipelines whose `__call__` takes `**kwargs`, uses them for deprecated names at most and says no word."""
+    found = []
+    for module in pkgutil.walk_packages([str(PIPELINES)]):
+        path = Path(str(module.module_finder.path), f"{module.name.split('.')[-1]}.py")  # type: ignore[union-attr]
+        for cls in ast.walk(ast.parse(path.read_text())) if path.exists() else ():
+            for call in cls.body if isinstance(cls, ast.ClassDef) else ():
+                if isinstance(call, ast.FunctionDef) and call.name == "__call__" and call.args.kwarg:
+                    source = ast.unparse(call)
+                    is_refused = "_refuse_unknown_arguments(kwargs)" in source
+                    if "kwargs.pop('callback'" in source and not is_refused:
+                        found.append(cls.name)
+    return found
+
+
+def test_every_pipeline_that_takes_the_deprecated_callback_refuses_the_rest() -> None:
+    assert swallowing_calls() == []
