@@ -43,7 +43,7 @@ class Coverage(NamedTuple):
                 foreign[type(original).__name__] += 1
         encoders = Counter(a.config._attn_implementation for a in clip if not text_encoder.is_replaceable(a))
         if isinstance(model, PreTrainedModel) and not clip:
-            encoders.update(type(m).__name__ for m in modules if type(m).__name__.endswith("Attention"))
+            encoders.update(_attention_classes(model))
         blocks = [module for module in modules if isinstance(module, ResnetBlock2D)]
         return cls(
             model=type(model).__name__,
@@ -71,6 +71,16 @@ class Coverage(NamedTuple):
         if not replaced and not left:
             return f"not covered: {self.model} has none of the layers that are replaced"
         return "; ".join([", ".join(replaced)] * bool(replaced) + [f"not covered: {', '.join(left)}"] * bool(left))
+
+
+def _attention_classes(model: torch.nn.Module) -> list[str]:
+    """The class of each attention of a model that is not known here, told by its name; the innermost of nested ones."""
+    found = []
+    for module in model.modules():
+        names = [type(part).__name__ for part in module.modules() if type(part).__name__.endswith("Attention")]
+        if names == [type(module).__name__]:
+            found += names
+    return found
 
 
 def _count(number: int, noun: str) -> list[str]:

@@ -146,9 +146,8 @@ def disable_token_merging(pipe: DiffusionPipeline | torch.nn.Module) -> None:
 def _forget_processors(pipe: DiffusionPipeline | torch.nn.Module) -> None:
     """Where diffusers fused the projections it kept our processors, and would put them back."""
     for module in _modules(pipe):
-        kept = vars(module).get("original_attn_processors")
-        if kept:
-            module.original_attn_processors = {name: original_of(processor) for name, processor in kept.items()}
+        kept = vars(module).get("original_attn_processors") or {}
+        kept.update({name: original_of(processor) for name, processor in kept.items()})
 
 
 def _components(pipe: Any) -> dict[str, torch.nn.Module]:

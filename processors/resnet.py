@@ -24,7 +24,7 @@ class FusedResnetBlock2D(ResnetBlock2D):
         return output if self.output_scale_factor == 1 else output / self.output_scale_factor
 
 
-def is_fusable(block: torch.nn.Module) -> bool:
+def is_fusable(block: ResnetBlock2D) -> bool:
     """Whether `block` is a residual block with SiLU that does not scale, shift or resample in between."""
     if type(block) not in (ResnetBlock2D, FusedResnetBlock2D):
         return False

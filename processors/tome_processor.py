@@ -16,8 +16,8 @@ from processors.tome import count_merged, match, partition
 class AttnProcessor2_0Tome:
     """Self-attention that merges `ratio` of the tokens before it and unmerges its result (arXiv 2303.17604).
 
-    Equals `tomesd.apply_patch(..., use_rand=False)` on the same block. Deterministic. Differentiable in the tokens: which
-    of them merge counts as a constant.
+    Equals `tomesd.apply_patch(..., use_rand=False)` on the same block. Deterministic. Differentiable in the tokens;
+    the choice of those that merge counts as constant.
 
     Args:
         h, w: grid of the tokens; None takes the grid of each call from the transformer block.

@@ -77,10 +77,6 @@ def assert_nothing_of_ours_is_left(pipe: StableDiffusionPipeline) -> None:
                 assert "switches" not in vars(module)
 
 
-def use_custom(pipe: StableDiffusionPipeline, processor: object) -> None:
-    pipe.unet.set_attn_processor(processor)
-
-
 SWITCHES: dict[str, Callable[[StableDiffusionPipeline], None]] = {
     "flash": enable_flash_attention,
     "merge": lambda pipe: enable_token_merging(pipe, ratio=RATIO) and None,
@@ -179,7 +175,7 @@ def test_disabling_leaves_sliced_attention_and_nothing_comes_back(tiny_sd: Stabl
 def test_switches_on_a_sliced_unet_say_that_they_leave_it(tiny_sd: StableDiffusionPipeline, caplog) -> None:
     tiny_sd.enable_attention_slicing()
     report = enable_flash_attention(tiny_sd)
-    assert "not covered: 28 attentions (SlicedAttnProcessor)" in report["unet"]
+    assert "not covered: 32 attentions (SlicedAttnProcessor)" in report["unet"]
     assert "as they are: SlicedAttnProcessor (of unet)" in caplog.text
     with pytest.raises(ValueError, match="found SlicedAttnProcessor"):
         enable_token_merging(tiny_sd)
@@ -232,21 +228,21 @@ class Custom(DefaultAttnProcessor):
 
 @pytest.mark.parametrize("processor", [Custom(), AttnProcessor()], ids=lambda processor: type(processor).__name__)
 def test_a_users_processor_takes_over_stays_when_disabled_and_gives_way_to_the_default(tiny_sd, processor) -> None:
-    use_custom(tiny_sd, processor)
+    tiny_sd.unet.set_attn_processor(processor)
     expected = noise(tiny_sd)
-    use_custom(tiny_sd, DefaultAttnProcessor())
+    tiny_sd.unet.set_attn_processor(DefaultAttnProcessor())
     enable(tiny_sd)
     merged = noise(tiny_sd)
     with pytest.warns(UserWarning, match=f"{type(processor).__name__} computes an attention from now on"):
-        use_custom(tiny_sd, processor)
+        tiny_sd.unet.set_attn_processor(processor)
     assert torch.equal(noise(tiny_sd), expected)
-    use_custom(tiny_sd, DefaultAttnProcessor())
+    tiny_sd.unet.set_attn_processor(DefaultAttnProcessor())
     assert torch.equal(noise(tiny_sd), merged) and merging(tiny_sd) == [RATIO] * 4
     with pytest.warns(UserWarning):
-        use_custom(tiny_sd, processor)
+        tiny_sd.unet.set_attn_processor(processor)
     disable(tiny_sd)
     assert set(map(id, tiny_sd.unet.attn_processors.values())) == {id(processor)}
-    use_custom(tiny_sd, DefaultAttnProcessor())
+    tiny_sd.unet.set_attn_processor(DefaultAttnProcessor())
     assert_nothing_of_ours_is_left(tiny_sd)
 
 
@@ -254,7 +250,7 @@ def test_one_warning_for_all_modules_that_a_processor_is_set_on(tiny_sd: StableD
     enable(tiny_sd)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
-        use_custom(tiny_sd, Custom())
+        tiny_sd.unet.set_attn_processor(Custom())
     assert len([w for w in caught if "Custom computes an attention" in str(w.message)]) == 1
 
 
@@ -308,9 +304,8 @@ def offload(pipe: StableDiffusionPipeline) -> None:
         lambda pipe: pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4),
         offload,
         lambda pipe: pipe.unet.enable_gradient_checkpointing(),
-        lambda pipe: pipe.unet.enable_forward_chunking(4),
     ],
-    ids=["attention backend", "LoRA", "fused LoRA", "FreeU", "offload", "checkpointing", "chunking"],
+    ids=["attention backend", "LoRA", "fused LoRA", "FreeU", "offload", "checkpointing"],
 )
 def test_what_touches_no_processor_is_the_same_before_and_after_ours(
     tiny_sd_dir: Path, other: Callable[[StableDiffusionPipeline], None]
