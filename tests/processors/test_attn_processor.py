@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from diffusers.models.attention_processor import Attention
+from diffusers.models.attention_processor import Attention, FusedAttnProcessor2_0
 from diffusers.models.attention_processor import AttnProcessor2_0 as DefaultAttnProcessor
 
-from processors import AttnProcessor2_0
+from processors import AttnProcessor2_0, AttnProcessor2_0Tome
 
 IMAGE = {"query_dim": 32, "residual_connection": True, "norm_num_groups": 4, "heads": 1, "dim_head": 32, "bias": True}
 
@@ -84,3 +84,41 @@ def test_image_attention_of_a_vae_is_bit_identical(kwargs: dict) -> None:
 def test_channels_last_image_is_bit_identical() -> None:
     expected, actual = both(IMAGE, torch.randn(2, 32, 4, 4).contiguous(memory_format=torch.channels_last))
     assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "inputs"),
+    [
+        ({}, {"hidden_states": torch.randn(2, 9, 16)}),
+        ({"bias": True, "qk_norm": "layer_norm"}, {"hidden_states": torch.randn(2, 9, 16)}),
+        (
+            {"cross_attention_dim": 12, "cross_attention_norm": "layer_norm"},
+            {"hidden_states": torch.randn(2, 9, 16), "encoder_hidden_states": torch.randn(2, 7, 12)},
+        ),
+        (IMAGE, {"hidden_states": torch.randn(2, 32, 6, 5)}),
+    ],
+    ids=["self-attention", "bias and norm", "cross-attention", "image"],
+)
+@torch.no_grad()
+def test_fused_projections_are_bit_identical(kwargs: dict, inputs: dict) -> None:
+    torch.manual_seed(0)
+    attn = Attention(**{"query_dim": 16, "heads": 2, "dim_head": 8, **kwargs}).eval()
+    attn.fuse_projections()
+    for layer in (attn.to_q, attn.to_k, attn.to_v):
+        if not (attn.is_cross_attention and layer is attn.to_q):
+            layer.weight.zero_()  # so that it shows which are used
+    attn.set_processor(FusedAttnProcessor2_0())
+    expected = attn(**inputs)
+    attn.set_processor(AttnProcessor2_0())
+    assert torch.equal(attn(**inputs), expected)
+
+
+def test_promises_to_the_pipeline_are_made_by_the_class_that_keeps_them() -> None:
+    """A subclass that overrides the call need not take a projected prompt, which its parent said of itself."""
+
+    class Users(AttnProcessor2_0):
+        pass
+
+    assert vars(AttnProcessor2_0)["takes_projected_context"]
+    assert "takes_projected_context" not in vars(Users)
+    assert not hasattr(AttnProcessor2_0Tome, "takes_projected_context")
