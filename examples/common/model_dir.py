@@ -1,6 +1,7 @@
 """A pipeline's folder in diffusers' layout: what is in it, and loading it, with errors that name the file at fault."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
 
 INDEX = "model_index.json"
 DEFAULTS = "defaults.json"  # this project's, beside INDEX: {"guidance_scale": 1.5}
+GUIDANCE_SCALE = 7.5  # where a model says nothing
 # What a component's folder must hold beside weights, by a part of its class's name; any one of the names will do.
 CONFIG_FILES = {
     "Scheduler": ("scheduler_config.json",),
@@ -228,21 +230,21 @@ def check_components_fit(folder: Path, configs: dict[str, dict[str, Any]]) -> No
         )
 
 
-def read_defaults(folder: Path) -> dict[str, float]:
-    """What the model's maker says pictures should be drawn with: `guidance_scale`, or nothing.
+def guidance_scale_of(folder: Path) -> float:
+    """What the model is best drawn with: `guidance_scale` in DEFAULTS in its folder, else diffusers' own default.
 
-    It is read from DEFAULTS in `folder`, which is this project's own: diffusers has no place for it.
+    DEFAULTS is this project's: diffusers has no place for it. Raises UserError for one that says anything else.
     """
     path = folder / DEFAULTS
     if not path.exists():
-        return {}
+        return GUIDANCE_SCALE
     defaults = read_json(path)
-    for name, value in defaults.items():
-        if name != "guidance_scale":
-            raise UserError(f"{path}: {name!r} is unknown; it may say guidance_scale")
-        if isinstance(value, bool) or not isinstance(value, int | float) or not -1e6 < value < 1e6:
-            raise UserError(f"{path}: guidance_scale must be a number, not {value!r}")
-    return defaults
+    scale = defaults.pop("guidance_scale", GUIDANCE_SCALE)
+    if defaults:
+        raise UserError(f"{path}: {', '.join(defaults)} is unknown; it may say guidance_scale")
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
+        raise UserError(f"{path}: guidance_scale must be a number, not {scale!r}")
+    return scale
 
 
 def read_json(path: Path) -> dict[str, Any]:

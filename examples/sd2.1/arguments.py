@@ -17,14 +17,13 @@ from examples.common.cli import (
     text,
 )
 from examples.common.devices import add_device_arguments
-from examples.common.model_dir import DEFAULTS, read_defaults
+from examples.common.model_dir import DEFAULTS, GUIDANCE_SCALE, guidance_scale_of
 from examples.common.schedulers import SCHEDULERS
 from processors.tome_processor import check_ratio
 
 HERE = Path(__file__).resolve().parent
 DEMO_MODEL = HERE / "demo_model"
 DEMO_PROMPTS = HERE / "prompts.txt"
-GUIDANCE_SCALE = 7.5
 MAX_SEED = 2**63 - 1
 
 
@@ -122,7 +121,7 @@ def complete(args: argparse.Namespace) -> None:
         UserError: an argument would have no effect, or the model's defaults are wrong.
     """
     if args.guidance_scale is None:
-        args.guidance_scale = read_defaults(args.model_path).get("guidance_scale", GUIDANCE_SCALE)
+        args.guidance_scale = guidance_scale_of(args.model_path)
     if args.negative_prompt and args.guidance_scale <= 1:
         raise UserError(
             f"--negative_prompt has no effect: it takes guidance, and --guidance_scale {args.guidance_scale:g} turns "
