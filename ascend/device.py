@@ -14,6 +14,7 @@ import os
 import random
 import re
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -36,15 +37,26 @@ def _torch_npu_failure() -> str | None:
     """
     try:
         import torch_npu  # noqa: F401
-    except ModuleNotFoundError as error:
+    except Exception as error:
+        return _describe_failure(_hidden_failure() or error)
+    return None
+
+
+def _hidden_failure() -> Exception | None:
+    """What diffusers met when it imported torch_npu; it then puts None there, and all further imports find nothing."""
+    is_hidden = sys.modules.get("torch_npu", sys) is None
+    kept = getattr(sys.modules.get("diffusers.utils.import_utils"), "torch_npu_import_error", None)
+    return kept() if is_hidden and kept else None
+
+
+def _describe_failure(error: Exception) -> str:
+    if isinstance(error, ModuleNotFoundError):
         if error.name == "torch_npu":
             return "torch_npu is not installed"
         return f"torch_npu needs the module {error.name}, which is not installed"
-    except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]  # an error code and the time follow
-        hint = "; has CANN's set_env.sh been sourced?" if "cannot open shared object" in reason else ""
-        return f"torch_npu does not load ({reason}){hint}"
-    return None
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]  # an error code and the time follow
+    hint = "; has CANN's set_env.sh been sourced?" if "cannot open shared object" in reason else ""
+    return f"torch_npu does not load ({reason}){hint}"
 
 
 def is_npu_available() -> bool:
@@ -213,6 +225,39 @@ def _absence(kind: str) -> str:
     return f"{reason} (with {variable}={os.environ[variable]})" if variable in os.environ else reason
 
 
+def narrow_visible_devices(devices: Sequence[int]) -> dict[str, str]:
+    """The variables that leave a child process only these of the devices that this one sees, by their numbers here.
+
+    A scheduler (Slurm, Kubernetes, Ray) may have set them already; numbers then count within its value. One that hides
+    all devices of a kind stays. The child numbers its devices from 0.
+
+    Args:
+        devices: ascending, as CANN refuses others for NPUs: EE2002, "configured in ascending order", in
+            docs/en/error_code_ref of the public hicann/runtime.
+
+    Raises:
+        DeviceError: the numbers do not ascend, or name a device that is not visible.
+    """
+    if list(devices) != sorted(set(devices)):
+        raise DeviceError(f"devices {_join(devices)}: CANN takes each device once, in ascending order")
+    variables = {}
+    for variable in VISIBLE_DEVICES.values():
+        value = os.environ.get(variable)
+        visible = value.split(",") if value else []
+        if visible and devices[-1] >= len(visible):
+            raise DeviceError(
+                f"devices {_join(devices)}: {variable}={value} was set before, by a scheduler perhaps, and has no "
+                f"device {devices[-1]}; numbers count within it, from 0 to {len(visible) - 1}"
+            )
+        if value != "":
+            variables[variable] = ",".join(visible[device] for device in devices) if visible else _join(devices)
+    return variables
+
+
+def _join(devices: Sequence[int]) -> str:
+    return ",".join(map(str, devices))
+
+
 def _environment_device() -> torch.device:
     try:
         return find_device(os.environ.get("PREFERRED_DEVICE") or None)
@@ -229,11 +274,12 @@ def _use_precompiled_kernels() -> None:
     npu.config.allow_internal_format = False
 
 
-@functools.cache
-def _keep_freed_memory() -> None:
-    """Let glibc keep what tensors free: pages that it gives back and asks for again have to be zeroed each time.
+def keep_freed_memory() -> None:
+    """Let glibc keep what tensors on the CPU free: pages given back and asked for again have to be zeroed each time.
 
-    That takes a tenth of a step of SD2.1. Other C libraries are left alone.
+    That takes a tenth of a step of SD2.1 there. It holds for the whole process and has no inverse, so it is for
+    programs to choose, not for libraries. `DeviceManager.empty_cache` gives back what is free. Other C libraries are
+    left alone.
     """
     _call_libc("mallopt", _M_MMAP_MAX, 0)
     _call_libc("mallopt", _M_TRIM_THRESHOLD, 2**31 - 1)  # bytes
@@ -266,9 +312,7 @@ class DeviceManager:
             self.device = find_device(preferred_device)
         if self.device.type == "npu":
             _use_precompiled_kernels()
-        if self.device.type == "cpu":
-            _keep_freed_memory()
-        else:
+        if self.device.type != "cpu":
             torch.accelerator.set_device_index(self.device.index)
         self.dtype = best_dtype(self.device)
 

@@ -11,8 +11,11 @@ which are small and in host memory, go through the store of the rendezvous.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
 import os
+import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +24,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.utils import _pytree as pytree
+
+from ascend.agreement import differences, fingerprint
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -30,6 +36,29 @@ BACKENDS = {"npu": "hccl", "cuda": "nccl", "cpu": "gloo"}
 PROMPT = "encoder_hidden_states"  # as the UNet calls it
 BRANCHES = 2  # of guidance: unconditional and conditional
 TIMEOUT = timedelta(minutes=30)  # the slowest first step compiles
+
+# The arguments of forward with a row for each sample, or one for all, by the class of the module.
+BATCHED_ARGUMENTS = {
+    "UNet2DConditionModel": {
+        "sample",
+        "timestep",
+        PROMPT,
+        "projected_prompt",
+        "class_labels",
+        "timestep_cond",
+        "attention_mask",
+        "cross_attention_kwargs[gligen]",
+        "added_cond_kwargs",
+        "down_block_additional_residuals",
+        "mid_block_additional_residual",
+        "down_intrablock_additional_residuals",
+        "encoder_attention_mask",
+        "cached_feature",
+    },
+    "Decoder": {"sample", "latent_embeds"},
+}
+WHOLE_ARGUMENTS = {"cross_attention_kwargs[ip_adapter_masks]"}  # a row for each adapter
+CONSTANT_ARGUMENTS = {PROMPT, "projected_prompt"}  # the same objects in all steps of a picture
 
 
 class ParallelError(RuntimeError):
@@ -157,56 +186,145 @@ def share_guidance(pipe: StableDiffusionPipeline, mesh: Mesh) -> None:
 
     Install attention processors, token merging and graphs before. DeepCache works: each rank keeps the cached
     feature of its own samples. All ranks return all pictures. The text encoder runs on every rank, which takes as
-    long as running it on one.
+    long as running it on one. All ranks must make the same calls: give each a generator with the same seed, or the
+    same latents; what they start a picture with is compared. `unshare_guidance` puts everything back. A second call
+    with the same mesh changes nothing; with a mesh of one rank there is nothing to share.
+
+    Raises:
+        ParallelError: a component is of a class whose arguments are not known here, is shared with another mesh, or
+            its forward was replaced since it was shared.
     """
     if mesh.group is None:
         return
-    pipe.unet.forward = SharedBatch(pipe.unet.forward, mesh, must_split=True)
-    pipe.vae.decoder.forward = SharedBatch(pipe.vae.decoder.forward, mesh, must_split=False)
+    modules = _shared_modules(pipe)
+    for name, module in modules.items():
+        shared = _shared_batch(name, module)
+        if shared is not None and shared.mesh is not mesh:
+            raise ParallelError(f"the {name} is shared by other ranks already: call unshare_guidance first")
+        if not _batched_arguments(module):
+            raise ParallelError(f"the {name} is a {type(module).__name__}, and it is not known how to share its batch")
+    for name, module in modules.items():
+        if _shared_batch(name, module) is None:
+            shared = SharedBatch(module, mesh, must_split=name == "unet")
+            vars(module).update(forward=shared, _shared_batch=shared)
+
+
+def unshare_guidance(pipe: StableDiffusionPipeline) -> None:
+    """Undo `share_guidance`: each rank computes whole batches again. Does nothing where nothing is shared.
+
+    Raises:
+        ParallelError: a forward was replaced since it was shared, by offloading for example: undo that first.
+    """
+    shared = {name: (module, _shared_batch(name, module)) for name, module in _shared_modules(pipe).items()}
+    for module, batch in shared.values():
+        if batch is not None:
+            batch.restore(module)
+
+
+def _shared_modules(pipe: StableDiffusionPipeline) -> dict[str, nn.Module]:
+    return {"unet": pipe.unet, "vae.decoder": pipe.vae.decoder}
+
+
+def _batched_arguments(module: nn.Module) -> set[str]:
+    classes = [kind.__name__ for kind in type(module).__mro__]
+    return next((names for kind, names in BATCHED_ARGUMENTS.items() if kind in classes), set())
+
+
+def _shared_batch(name: str, module: nn.Module) -> SharedBatch | None:
+    """What shares the batch of `module`, when something does."""
+    shared = vars(module).get("_shared_batch")
+    if shared is not None and vars(module).get("forward") is not shared:
+        raise ParallelError(f"{name}.forward was replaced after share_guidance: undo that first")
+    return shared
 
 
 class SharedBatch:
-    """Calls `forward` with this rank's rows of the batch and gathers the first result of all ranks.
+    """Calls the forward of `module` with this rank's rows of the batch and gathers the first result of all ranks.
 
-    The batch is the first dimension of the first argument. Of the other arguments every tensor with as many rows is
-    split alike, in tuples and dicts too; all else is handed on as it is. Rows are dealt out as evenly as possible, the
-    first ranks get one more.
+    The batch is the first argument's first dimension. Which other arguments have a row for each sample is declared in
+    `BATCHED_ARGUMENTS`; these are split alike, in tuples, lists and dicts too, but for scalars and a single row, which
+    is for all samples. Rows are dealt out as evenly as possible, the first ranks get one more.
 
     Args:
-        forward: of a module; returns a tensor, or a tuple of one and of tensors that stay with their rank.
-        must_split: raise ParallelError for fewer rows than ranks; otherwise each rank computes all of them.
+        module: its forward returns a tensor, or a tuple or an output class of one and of tensors that stay with their
+            rank.
+        must_split: raise ParallelError for fewer rows than ranks; otherwise each rank computes all of them. Such a
+            module begins a picture when its prompt is another object than before, and the ranks then compare what
+            they were given.
     """
 
-    def __init__(self, forward: Callable[..., Any], mesh: Mesh, must_split: bool) -> None:
-        self.forward = forward
+    def __init__(self, module: nn.Module, mesh: Mesh, must_split: bool) -> None:
+        self.replaced = vars(module).get("forward")  # None: the method of the class
+        self.forward: Callable[..., Any] = module.forward
+        self.signature = inspect.signature(types.MethodType(type(module).forward, module))
+        self.batched = _batched_arguments(module)
         self.mesh = mesh
         self.must_split = must_split
-        self.prompt: tuple[Any, Any] = None, None  # the last whole one, and this rank's rows of it
+        self.constant: dict[str, tuple[Any, Any]] = {}  # what is the same in all steps, and this rank's rows of it
 
-    def __call__(self, batch: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def restore(self, module: nn.Module) -> None:
+        """Give `module` the forward that it had."""
+        del vars(module)["_shared_batch"], vars(module)["forward"]
+        if self.replaced is not None:
+            module.forward = self.replaced
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        arguments = self.signature.bind(*args, **kwargs).arguments
+        batch = next(iter(arguments.values()))
+        if self.must_split:
+            self._require_agreement(batch, arguments)
         rows, ranks = len(batch), self.mesh.branch_size
         if rows < ranks:
             if self.must_split:
                 raise ParallelError(f"{ranks} devices cannot share a batch of {rows}: there is no guidance to split")
-            return self.forward(batch, *args, **kwargs)
-        mine = slice(*rows_of(rows, self.mesh.branch, ranks))
-
-        def share(value: Any) -> Any:
-            if isinstance(value, LocalRows):
-                return value.tensor
-            is_batched = isinstance(value, torch.Tensor) and value.dim() > 0 and len(value) == rows
-            return value[mine] if is_batched else value
-
-        prompt = kwargs.pop(PROMPT, None)
-        if prompt is not self.prompt[0]:  # its keys and values for every block are the same in all steps
-            self.prompt = prompt, pytree.tree_map(share, prompt)
-        args, kwargs = pytree.tree_map(share, (args, kwargs))
-        if prompt is not None:
-            kwargs[PROMPT] = self.prompt[1]
-        results = self.forward(batch[mine], *args, **kwargs)
+            return self.forward(**arguments)
+        results = self.forward(**{name: self._share(name, value, rows) for name, value in arguments.items()})
         if isinstance(results, torch.Tensor):
             return self._gather(results, rows)
-        return self._gather(results[0], rows), *(LocalRows(result, rows) for result in results[1:])
+        first, *others = results.values() if isinstance(results, dict) else results
+        gathered = self._gather(first, rows), *(LocalRows(other, rows) for other in others)
+        # An output class of diffusers leaves out what is None.
+        return type(results)(**dict(zip(results, gathered, strict=True))) if isinstance(results, dict) else gathered
+
+    def _require_agreement(self, batch: torch.Tensor, arguments: dict[str, Any]) -> None:
+        prompt = arguments.get(PROMPT)
+        if PROMPT in self.constant and prompt is self.constant[PROMPT][0]:
+            return
+        mine = fingerprint(batch, arguments["timestep"], prompt)
+        everyone = mine.new_empty(self.mesh.branch_size * len(mine))
+        all_gather(everyone, mine, self.mesh.group)
+        first = self.mesh.rank - self.mesh.branch
+        expected, *others = everyone.view(self.mesh.branch_size, -1).cpu()
+        for branch, theirs in enumerate(others, 1):
+            different = differences(expected, theirs)
+            if different:
+                raise ParallelError(
+                    f"ranks {first} and {first + branch} cannot share a picture, as their {' and '.join(different)} "
+                    "differ: give each rank a generator with the same seed, and the same arguments"
+                )
+
+    def _share(self, name: str, value: Any, rows: int) -> Any:
+        """This rank's rows of an argument."""
+        known = self.constant.get(name)
+        if known is not None and value is known[0]:
+            return known[1]
+        if name == "cross_attention_kwargs" and value:
+            return {key: self._share(f"{name}[{key}]", item, rows) for key, item in value.items()}
+        share = pytree.tree_map(functools.partial(self._rows_of_tensor, name, rows), value)
+        if name in CONSTANT_ARGUMENTS:
+            self.constant[name] = value, share
+        return share
+
+    def _rows_of_tensor(self, name: str, rows: int, value: Any) -> Any:
+        if isinstance(value, LocalRows):
+            return value.tensor
+        if not isinstance(value, torch.Tensor) or name in WHOLE_ARGUMENTS or value.dim() == 0:
+            return value
+        if name not in self.batched:
+            raise ParallelError(f"{name} holds a tensor, and it is not known whether it has a row for each sample")
+        if len(value) not in (1, rows):
+            raise ParallelError(f"{name} holds a tensor of {len(value)} rows for a batch of {rows}")
+        return value if len(value) < rows else value[slice(*rows_of(rows, self.mesh.branch, self.mesh.branch_size))]
 
     def _gather(self, mine: torch.Tensor, rows: int) -> torch.Tensor:
         ranks = self.mesh.branch_size

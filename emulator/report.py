@@ -44,6 +44,15 @@ def read(path: Path) -> Iterable[dict[str, Any]]:
                 raise EmulatorError(f"{path}, line {number}, is no line of a trace: {error}") from error
 
 
+def runs_on_ai_cpu(launch: dict[str, Any], profile: dict[str, Any]) -> bool:
+    """Whether the profile says that the AI Core has no kernel for this launch; what is not known counts as having one.
+
+    The profile's rows say which dtypes of an operator's first tensor the AI Core takes.
+    """
+    rows = [row for row in profile["ai_cpu"] if launch["operator"] in row["operators"]]
+    return bool(rows and launch["tensors"]) and launch["tensors"][0]["dtype"] not in rows[0]["ai_core"]
+
+
 def estimate_seconds(launch: dict[str, Any], profile: dict[str, Any]) -> float:
     dtypes = {tensor["dtype"] for tensor in launch["tensors"]}
     speeds = profile["tflops"]
@@ -60,6 +69,7 @@ def summarise(path: Path, profile: dict[str, Any]) -> str:
     totals: dict[str, Total] = {}
     copies: dict[str, Total] = {}
     waits = 0
+    on_ai_cpu: dict[str, int] = {}
     graphs: dict[str, dict[str, Any]] = {}
     in_graphs: dict[str, Total] = {}
     for event in read(path):
@@ -70,6 +80,9 @@ def summarise(path: Path, profile: dict[str, Any]) -> str:
                 1, event["flops"], event["bytes"], event["microseconds"] / 1e6, estimate_seconds(event, profile)
             )
             totals.setdefault(event["operator"], Total()).add(one)
+            if runs_on_ai_cpu(event, profile):
+                name = f"{event['operator']} of {event['tensors'][0]['dtype']}"
+                on_ai_cpu[name] = on_ai_cpu.get(name, 0) + 1
             if "graph" in event:
                 in_graphs.setdefault(event["graph"], Total()).add(one)
         elif event["event"] == "copy":
@@ -84,7 +97,7 @@ def summarise(path: Path, profile: dict[str, Any]) -> str:
     lines = [f"{COLUMNS[0]:32}" + "".join(f"{name:>20}" for name in COLUMNS[1:])]
     lines += [format_row(name, total) for name, total in [*rows, ("all", everything)]]
     conversions = sum(totals[name].launches for name in FORMAT_CONVERSIONS if name in totals)
-    lines += ["", f"format conversions: {conversions}", f"waits of the host: {waits}"]
+    lines += ["", f"format conversions: {conversions}", f"waits of the host: {waits}", format_ai_cpu(on_ai_cpu)]
     lines += [
         f"copies {kind}: {total.launches} of {total.bytes / 1e6:.2f} MB" for kind, total in sorted(copies.items())
     ]
@@ -100,6 +113,11 @@ def summarise(path: Path, profile: dict[str, Any]) -> str:
 def format_row(name: str, total: Total) -> str:
     values = (total.flops / 1e9, total.bytes / 1e6, total.host_seconds * 1e3, total.chip_seconds * 1e3)
     return f"{name:32}{total.launches:>20}" + "".join(f"{value:>20.3f}" for value in values)
+
+
+def format_ai_cpu(counts: dict[str, int]) -> str:
+    each = ", ".join(f"{count} {name}" for name, count in sorted(counts.items(), key=lambda item: -item[1]))
+    return f"launches known to run on the AI CPU: {sum(counts.values())}" + (f" ({each})" if each else "")
 
 
 def format_graph(graph: dict[str, Any], launched: Total) -> str:

@@ -32,9 +32,9 @@ from transformers import CLIPTextConfig, CLIPTextModel
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from ascend.device import DeviceManager
+from ascend.device import DeviceManager, keep_freed_memory
 from ascend.graph import compile_pipeline
-from ascend.parallel import Mesh, process_group, share_guidance, wait_for_all
+from ascend.parallel import Mesh, process_group, share_guidance, unshare_guidance, wait_for_all
 from examples.common.cli import ArgumentParser, image_size, one_line_errors, positive_int
 from examples.common.launch import launch
 from examples.common.report import format_table
@@ -98,6 +98,7 @@ def measure(args: argparse.Namespace) -> None:
     """What each rank does; rank 0 writes the times and how far the latents differ to `args.output`."""
     name = args.device if args.device == "cpu" else f"{args.device}:{os.environ['LOCAL_RANK']}"
     manager = DeviceManager(name)
+    keep_freed_memory()
     pipe = make_pipeline(args, manager, manager.dtype)
     seconds: tuple[list[float], list[float]] = [], []
     with (
@@ -125,12 +126,9 @@ def measure(args: argparse.Namespace) -> None:
 
 @contextmanager
 def sharing(pipe: StableDiffusionPipeline, mesh: Mesh) -> Iterator[None]:
-    modules = (pipe.unet, pipe.vae.decoder)
-    forwards = [module.forward for module in modules]
     share_guidance(pipe, mesh)
     yield
-    for module, forward in zip(modules, forwards, strict=True):
-        module.forward = forward
+    unshare_guidance(pipe)
 
 
 @torch.no_grad()

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Installs the requirements and the patched diffusers, and prints the interpreter that has them.
-# Usage: bash scripts/setup_env.sh [--batch] [--dev]
+# Usage: bash scripts/setup_env.sh [--batch] [--dev] [--torch VERSION]
 #   --batch   Ray Data as well, for generate_batch.py
 #   --dev     Ray Data, and the tools of the tests and checks
+#   --torch   2.10.0, for hosts whose CANN goes with torch_npu 2.10.0, or 2.13.0; it holds for later calls as well
 #
 # The environment is that of $PYTHON when it is set, else the active virtual environment, else .venv, made when needed.
 # What is installed already is left alone; then no network is needed. All messages go to stderr.
@@ -31,23 +32,50 @@ make_venv() {
     fail "there is no Python 3.11 or newer; install one and set PYTHON=/path/to/python"
 }
 
+choose_torch() { # requirements with the chosen torch, in a folder of the environment unless it is the pinned one
+    local chosen=$prefix/.diffusers-npu.torch pinned file
+    pinned=$(sed -n 's/^torch==\([^ ]*\).*/\1/p' "$root/requirements.txt")
+    if [[ -z $torch && -e $chosen ]]; then
+        torch=$(<"$chosen")
+    fi
+    requirements=$root
+    if [[ -z $torch || $torch == "$pinned" ]]; then
+        rm -f -- "$chosen"
+        return
+    fi
+    requirements=$prefix/.diffusers-npu.requirements
+    mkdir -p -- "$requirements"
+    for file in "$root"/requirements*.txt; do
+        sed -E "s/^(torch|torch_npu)==[^ ]*/\\1==$torch/" "$file" >"$requirements/${file##*/}"
+    done
+    echo "$torch" >"$chosen"
+}
+
 install() { # a file of requirements, unless it was installed already as it is now
     local stamp=$prefix/.diffusers-npu.$1 wanted
-    wanted=$({ "$python" -VV && cat -- "$root/requirements.txt" "$root/$1"; } | sha256sum)
+    wanted=$({ "$python" -VV && cat -- "$requirements/requirements.txt" "$requirements/$1"; } | sha256sum)
     if [[ $(cat -- "$stamp" 2>/dev/null) != "$wanted" ]]; then
         say "installing $1 into $prefix"
-        "$python" -m pip install --requirement "$root/$1" >&2 || fail "could not install $1; see pip's message above"
+        "$python" -m pip install --requirement "$requirements/$1" >&2 || fail "could not install $1; see pip's message above"
         echo "$wanted" >"$stamp" # last, so that an interrupted installation is done again
     fi
 }
 
 extras=()
-for argument in "$@"; do
-    case $argument in
+torch=
+while (($#)); do
+    case $1 in
         --batch) extras+=(requirements-batch.txt) ;;
         --dev) extras+=(requirements-batch.txt requirements-dev.txt) ;;
-        *) fail "unknown option '$argument' (usage: bash scripts/setup_env.sh [--batch] [--dev])" ;;
+        --torch | --torch=*)
+            [[ $1 == *=* || $# -gt 1 ]] || fail "--torch needs a version: 2.13.0 or 2.10.0"
+            torch=${1#--torch=}
+            [[ $1 == *=* ]] || { torch=$2 && shift; }
+            [[ $torch == 2.13.0 || $torch == 2.10.0 ]] || fail "--torch $torch: only 2.13.0 and 2.10.0 are tested"
+            ;;
+        *) fail "unknown option '$1' (usage: bash scripts/setup_env.sh [--batch] [--dev] [--torch VERSION])" ;;
     esac
+    shift
 done
 
 exec 9>"$root/.setup.lock" # two set-ups at once, say of a run and of the tests, take turns
@@ -64,6 +92,7 @@ fi
 is_new_enough "$python" || fail "$python does not run or is older than Python 3.11"
 
 prefix=$("$python" -c 'import sys; print(sys.prefix)')
+choose_torch
 install requirements.txt
 if [[ -e /dev/davinci_manager ]]; then # the Ascend driver's device node
     install requirements-npu.txt

@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # Sets up the environment, then checks format, lint and types and runs the tests, also on emulated NPUs.
-# Usage: bash scripts/test.sh [--slow] [pytest's arguments]      (--slow: only the cases that take minutes)
+# Usage: bash scripts/test.sh [--slow] [pytest's arguments], or bash scripts/test.sh --asynchronous
+#   --slow           only the cases that take minutes
+#   --asynchronous   only the tests on emulated NPUs, with streams and launches on threads of their own, as on a card
 set -euo pipefail
 
 cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/.."
@@ -13,25 +15,33 @@ if [[ ${1:-} == --slow ]]; then
     shift
     exec "$python" -m pytest -m slow "$@"
 fi
-"$python" -m ruff format --check .
-"$python" -m ruff check .
-"$python" -m mypy
-"$python" -m pytest "$@"
 
-if (($# == 0)); then # the same on emulated chips, with the genuine torch_npu: both at once, as each uses one core
+test_on_chips() { # with options of the emulator: both chips at once, as each uses one core
+    local chips=(Ascend310P3 Ascend910B3) soc index failed=0
     "$python" -m emulator build
     logs=$(mktemp -d)
     processes=()
     trap 'kill "${processes[@]}" 2>/dev/null || true; rm -rf "$logs"' EXIT # Ctrl-C does not reach them
-    chips=(Ascend310P3 Ascend910B3)
     for soc in "${chips[@]}"; do
-        "$python" -m emulator run --soc "$soc" --devices 2 -- "$python" -m pytest tests/on_npu >"$logs/$soc" 2>&1 &
+        "$python" -m emulator run --soc "$soc" --devices 2 "$@" -- "$python" -m pytest tests/on_npu >"$logs/$soc" 2>&1 &
         processes+=($!)
     done
-    failed=0
     for index in "${!chips[@]}"; do
         wait "${processes[$index]}" || failed=$?
         cat "$logs/${chips[$index]}"
     done
-    exit "$failed"
+    return "$failed"
+}
+
+if [[ ${1:-} == --asynchronous ]]; then
+    export TASK_QUEUE_ENABLE=1
+    test_on_chips --asynchronous
+    exit
+fi
+"$python" -m ruff format --check .
+"$python" -m ruff check .
+"$python" -m mypy
+"$python" -m pytest "$@"
+if (($# == 0)); then # the same on emulated chips, with the genuine torch_npu
+    test_on_chips
 fi

@@ -10,17 +10,11 @@ set -euo pipefail
 cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/.."
 venv=$PWD/.venv-2.10
 python=$venv/bin/python
-export PIP_DISABLE_PIP_VERSION_CHECK=1 HF_HUB_OFFLINE=1 TORCH_DEVICE_BACKEND_AUTOLOAD=0
+export HF_HUB_OFFLINE=1 TORCH_DEVICE_BACKEND_AUTOLOAD=0
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
-if [[ ! -e $venv/complete ]]; then
-    "${PYTHON:-python3}" -m venv --clear "$venv"
-    "$python" -m pip install --requirement <(sed 's/^torch==.*/torch==2.10.0/' requirements.txt)
-    PYTHON=$python bash apply_patch.sh
-    # after diffusers: DeepCache asks for one, and this must be ours
-    "$python" -m pip install --requirement <(grep --invert-match '^-r' requirements-dev.txt)
-    touch "$venv/complete"
-fi
+[[ -x $python ]] || "${PYTHON:-python3}" -m venv "$venv"
+PYTHON=$python bash scripts/setup_env.sh --dev --torch 2.10.0
 
 for soc in Ascend310P3 Ascend910B3; do
     "$python" -m emulator run --soc "$soc" --devices 2 -- "$python" -m pytest tests/on_npu "$@"

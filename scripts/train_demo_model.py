@@ -52,7 +52,7 @@ from demo_scenes import BACKGROUNDS, IMAGE_SIZE, POSITIONS, Scene, held_out_scen
 from demo_training import fit, save_grid, save_tensors
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 
-from ascend.device import DeviceManager
+from ascend.device import DeviceManager, keep_freed_memory
 from examples.common.cli import ArgumentParser, UserError, file_path, non_negative_int, one_line_errors, positive_int
 from examples.common.files import make_output_dir, write_json
 from examples.common.model_dir import DEFAULTS
@@ -412,6 +412,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with one_line_errors():
         args = vars(parse_arguments(arguments))
         stage = args.pop("stage")
+        keep_freed_memory()
         device, work_dir = DeviceManager(args.pop("device")).device, make_output_dir(args.pop("work_dir"))
         run = Run(device=device, work_dir=work_dir, **args)
         for name in STAGES if stage == "all" else [stage]:

@@ -1,4 +1,5 @@
 // Devices and contexts. Each device has one primary context; a context is the address of its device's slot.
+// Numbers are the process's own, of the devices that it sees, but where the machine's are asked for.
 #include <malloc.h>
 #include <unistd.h>
 
@@ -10,6 +11,7 @@
 #include "memory.h"
 #include "stream.h"
 #include "trace.h"
+#include "visible_devices.h"
 
 namespace cann {
 namespace {
@@ -24,11 +26,14 @@ struct Slot {
 std::array<Slot, kMostDevices> slots;
 thread_local int32_t device_of_thread = 0;
 
-bool exists(int64_t device) { return device >= 0 && device < chip().devices; }
+int64_t count() { return static_cast<int64_t>(visible_devices().numbers.size()); }
+
+bool exists(int64_t device) { return device >= 0 && device < count(); }
 
 aclError no_device(int64_t device) {
-    return fail(ACL_ERROR_RT_INVALID_DEVICEID, "device %lld does not exist: this machine has %u",
-                static_cast<long long>(device), chip().devices);
+    return fail(ACL_ERROR_RT_INVALID_DEVICEID, "device %lld does not exist: this process sees %lld of this machine's %u%s%s",
+                static_cast<long long>(device), static_cast<long long>(count()), chip().devices,
+                visible_devices().wrong.empty() ? "" : "; ", visible_devices().wrong.c_str());
 }
 
 // Keeps the memory of temporaries in this process. Else every large one is new pages, which the kernel has to zero,
@@ -42,6 +47,8 @@ void keep_freed_memory() {
 }  // namespace
 
 int32_t current_device() { return device_of_thread; }
+
+int32_t machine_number(int32_t device) { return visible_devices().numbers.at(device); }
 
 bool reaches(int32_t device, int32_t memory_of) {
     return exists(memory_of) && (device == memory_of || slots[device].reaches[memory_of]);
@@ -61,7 +68,9 @@ CANN_API aclError aclInit(const char*) {
 CANN_API aclError aclFinalize() { return ACL_SUCCESS; }
 
 CANN_API aclError aclrtGetDeviceCount(uint32_t* count) {
-    *count = chip().devices;
+    const VisibleDevices& visible = visible_devices();
+    if (!visible.wrong.empty()) return fail(ACL_ERROR_RT_NO_DEVICE, "%s", visible.wrong.c_str());
+    *count = static_cast<uint32_t>(visible.numbers.size());
     return ACL_SUCCESS;
 }
 
@@ -101,7 +110,7 @@ CANN_API aclError aclrtGetCurrentContext(aclrtContext* context) {
 
 CANN_API aclError aclrtSetCurrentContext(aclrtContext context) {
     const auto* slot = static_cast<Slot*>(context);
-    if (slot < slots.begin() || slot >= slots.begin() + chip().devices) {
+    if (slot < slots.begin() || slot >= slots.begin() + count()) {
         return fail(ACL_ERROR_RT_CONTEXT_NULL, "context %p does not exist", context);
     }
     device_of_thread = static_cast<int32_t>(slot - slots.begin());
@@ -117,7 +126,7 @@ CANN_API aclError aclrtGetPrimaryCtxState(int32_t device, uint32_t* flags, int32
 
 CANN_API aclError aclrtGetLogicDevIdByUserDevId(const int32_t user, int32_t* const logic) {
     if (!exists(user)) return no_device(user);
-    *logic = user;
+    *logic = machine_number(user);
     return ACL_SUCCESS;
 }
 
@@ -159,7 +168,7 @@ CANN_API aclError aclrtGetDeviceInfo(uint32_t device, aclrtDevAttr attribute, in
         case ACL_DEV_ATTR_TOTAL_GLOBAL_MEM_SIZE: *value = static_cast<int64_t>(chip().memory); return ACL_SUCCESS;
         case ACL_DEV_ATTR_L2_CACHE_SIZE: *value = chip().l2_bytes; return ACL_SUCCESS;
         case ACL_DEV_ATTR_IS_VIRTUAL: *value = 0; return ACL_SUCCESS;
-        case ACL_DEV_ATTR_PHY_CHIP_ID: *value = device; return ACL_SUCCESS;
+        case ACL_DEV_ATTR_PHY_CHIP_ID: *value = machine_number(static_cast<int32_t>(device)); return ACL_SUCCESS;
         default:
             return fail(ACL_ERROR_API_NOT_SUPPORT, "device attribute %d is not emulated", static_cast<int>(attribute));
     }

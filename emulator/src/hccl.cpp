@@ -73,7 +73,7 @@ HcclResult init(uint32_t ranks, const HcclRootInfo* root, uint32_t rank, const H
             if (config->hcclExecTimeOut != HCCL_COMM_EXECTIMEOUT_CONFIG_NOT_SET) execute = config->hcclExecTimeOut;
             if (*config->hcclCommName != '\0') name = config->hcclCommName;
         }
-        const Member self = {rank, ranks, current_device()};
+        const Member self = {rank, ranks, machine_number(current_device())};
         auto made = std::make_shared<Communicator>(info.id, name, self, Seconds(connect), Seconds(execute));
         std::lock_guard<std::mutex> lock(guard);
         *comm = made.get();

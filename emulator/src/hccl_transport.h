@@ -35,7 +35,7 @@ struct Message {
 struct Member {
     uint32_t rank;
     uint32_t ranks;
-    int32_t device;
+    int32_t device;  // the machine's number: each process may call its own device 0
 };
 
 class Mesh {

@@ -19,7 +19,7 @@ namespace cann {
 struct Chip {
     std::string soc;           // CANN_EMULATOR_SOC
     std::string version;       // CANN_EMULATOR_VERSION: the CANN release to report
-    uint32_t devices;          // CANN_EMULATOR_DEVICES
+    uint32_t devices;          // CANN_EMULATOR_DEVICES: of the machine; a process may see fewer, see visible_devices.h
     size_t memory;             // CANN_EMULATOR_MEMORY: bytes per device
     int64_t cube_cores;        // CANN_EMULATOR_CUBE_CORES
     int64_t vector_cores;      // CANN_EMULATOR_VECTOR_CORES
@@ -59,5 +59,8 @@ void report_crashes();
 
 // The device of the calling thread (device 0 until aclrtSetDevice, as in CANN).
 int32_t current_device();
+
+// The machine's number of a device that this process sees as `device`.
+int32_t machine_number(int32_t device);
 
 }  // namespace cann

@@ -31,7 +31,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from ascend.device import VISIBLE_DEVICES
+from ascend.device import narrow_visible_devices
 from examples.common.cli import (
     ArgumentParser,
     RankFailedError,
@@ -53,8 +53,10 @@ def device_list(text: str) -> list[int]:
         devices = [int(number) for number in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 0,1") from None
-    if min(devices) < 0 or len(set(devices)) != len(devices):
-        raise argparse.ArgumentTypeError(f"{text!r} must name each device once")
+    if min(devices) < 0 or devices != sorted(set(devices)):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} must name each device once, in ascending order, as CANN wants them"
+        )
     return devices
 
 
@@ -113,12 +115,12 @@ def launch(devices: list[int], log_dir: Path, command: list[str], machines: Mach
 
     Raises:
         RankFailedError: with the exit code of the first that failed; 128 and a signal's number, as in a shell.
+        DeviceError: a device is not among those that this process sees.
         UserError: the port is taken, or not all machines came.
     """
     ranks = len(devices)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # `describe` says it in one line
-    for variable in VISIBLE_DEVICES.values():
-        os.environ[variable] = ",".join(map(str, devices))
+    os.environ.update(narrow_visible_devices(devices))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // ranks)))
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as in run_sd.py
     logs_specs = DefaultLogsSpecs(str(log_dir), redirects={rank: Std.ALL for rank in range(1, ranks)})

@@ -3,7 +3,8 @@
 # Usage: bash examples/sd2.1/run_sd.sh                    the demo: all accelerations on, compared with a plain run
 #        bash examples/sd2.1/run_sd.sh --prompt "..."     any options of run_sd.py; --help lists them
 #        bash examples/sd2.1/run_sd.sh --device_list=0,1 --model_path=...     on several devices, a process for each
-# --device_list=0,1   the two chips of a 310P Duo card, or other NPUs or GPUs; on a CPU, as many processes
+# --device_list=0,1   the two chips of a 310P Duo card, or other NPUs or GPUs; on a CPU, as many processes; counted
+#                     within ASCEND_RT_VISIBLE_DEVICES or CUDA_VISIBLE_DEVICES where a scheduler has set them
 # --cann_path=DIR     sources DIR/set_env.sh first
 # --rdzv_endpoint=HOST:PORT --nnodes=N --node_rank=0   for several machines, or a port of your own; see common/launch.py
 set -euo pipefail
@@ -50,7 +51,22 @@ if [[ $device_list == *,* ]] || ((${#launcher[@]})); then
     launcher+=("--device_list=${device_list:-0}")
     exec "$python" "$here/../common/launch.py" "${launcher[@]}" -- "$here/run_sd.py" "${arguments[@]}"
 fi
-if [[ $device_list ]]; then
-    export ASCEND_RT_VISIBLE_DEVICES=$device_list CUDA_VISIBLE_DEVICES=$device_list
+if [[ $device_list ]]; then # as narrow_visible_devices of ascend/device.py, which the launcher uses
+    if [[ ! $device_list =~ ^[0-9]+$ ]]; then
+        echo "error: --device_list $device_list: this is no list of numbers such as 0,1" >&2
+        exit 2
+    fi
+    for variable in ASCEND_RT_VISIBLE_DEVICES CUDA_VISIBLE_DEVICES; do
+        IFS=, read -ra visible <<<"${!variable-}"
+        if [[ ! ${!variable+set} ]]; then
+            export "$variable=$device_list"
+        elif ((device_list < ${#visible[@]})); then # numbers count within what a scheduler has set
+            export "$variable=${visible[device_list]}"
+        elif [[ ${!variable} ]]; then
+            echo "error: device $device_list: $variable=${!variable} was set before, by a scheduler perhaps, and has" \
+                "no such device; numbers count within it, from 0" >&2
+            exit 2
+        fi
+    done
 fi
 exec "$python" "$here/run_sd.py" "${arguments[@]}"

@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import save_file
 
 from ascend.device import (
+    VISIBLE_DEVICES,
     DeviceError,
     DeviceManager,
     best_dtype,
@@ -22,6 +22,7 @@ from ascend.device import (
     get_device_info,
     get_memory_info,
     is_npu_available,
+    narrow_visible_devices,
     set_seed,
 )
 from ascend.weights import fits, place_pipeline
@@ -92,6 +93,26 @@ except DeviceError as error:
     assert ("set_env.sh" in second) == says_what_to_source
 
 
+@pytest.mark.parametrize("before", ["import diffusers", "from ascend import device"])
+def test_the_reason_why_an_npu_is_absent_is_the_same_whatever_is_imported_first(tmp_path: Path, before: str) -> None:
+    (tmp_path / "torch_npu").mkdir()
+    (tmp_path / "torch_npu" / "__init__.py").write_text(f"raise ImportError({LIBRARY_MISSING!r})")
+    metadata = tmp_path / "torch_npu-2.13.0.dist-info" / "METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text("Metadata-Version: 2.1\nName: torch_npu\nVersion: 2.13.0\n")
+    code = f"""
+{before}
+from ascend.device import DeviceError, find_device, is_npu_available
+from diffusers import StableDiffusionPipeline
+try:
+    find_device("npu")
+except DeviceError as error:
+    print(error)
+"""
+    said = run_python(code, tmp_path)
+    assert said.startswith(f"device 'npu' is not there: torch_npu does not load ({LIBRARY_MISSING})"), said
+
+
 @pytest.mark.parametrize("name", ["npu", "cuda", "cuda:99"])
 def test_an_absent_device_is_one_clear_error(name: str) -> None:
     if name in {device.type for device in get_all_devices()}:
@@ -105,6 +126,46 @@ def test_what_hides_a_device_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
     with pytest.raises(DeviceError, match="with CUDA_VISIBLE_DEVICES=7"):
         DeviceManager("cuda")
+
+
+@pytest.mark.parametrize(
+    ("before", "devices", "expected"),
+    [
+        (None, [0, 2], "0,2"),
+        ("4,6,7", [0, 2], "4,7"),
+        ("GPU-a,GPU-b", [1], "GPU-b"),
+        ("", [0, 1], None),  # hides all, and that stays
+    ],
+)
+def test_chosen_devices_count_within_those_that_were_visible(
+    monkeypatch: pytest.MonkeyPatch, before: str | None, devices: list[int], expected: str | None
+) -> None:
+    for variable in VISIBLE_DEVICES.values():
+        monkeypatch.delenv(variable, raising=False)
+        if before is not None:
+            monkeypatch.setenv(variable, before)
+    assert narrow_visible_devices(devices) == (
+        {} if expected is None else dict.fromkeys(VISIBLE_DEVICES.values(), expected)
+    )
+
+
+@pytest.mark.parametrize(
+    ("devices", "reason"),
+    [
+        ([1, 0], "devices 1,0: CANN takes each device once, in ascending order"),
+        ([0, 0], "devices 0,0: CANN takes each device once"),
+        (
+            [0, 2],
+            "devices 0,2: ASCEND_RT_VISIBLE_DEVICES=4,6 was set before, by a scheduler perhaps, and has no device 2",
+        ),
+    ],
+)
+def test_devices_that_cann_or_a_scheduler_refuses_are_one_clear_error(
+    monkeypatch: pytest.MonkeyPatch, devices: list[int], reason: str
+) -> None:
+    monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", "4,6")
+    with pytest.raises(DeviceError, match=reason):
+        narrow_visible_devices(devices)
 
 
 @pytest.mark.parametrize("name", ["", "tpu", "npu:", "cuda:-1", "cpu:x", "NPU"])
@@ -196,16 +257,26 @@ def test_a_pipeline_without_a_vae_is_placed_too(tiny_sd: StableDiffusionPipeline
     assert place_pipeline(tiny_sd, CPU) == ["all components are on cpu"]
 
 
-def test_the_cpu_s_freed_memory_is_kept_until_the_cache_is_emptied() -> None:
-    manager = DeviceManager("cpu")
+def test_freed_memory_is_kept_once_a_program_asks_for_it_until_the_cache_is_emptied() -> None:
+    code = """
+import resource, torch
+from ascend.device import DeviceManager, keep_freed_memory
 
-    def new_pages() -> int:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        torch.ones(2**26)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+def new_pages():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(2**26)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-    for _ in range(8):  # until what lies free is in one piece: memory that is aligned leaves splinters
-        new_pages()
-    assert new_pages() < 100
-    manager.empty_cache()
-    assert new_pages() > 100  # fewer than its 65536 where the kernel hands out large pages
+manager = DeviceManager("cpu")
+print(new_pages(), new_pages())
+keep_freed_memory()
+for _ in range(8):  # until what lies free is in one piece: memory that is aligned leaves splinters
+    new_pages()
+print(new_pages())
+manager.empty_cache()
+print(new_pages())
+"""
+    first, second, kept, emptied = map(int, run_python(code).split())
+    # Fewer than the 65536 pages of the tensor where the kernel hands out large ones.
+    assert min(first, second, emptied) > 100, "a library has changed malloc for the whole process"
+    assert kept < 100

@@ -50,6 +50,19 @@ def test_a_profile_has_what_the_runtime_and_the_report_read(chip: dict[str, Any]
     assert ("bfloat16" in chip["dtypes"]["supported"]) == chip["numerics"]["inf_nan"]
 
 
+def test_every_row_of_the_ai_cpu_has_a_source_and_names_what_exists(chip: dict[str, Any]) -> None:
+    graphs = (SOURCES.parent / "graph").glob("*.cpp")
+    names = set(re.findall(r"\bGE(?:_MOVES)?\((\w+)", "".join(path.read_text(encoding="utf-8") for path in graphs)))
+    eager = set(re.findall(r"\b[A-Z]+\((\w+)", "".join(path.read_text() for path in SOURCES.glob("*.cpp"))))
+    listed = [operator for row in chip["ai_cpu"] for operator in row["operators"]]
+    assert len(listed) == len(set(listed))
+    for row in chip["ai_cpu"]:
+        assert row["source"].startswith(("ops-nn ", "ops-math ")), row
+        assert set(row["ai_core"]) <= set(chip["dtypes"]["supported"])
+        for operator in row["operators"]:
+            assert operator in names | eager or operator.removeprefix("Inplace") in eager, operator
+
+
 def test_every_rule_has_a_source_and_names_what_exists(chip: dict[str, Any]) -> None:
     operators = parameters_of_operators()
     for rule in chip["rules"]:

@@ -35,6 +35,23 @@ def test_totals_and_estimates(tmp_path: Path) -> None:
     assert "estimate" in lines[-1]
 
 
+@pytest.mark.parametrize(("chip", "random"), [("Ascend310P3", 1), ("Ascend910B3", 0)])
+def test_launches_on_the_ai_cpu_are_counted_by_operator_and_dtype(tmp_path: Path, chip: str, random: int) -> None:
+    trace = tmp_path / "trace.jsonl"
+    operators = [
+        ("ScatterElements", "int64"),
+        ("ScatterElements", "float16"),
+        ("Scatter", "int64"),
+        ("Mul", "float16"),
+    ]
+    operators += [("ScatterElements", "int64"), ("InplaceNormal", "float16"), ("NobodyKnows", "float64")]
+    trace.write_text("\n".join(launch(operator, 0, 8, dtype) for operator, dtype in operators))
+    text = report.summarise(trace, profile.load(chip))
+    normal = ", 1 InplaceNormal of float16" if random else ""
+    expected = f"AI CPU: {3 + random} (2 ScatterElements of int64, 1 Scatter of int64{normal})\n"
+    assert f"launches known to run on the {expected}" in text
+
+
 def test_what_is_no_trace(tmp_path: Path) -> None:
     path = tmp_path / "x"
     path.write_text("hello")

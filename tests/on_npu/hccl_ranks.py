@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ import torch
 import torch.distributed as dist
 import torch_npu  # noqa: F401
 
-from tests.on_npu.helpers import numbers
+from tests.on_npu.inputs import numbers
 
+PATIENCE = 240  # seconds, far longer than a slow machine takes; pytest ends a test after 300
 COUNT = 24  # divides by 2 and 3 ranks
 MOVED = (torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.uint8, torch.int32, torch.int64, torch.bool)
 REDUCED = (torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -188,7 +189,8 @@ def groups(rank: int, size: int) -> Results:
     results["groups", ""] = [ours.cpu(), theirs.cpu()]
     results["completed", ""] = all(work.is_completed() for work in works)
 
-    time.sleep(0.3 * rank)
+    time.sleep(0.3 * rank)  # so that a barrier that holds nobody is seen
+    results["before the barrier", ""] = time.time()
     dist.barrier()
     results["after the barrier", ""] = time.time()
     objects: list[Any] = [None] * size
@@ -216,13 +218,13 @@ def again(rank: int, size: int) -> Results:
 
 
 def lost(rank: int, size: int) -> Results:
-    """The last rank is killed between two collectives, while a child that it has forked lives on."""
+    """The last rank is killed between two collectives, while a child that it has forked outlives the others' wait."""
     tensor = torch.ones(2, device="npu")
     dist.all_reduce(tensor)
     torch.npu.synchronize()
     if rank == size - 1:
         if os.fork() == 0:
-            time.sleep(5)
+            wait_for_results(range(size - 1))
             os._exit(0)
         os.kill(os.getpid(), signal.SIGKILL)
     return waited(tensor)
@@ -233,9 +235,15 @@ def late(rank: int, size: int) -> Results:
     dist.all_reduce(tensor)
     torch.npu.synchronize()
     if rank == 1:
-        time.sleep(6)
+        wait_for_results([0])
         return {}
     return waited(tensor)
+
+
+def wait_for_results(ranks: Iterable[int]) -> None:
+    deadline = time.monotonic() + PATIENCE  # nobody else ends a child of a killed rank
+    while not all(Path(sys.argv[4], f"{rank}.pt").exists() for rank in ranks) and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 def waited(tensor: torch.Tensor) -> Results:
@@ -254,15 +262,23 @@ def same_device(rank: int, size: int) -> Results:
     return waited(torch.ones(2, device="npu"))
 
 
+def one_each(rank: int, size: int) -> Results:
+    """Each process sees one chip, which it calls its device 0."""
+    results = waited(torch.ones(2, device="npu"))
+    return results | {("devices", ""): torch.npu.device_count()}
+
+
 def start(store: str, rank: int, size: int) -> None:
     dist.init_process_group("hccl", init_method=store, rank=rank, world_size=size)
 
 
 def main() -> None:
     program, rank, size, directory = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
+    if program == "one_each":  # as Ray and Kubernetes start them
+        os.environ["ASCEND_RT_VISIBLE_DEVICES"] = str(rank)
     torch.npu.set_compile_mode(jit_compile=False)
     torch.npu.config.allow_internal_format = False
-    torch.npu.set_device(rank)
+    torch.npu.set_device(0 if program == "one_each" else rank)
     start(f"file://{directory}/store", rank, size)
     results = globals()[program](rank, size)
     torch.save(results, directory / f"{rank}.pt")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 
-SATURATES = os.environ.get("CANN_EMULATOR_SOC", "").startswith("Ascend310P")
+from ascend.device import find_device, get_chip
+
+SATURATES = str(get_chip(find_device("npu"))).startswith("Ascend310P")
 FLOATS = (torch.float32, torch.float16) if SATURATES else (torch.float32, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 # A unit in the last place: a result may be rounded twice where the reference is rounded once.
@@ -34,16 +35,6 @@ SHAPES = ((3, 5), (2, 3, 17), (1, 1), (0, 4), (16, 32))
 def on_npu(x: torch.Tensor, layout: Layout) -> torch.Tensor:
     """`x` on the NPU in a layout there, not merely copied from one on the CPU."""
     return layout(x.to("npu"))
-
-
-def numbers(shape: Sequence[int], dtype: torch.dtype, seed: int = 0, low: float = -3, high: float = 3) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    if dtype == torch.bool:
-        return torch.rand(tuple(shape), generator=generator) < 0.5
-    if not dtype.is_floating_point:
-        low, high = (0, 10) if dtype == torch.uint8 else (-10, 10)
-        return torch.randint(int(low), int(high), tuple(shape), generator=generator, dtype=dtype)
-    return (torch.rand(tuple(shape), generator=generator) * (high - low) + low).to(dtype)
 
 
 def reference(x: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch_npu
 
-from tests.on_npu.helpers import FLOATS, SATURATES, assert_close, numbers
+from tests.on_npu.helpers import FLOATS, SATURATES, assert_close
+from tests.on_npu.inputs import numbers
 
 HALVES = [dtype for dtype in FLOATS if dtype != torch.float32]
 ALL_TOKENS = 2**31 - 1

@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch_npu
 
-from tests.on_npu.helpers import FLOATS, INTEGERS, LAYOUTS, SHAPES, assert_close, numbers, on_npu, reference
+from tests.on_npu.helpers import FLOATS, INTEGERS, LAYOUTS, SHAPES, assert_close, on_npu, reference
+from tests.on_npu.inputs import numbers
 
 Function = Callable[..., torch.Tensor]
 

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 import torch_npu
 
-from tests.on_npu.helpers import assert_close, numbers
+from tests.on_npu.helpers import assert_close
+from tests.on_npu.inputs import numbers
 
 ND, NCHW, FRACTAL_Z, FRACTAL_NZ = 2, 0, 4, 29
 

@@ -22,7 +22,8 @@ from torch.utils._pytree import tree_leaves
 from ascend.graph import compile_module, torchair_config
 from processors import npu_tome, tome
 from processors.tome import count_merged, match, partition
-from tests.on_npu.helpers import FLOATS, SATURATES, TOLERANCES, numbers, reference
+from tests.on_npu.helpers import FLOATS, SATURATES, TOLERANCES, reference
+from tests.on_npu.inputs import numbers
 from tests.tiny_models import tiny_unet
 
 ROOT = Path(__file__).resolve().parents[2]

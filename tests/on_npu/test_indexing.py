@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.on_npu.helpers import FLOATS, INTEGERS, LAYOUTS, assert_close, numbers, on_npu, reference
+from tests.on_npu.helpers import FLOATS, INTEGERS, LAYOUTS, assert_close, on_npu, reference
+from tests.on_npu.inputs import numbers
 
 Function = Callable[[torch.Tensor], torch.Tensor]
 

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from tests.on_npu.helpers import FLOATS, INTEGERS, LAYOUTS, Layout, assert_close, numbers, on_npu, reference
+from tests.on_npu.helpers import FLOATS, INTEGERS, LAYOUTS, Layout, assert_close, on_npu, reference
+from tests.on_npu.inputs import numbers
 
 Change = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 

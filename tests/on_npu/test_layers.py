@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 import torch_npu
 
-from tests.on_npu.helpers import FLOATS, LAYOUTS, SATURATES, assert_close, numbers, on_npu, reference
+from tests.on_npu.helpers import FLOATS, LAYOUTS, SATURATES, assert_close, on_npu, reference
+from tests.on_npu.inputs import numbers
 
 Function = Callable[[torch.Tensor], torch.Tensor]
 

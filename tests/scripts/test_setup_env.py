@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # A Python that writes down what it is asked to install and lives in its own prefix.
 PYTHON = f"""#!/usr/bin/env bash
 case "$*" in
-    "-m pip install"*) echo "$5" >>"$PREFIX/installed"; [[ ! -e $PREFIX/offline ]] ;;
+    "-m pip install"*) echo "$5" >>"$PREFIX/installed"; cat "$5" >"$PREFIX/wanted"; [[ ! -e $PREFIX/offline ]] ;;
     *sys.prefix*) echo "$PREFIX" ;;
     *) exec {sys.executable} "$@" ;;
 esac
@@ -70,9 +70,27 @@ def test_a_failed_installation_is_tried_again(checkout: Path) -> None:
     assert set_up(checkout)[3] == ["requirements.txt", "patched"]
 
 
+def test_the_older_torch_is_installed_with_its_torch_npu_and_stays_until_another_is_chosen(checkout: Path) -> None:
+    (checkout / "requirements.txt").write_text("numpy==2.4.6\ntorch==2.13.0\n")
+    (checkout / "requirements-batch.txt").write_text("-r requirements.txt\ntorch_npu==2.13.0  # why\n")
+    wanted, older = checkout / "prefix/wanted", "numpy==2.4.6\ntorch==2.10.0\n"
+    code, _, err, installed = set_up(checkout, "--torch", "2.10.0")
+    assert (code, installed) == (0, ["requirements.txt", "patched"]), err
+    assert wanted.read_text() == older
+    assert set_up(checkout)[3] == ["patched"]  # run_sd.sh says no version, and must not put the other one back
+    set_up(checkout, "--batch")
+    assert wanted.read_text() == "-r requirements.txt\ntorch_npu==2.10.0  # why\n"
+    assert (checkout / "prefix/.diffusers-npu.requirements/requirements.txt").read_text() == older
+    assert set_up(checkout, "--torch=2.13.0")[3] == ["requirements.txt", "patched"]
+    assert wanted.read_text() == "numpy==2.4.6\ntorch==2.13.0\n"
+    assert set_up(checkout)[3] == ["patched"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "python", "message"),
     [
+        (["--torch", "2.11.0"], "", "--torch 2.11.0: only 2.13.0 and 2.10.0 are tested"),
+        (["--torch"], "", "--torch needs a version: 2.13.0 or 2.10.0"),
         (["--develop"], "", "unknown option '--develop'"),
         ([], "/no/such/python", "PYTHON=/no/such/python: there is no such program"),
         ([], "false", "does not run or is older than Python 3.11"),
