@@ -1,7 +1,8 @@
-"""The two fused attention operators of Ascend chips.
+"""The fused attention operators of Ascend chips.
 
-Both take [batch, tokens, heads * head_dim], default to one head and scale 1, and read True in a mask as "masked out",
-the opposite of torch. They are called as `torch.ops.npu`, which exists wherever there is an NPU tensor.
+All take [batch, tokens, heads * head_dim], default to scale 1, and read True in a mask as "masked out", the opposite
+of torch. Two are made for inference and have no derivative, the third is made for training. They are called as
+`torch.ops.npu`, which exists wherever there is an NPU tensor.
 """
 
 import torch
@@ -11,7 +12,7 @@ from processors.constants import constant_per_shape
 MASK_MULTIPLE = 16  # 310P: a mask is only taken with lengths that are multiples of this
 ALL_TOKENS = 2**31 - 1
 HIGH_PRECISION = 10  # `sparse_mode` of the prompt operator: mode 0 with softmax in float32 (inner_precise 0)
-EXACT, EXACT_WITH_EMPTY_ROWS = 0, 2  # `inner_precise` of the inference operator
+EXACT, EXACT_WITH_EMPTY_ROWS = 0, 2  # `inner_precise` of the other two
 
 
 def prompt_flash_attention(
@@ -80,6 +81,35 @@ def fused_infer_attention_score(
     )[0]
 
 
+def fusion_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    heads: int,
+    attention_mask: torch.Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+) -> torch.Tensor:
+    """`npu_fusion_attention` of A2 and A3, which has a derivative. Arguments as `processors.kernels.attention`."""
+    hidden = None
+    if is_causal:
+        hidden = causal_mask(query.shape[1], key.shape[1], query.device)
+    elif attention_mask is not None:
+        hidden = _hidden(attention_mask, query.shape[1], key.shape[1])
+        if hidden.shape[1] > 1:  # a mask for each head has one for each sample as well
+            hidden = hidden.expand(len(query), -1, -1, -1).contiguous()
+    return torch.ops.npu.npu_fusion_attention(
+        query.contiguous(),
+        key.contiguous(),
+        value.contiguous(),
+        heads,
+        "BSH",
+        atten_mask=hidden,
+        scale=_scale(query, heads, scale),
+        inner_precise=EXACT if attention_mask is None else EXACT_WITH_EMPTY_ROWS,
+    )[0]
+
+
 @constant_per_shape
 def causal_mask(query_length: int, key_length: int, device: torch.device) -> torch.Tensor:
     """[query_length, key_length], True above the diagonal: what the operators leave out of causal attention."""
@@ -97,7 +127,7 @@ def _pad_tokens(tensor: torch.Tensor, padding: int) -> torch.Tensor:
 
 
 def _hidden(attention_mask: torch.Tensor, query_length: int, key_length: int) -> torch.Tensor:
-    """The operators' mask, [batch or 1, 1, query_length, key_length], of one in torch's sense, all heads alike."""
+    """The operators' mask, [batch or 1, heads or 1, query_length, key_length], of one in torch's sense."""
     return (~attention_mask).expand(-1, -1, query_length, key_length).contiguous()
 
 

@@ -19,6 +19,7 @@ def is_fused(tokens: torch.Tensor, merged: int) -> bool:
     """Whether to merge `merged` of `tokens` `[batch, tokens, channels]` by the fused operators."""
     return (
         torch.compiler.is_compiling()
+        and not (torch.is_grad_enabled() and tokens.requires_grad)  # they have no derivative
         and tokens.device.type == "npu"
         and tokens.dtype == torch.float16
         and merged == int(tokens.shape[1] * RATE)

@@ -24,11 +24,19 @@ class FusedResnetBlock2D(ResnetBlock2D):
         return output if self.output_scale_factor == 1 else output / self.output_scale_factor
 
 
-def fuse(block: ResnetBlock2D) -> None:
-    """Turn a block with SiLU into a fused one. Blocks that scale, shift or resample in between stay as they are."""
+def is_fusable(block: torch.nn.Module) -> bool:
+    """Whether `block` is a residual block with SiLU that does not scale, shift or resample in between."""
+    if type(block) not in (ResnetBlock2D, FusedResnetBlock2D):
+        return False
     resamples = block.upsample is not None or block.downsample is not None
-    scales = block.time_embedding_norm == "scale_shift"
-    if isinstance(block.nonlinearity, torch.nn.SiLU) and not resamples and not scales:
+    return (
+        isinstance(block.nonlinearity, torch.nn.SiLU) and not resamples and block.time_embedding_norm != "scale_shift"
+    )
+
+
+def fuse(block: ResnetBlock2D) -> None:
+    """Turn a block that `is_fusable` into a fused one; others stay as they are."""
+    if is_fusable(block):
         block.__class__ = FusedResnetBlock2D
 
 
@@ -38,13 +46,21 @@ def unfuse(block: ResnetBlock2D) -> None:
 
 
 def group_norm_silu(norm: torch.nn.GroupNorm, hidden_states: torch.Tensor) -> torch.Tensor:
-    """`silu(norm(hidden_states))`. The NPU's kernel takes an affine norm in the dtype of its input."""
-    weight = norm.weight
+    """`silu(norm(hidden_states))`. The NPU's kernel takes an affine norm in the dtype of its input.
+
+    It has no derivative (op-plugin op_plugin/config/derivatives.yaml): torch would warn once, and the gradients of all
+    before it would be missing or wrong.
+    """
+    weight, bias = norm.weight, norm.bias
+    needs_grad = torch.is_grad_enabled() and (
+        hidden_states.requires_grad or weight.requires_grad or bias.requires_grad
+    )
     # The devices differ while weights are offloaded: calling `norm` is what brings them back.
     if (
         hidden_states.device.type == "npu"
+        and not needs_grad
         and weight.device == hidden_states.device
         and weight.dtype == hidden_states.dtype
     ):
-        return torch.ops.npu.npu_group_norm_silu(hidden_states, weight, norm.bias, norm.num_groups, norm.eps)[0]
+        return torch.ops.npu.npu_group_norm_silu(hidden_states, weight, bias, norm.num_groups, norm.eps)[0]
     return F.silu(norm(hidden_states))

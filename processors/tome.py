@@ -46,8 +46,8 @@ def partition(h: int, w: int, sy: int, sx: int, device: torch.device) -> Partiti
 
 def match(metric: torch.Tensor, cells: Partition, merged: int) -> Matching:
     """Match tokens by the cosine similarity of `metric` `[batch, tokens, channels]`; the `merged` best pairs merge."""
-    # Norms in float32: that of a half-precision token may overflow.
-    precise = metric.float()
+    # Norms in float32: that of a half-precision token may overflow. Which tokens match has no derivative.
+    precise = metric.detach().float()
     unit = (precise / precise.norm(dim=-1, keepdim=True).clamp_min(1e-12)).to(metric.dtype)
     scores = unit.index_select(1, cells.sources) @ unit.index_select(1, cells.destinations).transpose(-1, -2)
     similarity, nearest = scores.max(dim=-1)
@@ -55,8 +55,9 @@ def match(metric: torch.Tensor, cells: Partition, merged: int) -> Matching:
     sources = cells.sources.expand_as(order).gather(1, order)
 
     kept = order.shape[-1] - merged
-    positions = torch.arange(order.shape[-1], device=order.device).expand_as(order)
-    rank = torch.zeros_like(order).scatter(1, order, positions)
+    # The inverse permutation. AI Cores sort floating point alone (ops-math math/sort/op_api/sort.cpp), and scatter no
+    # int64 (ops-nn index/scatter_elements_v2): either would go to the AI CPU. float32 holds 2**24 positions exactly.
+    rank = order.float().argsort(dim=-1)
     source_rows = torch.where(rank < merged, kept + nearest, rank - merged)
     destination_rows = torch.arange(kept, metric.shape[1] - merged, device=order.device).expand(len(order), -1)
     return Matching(
@@ -86,12 +87,15 @@ def unmerge(merged: torch.Tensor, matching: Matching) -> torch.Tensor:
 
 @constant_per_shape
 def _index_maps(h: int, w: int, sy: int, sx: int, device: torch.device) -> tuple[torch.Tensor, ...]:
-    is_destination = torch.zeros(h, w, dtype=torch.bool)
-    is_destination[: h // sy * sy : sy, : w // sx * sx : sx] = True
-    sources = (~is_destination).flatten().nonzero().flatten()
-    destinations = is_destination.flatten().nonzero().flatten()
-    inverse = torch.cat([sources, destinations]).argsort()
-    return sources.to(device), destinations.to(device), inverse.to(device)
+    # Index arithmetic alone: a trace with fake tensors (torch.export) knows no sizes that depend on values.
+    rows, columns = torch.arange(h, device="cpu"), torch.arange(w, device="cpu")
+    in_first_row = (rows % sy == 0) & (rows < h // sy * sy)
+    in_first_column = (columns % sx == 0) & (columns < w // sx * sx)
+    is_source = ~(in_first_row[:, None] & in_first_column).flatten()
+    count = h * w - (h // sy) * (w // sx)
+    # A stable order that puts sources first, and within them raster order.
+    order = (torch.arange(h * w, device="cpu") + h * w * ~is_source).argsort()
+    return order[:count].to(device), order[count:].to(device), order.argsort().to(device)
 
 
 def _mean_by_lookup(tokens: torch.Tensor, matching: Matching) -> torch.Tensor:

@@ -1,43 +1,57 @@
 """Self-attention on merged tokens."""
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from diffusers.models.attention_processor import Attention
 
 from processors import npu_tome, tome
-from processors.attn_processor import AttnProcessor2_0
+from processors.attn_processor import attend
+from processors.kernels import check_kernels
 from processors.tome import count_merged, match, partition
 
 
 class AttnProcessor2_0Tome:
     """Self-attention that merges `ratio` of the tokens before it and unmerges its result (arXiv 2303.17604).
 
-    Equals `tomesd.apply_patch(..., use_rand=False)` on the same block. Deterministic.
+    Equals `tomesd.apply_patch(..., use_rand=False)` on the same block. Deterministic. Differentiable in the tokens: which
+    of them merge counts as a constant.
 
     Args:
         h, w: grid of the tokens; None takes the grid of each call from the transformer block.
         sy, sx: size of the cells whose top left token is a destination; need not divide h and w.
         ratio: share of the tokens to remove, from 0 to `1 - 1 / (sy * sx)`.
+        kernels: names of the attention kernels to choose from, None for all.
 
     Raises:
-        ValueError: `ratio` out of range, one of `h` and `w` without the other, or, when called, tokens that are not
-            h x w, no grid, no block input, or an attention mask, which has no meaning for merged tokens.
+        ValueError: `ratio` out of range, no such kernel, one of `h` and `w` without the other, or, when called, tokens
+            that are not h x w, no grid, no block input, or an attention mask, which has no meaning for merged tokens.
     """
 
     takes_block_input = True  # asks diffusers' BasicTransformerBlock for `block_input` and `token_grid`
-    replaced: Any = None  # the processor to go back to, where `enable_token_merging` put this one
+    takes_fused_projections = True
+    replaced: Any = None  # the processor to go back to, where a switch of `processors.install` put this one
 
     def __init__(
-        self, h: int | None = None, w: int | None = None, sy: int = 2, sx: int = 2, ratio: float = 0.5
+        self,
+        h: int | None = None,
+        w: int | None = None,
+        sy: int = 2,
+        sx: int = 2,
+        ratio: float = 0.5,
+        kernels: Sequence[str] | None = None,
     ) -> None:
         check_ratio(ratio, sy, sx)
         if (h is None) != (w is None):
             raise ValueError(f"token merging needs both h and w, or neither: got h={h}, w={w}")
         self.grid = None if h is None or w is None else (h, w)
         self.sy, self.sx, self.ratio = sy, sx, ratio
-        self.attend = AttnProcessor2_0()
+        self.kernels = check_kernels(kernels)
+
+    def __repr__(self) -> str:  # diffusers prints it where it refuses
+        return "AttnProcessor2_0Tome of diffusers-npu (disable_token_merging takes it away)"
 
     def __call__(
         self,
@@ -56,11 +70,12 @@ class AttnProcessor2_0Tome:
         h, w = self._grid_of(hidden_states.shape[1], token_grid)
         merged = count_merged(h, w, self.sy, self.sx, self.ratio)
         if merged == 0:
-            return self.attend(attn, hidden_states, encoder_hidden_states, temb=temb)
+            return attend(attn, hidden_states, encoder_hidden_states, None, temb, self.kernels)
         matching = match(block_input, partition(h, w, self.sy, self.sx, block_input.device), merged)
-        kernels = npu_tome if npu_tome.is_fused(hidden_states, merged) else tome
-        attended = self.attend(attn, kernels.merge(hidden_states, matching), encoder_hidden_states, temb=temb)
-        return kernels.unmerge(attended, matching)
+        operators = npu_tome if npu_tome.is_fused(hidden_states, merged) else tome
+        tokens = operators.merge(hidden_states, matching)
+        attended = attend(attn, tokens, encoder_hidden_states, None, temb, self.kernels)
+        return operators.unmerge(attended, matching)
 
     def _grid_of(self, tokens: int, token_grid: tuple[int, int] | None) -> tuple[int, int]:
         grid = self.grid or token_grid

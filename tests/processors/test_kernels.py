@@ -4,10 +4,19 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from processors import npu_kernels
-from processors.kernels import KERNELS, AttentionCall, attention, describe, explain, select_kernel
+from processors.kernels import (
+    KERNELS,
+    AttentionCall,
+    attention,
+    check_kernels,
+    describe,
+    explain,
+    kernel_names,
+    select_kernel,
+)
 from processors.sliced import sliced_attention
 
-PROMPT, INFER, TORCH, SLICED = (kernel.name for kernel in KERNELS)
+PROMPT, INFER, FUSION, TORCH, SLICED = (kernel.name for kernel in KERNELS)
 
 
 def call(chip: str | None = "Ascend310P3", **changes: object) -> AttentionCall:
@@ -50,7 +59,23 @@ def call(chip: str | None = "Ascend310P3", **changes: object) -> AttentionCall:
         (call("Ascend910B3", heads=257), TORCH),
         (call("Ascend910B3", mask="bool", mask_heads=5), TORCH),
         (call("Ascend910B3", mask="float"), SLICED),
+        # a gradient is needed: of the fused operators only that for training has one, and 310P has none
+        (call(needs_grad=True), SLICED),
+        (call("Ascend910B3", needs_grad=True), FUSION),
+        (call("Ascend910_9392", needs_grad=True, dtype=torch.float32), FUSION),
+        (call("Ascend910B3", needs_grad=True, head_dim=40), FUSION),
+        (call("Ascend910B3", needs_grad=True, key_length=77, mask="bool", mask_heads=5), FUSION),
+        (call("Ascend910B3", needs_grad=True, mask="float"), SLICED),
+        (call("Ascend910B3", needs_grad=True, heads=257), TORCH),
+        (call("Ascend910A", needs_grad=True), SLICED),
+        # the user's choice, in the table's order; the last resort is never ruled out
+        (call(kernels=(TORCH,)), SLICED),
+        (call("Ascend910B3", kernels=(TORCH,)), TORCH),
+        (call("Ascend910B3", kernels=(INFER, TORCH)), INFER),
+        (call("Ascend910B3", kernels=(INFER,), dtype=torch.float32), SLICED),
+        (call(None, device_type="cpu", kernels=(SLICED,)), SLICED),
         # chips without either operator
+        (call("Ascend910B"), SLICED),
         (call("Ascend950PR_9589"), TORCH),
         (call("Ascend910A"), SLICED),
         (call("Ascend310B4"), SLICED),
@@ -64,10 +89,19 @@ def test_each_chip_gets_the_best_kernel_that_allows_the_call(described: Attentio
     assert select_kernel(described).name == name
 
 
-@pytest.mark.parametrize("kernel", KERNELS[:2], ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize("kernel", KERNELS[:3], ids=lambda kernel: kernel.name)
 def test_every_limit_of_a_fused_operator_can_refuse_and_says_why(kernel) -> None:
     chip = "Ascend310P3" if kernel.name == PROMPT else "Ascend910B3"
     breaches = [
+        call(chip, needs_grad=True, device_type="cpu"),
+        call("Ascend310P3", needs_grad=True),
+        call("Ascend910B3", dtype=torch.float32),
+        call(chip, needs_grad=True, dtype=torch.float64),
+        call(chip, needs_grad=True, batch=2_000_001),
+        call(chip, needs_grad=True, heads=257),
+        call(chip, needs_grad=True, head_dim=769),
+        call(chip, needs_grad=True, query_length=1_000_001),
+        call(chip, needs_grad=True, mask="float"),
         call(chip, device_type="cpu"),
         call(None),
         call(chip, dtype=torch.float32),
@@ -88,6 +122,49 @@ def test_explanation_names_the_choice_and_the_limit_of_the_chip() -> None:
     text = explain(call(dtype=torch.bfloat16))
     assert text.startswith("sliced_attention for ")
     assert "not npu_prompt_flash_attention: 310P: float16 only [op-plugin docs" in text
+
+
+def test_explanation_tells_the_limits_of_a_kernel_from_the_users_choice() -> None:
+    text = explain(call("Ascend910B3", kernels=(PROMPT, TORCH)))
+    assert text.startswith(f"{TORCH} for ")
+    assert f"not {INFER}: not among the kernels asked for" in text
+    assert f"not {PROMPT}: taken on Ascend310P alone" in text and f"not {PROMPT}: not among" not in text
+
+
+def test_names_of_kernels_are_checked_and_put_into_the_tables_order() -> None:
+    assert check_kernels(None) is None
+    assert check_kernels(["sliced", "sdpa", PROMPT, "sdpa"]) == (PROMPT, TORCH, SLICED)
+    assert check_kernels("sdpa") == (TORCH,)
+    assert set(check_kernels(kernel_names()) or ()) == {kernel.name for kernel in KERNELS}
+    with pytest.raises(ValueError, match="no attention kernel is called 'flash': choose from npu_prompt_flash_att"):
+        check_kernels(["sdpa", "flash"])
+    with pytest.raises(ValueError, match="names no attention kernel: choose from"):
+        check_kernels([])
+
+
+def test_a_gradient_is_needed_where_grad_mode_is_on_and_an_input_requires_one(monkeypatch) -> None:
+    seen: list[AttentionCall] = []
+    monkeypatch.setattr("processors.kernels.select_kernel", lambda call: seen.append(call) or select_kernel(call))
+    plain = torch.randn(1, 4, 8)
+    for position in range(3):
+        inputs = [plain.clone().requires_grad_() if position == index else plain for index in range(3)]
+        attention(*inputs, heads=2).sum().backward()
+        with torch.no_grad():
+            attention(*inputs, heads=2)
+    attention(plain, plain, plain, heads=2)
+    assert [call.needs_grad for call in seen] == [True, False] * 3 + [False]
+
+
+def test_kernels_asked_for_are_those_that_run() -> None:
+    """Sliced attention holds less than all scores at once, which tells it from torch's."""
+    query = torch.randn(1, 64, 8)
+    with LargestTensor() as memory:
+        sliced = attention(query, query, query, 2, kernels=(SLICED,))
+    assert memory.largest >= 2 * 64 * 64 * 4
+    with LargestTensor() as memory:
+        whole = attention(query, query, query, 2)
+    assert memory.largest < 2 * 64 * 64 * 4  # flash attention of the CPU
+    torch.testing.assert_close(sliced, whole)
 
 
 def test_call_is_described_by_shapes_alone() -> None:

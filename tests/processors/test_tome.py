@@ -6,14 +6,18 @@ from typing import Any
 import pytest
 import tomesd
 import torch
+import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import AttnProcessor2_0 as DefaultAttnProcessor
 from tomesd.merge import bipartite_soft_matching_random2d
 from tomesd.patch import make_diffusers_tome_block
 from torch._dynamo.utils import counters
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from processors import AttnProcessor2_0, AttnProcessor2_0Tome, tome
+from processors import AttnProcessor2_0, AttnProcessor2_0Tome, attention, tome
+from processors.npu_kernels import causal_mask
 from tests.tiny_models import CROSS_ATTENTION_DIM, tiny_unet
 
 GRIDS = [(8, 8), (7, 9), (5, 12), (1, 6), (9, 2)]  # h x w: even, odd, wide, without a full cell, narrow
@@ -84,6 +88,41 @@ def test_index_maps_are_made_once_for_a_grid() -> None:
     first = tome.partition(6, 10, 2, 2, CPU)
     assert tome.partition(6, 10, 2, 2, CPU).sources is first.sources
     assert tome.partition(10, 6, 2, 2, CPU).sources is not first.sources
+
+
+class Pictures(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.unet = tiny_unet(8).eval()
+        set_merging(self.unet, lambda name: True, 0.5)
+
+    def forward(self, latents: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        return self.unet(latents, 10, text).sample
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@torch.no_grad()
+def test_exporting_a_merged_unet_leaves_the_process_and_the_exported_program_right(strict: bool) -> None:
+    model = Pictures()
+    inputs = (torch.randn(1, 4, 12, 10), torch.randn(1, 7, CROSS_ATTENTION_DIM))  # a grid that no other test uses
+    exported = torch.export.export(model, inputs, strict=strict).module()
+    expected = model(*inputs)
+    assert type(expected) is torch.Tensor and expected.isfinite().all()
+    close(exported(*inputs), expected)
+    assert torch.equal(model(*inputs), expected)
+
+
+def test_tensors_made_under_a_fake_mode_are_neither_kept_nor_mixed_with_real_ones() -> None:
+    for make in (lambda: tome.partition(22, 6, 2, 2, CPU).sources, lambda: causal_mask(22, 6, CPU)):
+        for _ in range(2):
+            with FakeTensorMode() as mode:
+                fake = make()
+                assert (
+                    mode is getattr(fake, "fake_mode", None)
+                    and (fake.new_zeros(fake.shape) == fake).shape == fake.shape
+                )
+            assert type(make()) is torch.Tensor
 
 
 @pytest.mark.parametrize(("h", "w"), [*GRIDS, (4, 3)])
@@ -161,6 +200,77 @@ def test_gradients_flow_through_merged_attention() -> None:
         tome.partition(8, 8, 2, 2, CPU)
     block(hidden_states, encoder_hidden_states=torch.randn(2, 7, CROSS_ATTENTION_DIM)).sum().backward()
     assert hidden_states.grad is not None and hidden_states.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("ratio", [0.25, 0.5, 0.75])
+def test_gradients_of_merged_attention_are_those_of_dense_math(ratio: float) -> None:
+    """Merging as a matrix of means and unmerging as one of copies, between which autograd sees plain products."""
+    h, w, channels, heads = 6, 7, 12, 3
+    generator = torch.Generator().manual_seed(1)
+    weights = [torch.randn(channels, channels, generator=generator, dtype=torch.float64) for _ in range(3)]
+    tokens = torch.randn(2, h * w, channels, generator=generator, dtype=torch.float64)
+    metric = torch.randn(2, h * w, channels, generator=generator, dtype=torch.float64)
+    wanted = torch.randn(2, h * w, channels, generator=generator, dtype=torch.float64)
+    cells, merged = tome.partition(h, w, 2, 2, CPU), tome.count_merged(h, w, 2, 2, ratio)
+
+    def gradients(dense: bool) -> list[torch.Tensor]:
+        leaves = [tensor.clone().requires_grad_() for tensor in (tokens, metric, *weights)]
+        hidden, similar, *projections = leaves
+        matching = tome.match(similar, cells, merged)
+        copies = F.one_hot(matching.rows, h * w - merged).double()  # [batch, tokens, rows]
+        if dense:
+            means = copies.transpose(1, 2) / copies.sum(1)[:, :, None]
+            query, key, value = (
+                ((means @ hidden) @ projection).unflatten(-1, (heads, -1)).transpose(1, 2)
+                for projection in projections
+            )
+            scores = query @ key.transpose(-1, -2) / (channels // heads) ** 0.5
+            output = copies @ (scores.softmax(-1) @ value).transpose(1, 2).flatten(2)
+        else:
+            reduced = tome.merge(hidden, matching)
+            output = tome.unmerge(attention(*(reduced @ projection for projection in projections), heads), matching)
+        (output * wanted).sum().backward()
+        assert similar.grad is None  # which tokens merge is a choice, not a function to follow downhill
+        return [leaf.grad for leaf in (hidden, *projections) if leaf.grad is not None]
+
+    actual, expected = gradients(dense=False), gradients(dense=True)
+    assert len(actual) == len(expected) == 4
+    for ours, theirs in zip(actual, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)  # the means are summed in float32
+
+
+class SortedAndScattered(TorchDispatchMode):
+    """The dtypes that are sorted, and the names of operations that scatter, while the mode is on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sorted: list[torch.dtype] = []
+        self.scattered: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in ("sort", "argsort", "topk"):
+            self.sorted.append(args[0].dtype)
+        if "scatter" in name or name.startswith(("index_put", "put")):
+            self.scattered.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("h", "w"), [*GRIDS, (64, 64)])
+def test_matching_sorts_floating_point_alone_and_scatters_nothing(h: int, w: int) -> None:
+    """What Ascend's AI Cores have kernels for. The permutation's inverse equals that of a scatter to the bit."""
+    metric = torch.randn(2, h * w, 8, generator=torch.Generator().manual_seed(0))
+    cells, merged = tome.partition(h, w, 2, 2, CPU), tome.count_merged(h, w, 2, 2, 0.5)
+    if not merged:
+        return
+    with SortedAndScattered() as seen:
+        matching = tome.match(metric, cells, merged)
+    assert seen.sorted == [torch.float32] * 2 and not seen.scattered
+    order = matching.order
+    rank = torch.zeros_like(order).scatter(1, order, torch.arange(order.shape[1]).expand_as(order))
+    kept = order.shape[1] - merged
+    source_rows = matching.rows.index_select(1, cells.sources)
+    assert torch.equal(source_rows, torch.where(rank < merged, kept + matching.nearest, rank - merged))
 
 
 @pytest.mark.parametrize(
