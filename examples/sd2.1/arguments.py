@@ -19,6 +19,7 @@ from examples.common.cli import (
 from examples.common.devices import add_device_arguments
 from examples.common.model_dir import DEFAULTS, GUIDANCE_SCALE, guidance_scale_of
 from examples.common.schedulers import SCHEDULERS
+from processors.kernels import check_kernels, kernel_names
 from processors.tome_processor import check_ratio
 
 HERE = Path(__file__).resolve().parent
@@ -55,6 +56,7 @@ def parse_arguments(description: str | None, arguments: Sequence[str] | None) ->
     add("--warmup", type=non_negative_int, metavar="N", help="untimed calls first (1 with --dynamo, else 0)")
     add("--output_dir", type=file_path, default=Path("outputs/sd2.1"), metavar="DIR", help="(outputs/sd2.1)")
     add("--compare", action="store_true", help="also draw without accelerations and compare")
+    add("--explain", action="store_true", help="say why --FA takes the kernel that it takes; report.json has it too")
 
     args = parser.parse_args(arguments)
     args.prompts = choose_prompts(args)
@@ -63,6 +65,8 @@ def parse_arguments(description: str | None, arguments: Sequence[str] | None) ->
         parser.error(f"--seed {args.seed} is too large: seeds end at {MAX_SEED}")
     if args.compare and not (args.FA or args.TOME or args.cache or args.dynamo):
         parser.error("--compare needs an acceleration to compare: --FA, --TOME, --DC or --dynamo")
+    if args.explain and not args.FA:
+        parser.error("--explain has no effect without --FA: diffusers' own attention chooses no kernel")
     if args.warmup is None:
         args.warmup = 1 if args.dynamo else 0
     return args
@@ -90,6 +94,12 @@ def add_step_and_size_arguments(add: Callable[..., object]) -> None:
 def add_acceleration_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument_group("accelerations").add_argument
     add("--FA", action="store_true", help="fused attention kernel")
+    add(
+        "--kernels",
+        type=kernel_list,
+        metavar="NAME[,NAME]",
+        help=f"of --FA only these, in case one fails on a card: {', '.join(kernel_names())}",
+    )
     add("--TOME", nargs="?", type=merge_ratio, const=0.5, metavar="RATIO", help="merge this share of the tokens (0.5)")
     add(
         "--DC",
@@ -127,6 +137,8 @@ def complete(args: argparse.Namespace) -> None:
             f"--negative_prompt has no effect: it takes guidance, and --guidance_scale {args.guidance_scale:g} turns "
             "that off; take more than 1"
         )
+    if args.kernels and not args.FA:
+        raise UserError(f"--kernels {','.join(args.kernels)} has no effect without --FA, which runs them")
     if args.graph_cache and not args.dynamo:
         raise UserError("--graph_cache has no effect without --dynamo, which makes graphs")
     args.cache = cache_options(args.DC, args.cache_schedule)
@@ -139,6 +151,13 @@ def choose_prompts(args: argparse.Namespace) -> list[str]:
     if not prompts and args.model_path.resolve() != DEMO_MODEL:
         raise UserError("there is nothing to draw: give --prompt or --prompt_file")
     return prompts or read_prompts(DEMO_PROMPTS)
+
+
+def kernel_list(argument: str) -> tuple[str, ...] | None:
+    try:
+        return check_kernels([name.strip() for name in argument.split(",")])
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def merge_ratio(argument: str) -> float:

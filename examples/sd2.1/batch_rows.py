@@ -146,7 +146,19 @@ def appearance_of(args: argparse.Namespace, kind: str) -> dict[str, Any]:
     The model counts by what is in its files: exchanged weights make new pictures, another folder does not. Versions of
     torch and diffusers do not count, so that an update does not begin a long run anew; see `drawn_otherwise`.
     """
-    names = ("steps", "guidance_scale", "height", "width", "scheduler", "dtype", "FA", "TOME", "cache", "dynamo")
+    names = (
+        "steps",
+        "guidance_scale",
+        "height",
+        "width",
+        "scheduler",
+        "dtype",
+        "FA",
+        "kernels",
+        "TOME",
+        "cache",
+        "dynamo",
+    )
     appearance = {name: getattr(args, name) for name in names}
     return appearance | {
         "model": args.model_digest,

@@ -59,7 +59,7 @@ class Painter:
         self.pipe = make_pipeline(self.args, model, scheduler, self.manager, dtype)
         self.pipe.set_progress_bar_config(disable=True)
         self.about = {
-            "flags": accelerate(self.pipe, self.args),
+            "flags": accelerate(self.pipe, self.args, report),
             "device": {**get_device_info(self.manager.device), "dtype": str(dtype)},
             "versions": versions(),
         }

@@ -1,13 +1,14 @@
 """The pipeline that the arguments ask for, which run_sd.py and the workers of generate_batch.py draw with."""
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from diffusers import SchedulerMixin, StableDiffusionPipeline
 
-from ascend.device import DeviceManager, get_chip
+from ascend.device import DeviceManager
 from ascend.graph import compile_pipeline, default_graph_cache
 from examples.common.cache_options import count_full_steps
 from examples.common.cli import UserError
@@ -18,6 +19,7 @@ from examples.common.report import Report
 from examples.common.schedulers import check_steps, make_scheduler
 from processors import AttnProcessor2_0Tome, enable_flash_attention, enable_token_merging
 from processors.kernels import AttentionCall, explain, select_kernel
+from processors.unet_layout import largest_call
 
 SETTINGS = ("negative_prompt", "steps", "guidance_scale", "height", "width", "num_images", "seed", "warmup")
 
@@ -84,38 +86,48 @@ def settings_in_use(args: argparse.Namespace, pipe: StableDiffusionPipeline) -> 
     }
 
 
-def accelerate(pipe: StableDiffusionPipeline, args: argparse.Namespace) -> dict[str, Any]:
-    """Switch on what the arguments ask for. The result says of each flag what it did, None for one that is off."""
+def accelerate(pipe: StableDiffusionPipeline, args: argparse.Namespace, report: Report) -> dict[str, Any]:
+    """Switch on what the arguments ask for. The result says of each flag what it did, None for one that is off.
+
+    What a flag does not reach is warned of. Raises UserError where one can do nothing.
+    """
     flags: dict[str, Any] = dict.fromkeys(("FA", "TOME", "DC", "dynamo"))
     if args.FA:
-        enable_flash_attention(pipe)
-        call = largest_attention(pipe, args)
-        flags["FA"] = {"kernel": select_kernel(call).name, "explain": explain(call).splitlines()} if call else {}
+        with refusals_of("--FA"):
+            flags["FA"] = {"components": enable_flash_attention(pipe, kernels=args.kernels)}
     if args.TOME:
-        enable_token_merging(pipe, ratio=args.TOME)
-        blocks = [name for name, p in pipe.unet.attn_processors.items() if isinstance(p, AttnProcessor2_0Tome)]
-        flags["TOME"] = {"ratio": args.TOME, "blocks": len(blocks)}
+        with refusals_of("--TOME"):
+            components = enable_token_merging(pipe, ratio=args.TOME)
+        blocks = sum(isinstance(p, AttnProcessor2_0Tome) for p in pipe.unet.attn_processors.values())
+        flags["TOME"] = {"ratio": args.TOME, "blocks": blocks, "components": components}
+    for name in filter(flags.get, ("FA", "TOME")):
+        for component, what in flags[name]["components"].items():
+            if "not covered" in what:
+                report.warn(f"--{name}, {component}: {what}")
+    if args.FA:  # after token merging, which makes the calls smaller
+        call = largest_attention(pipe, args)
+        flags["FA"] |= {"kernel": select_kernel(call).name, "explain": explain(call).splitlines()}
     if args.cache:
         flags["DC"] = args.cache | args.cache_steps
     if args.dynamo:
         flags["dynamo"] = compile_pipeline(pipe, args.graph_cache)
+        for component, backend in flags["dynamo"].items():
+            if backend == "eager":
+                report.warn(f"--dynamo, {component}: not compiled, as it is not where the UNet is")
     return flags
 
 
-def largest_attention(pipe: StableDiffusionPipeline, args: argparse.Namespace) -> AttentionCall | None:
-    """The self-attention over the most tokens, that of the UNet's first block; None where that block has none."""
-    blocks = getattr(pipe.unet.down_blocks[0], "attentions", None)
-    if not blocks:
-        return None
-    attention = blocks[0].transformer_blocks[0].attn1
-    tokens = args.height * args.width // pipe.vae_scale_factor**2
-    return AttentionCall(
-        device_type=pipe.device.type,
-        chip=get_chip(pipe.device),
-        dtype=pipe.unet.dtype,
-        batch=args.num_images * (2 if args.guidance_scale > 1 else 1),
-        heads=attention.heads,
-        query_length=tokens,
-        key_length=tokens,
-        head_dim=attention.inner_dim // attention.heads,
-    )
+@contextmanager
+def refusals_of(flag: str) -> Iterator[None]:
+    """A model that a switch is not for is the user's to change."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"{flag}: {error}") from error
+
+
+def largest_attention(pipe: StableDiffusionPipeline, args: argparse.Namespace) -> AttentionCall:
+    """The self-attention over the most tokens in a step of these pictures."""
+    batch = args.num_images * (2 if args.guidance_scale > 1 else 1)
+    scale = pipe.vae_scale_factor
+    return largest_call(pipe.unet, batch, args.height // scale, args.width // scale)

@@ -65,7 +65,8 @@ def run(args: argparse.Namespace) -> None:
 
 def check_shares(args: argparse.Namespace, mesh: Mesh) -> None:
     """Raise unless all ranks draw the same, and each group of them has something to draw."""
-    flags = {"TOME": args.TOME, "FA": args.FA, "DC": args.cache, "dynamo": args.dynamo, "dtype": str(args.dtype)}
+    flags = {name: getattr(args, name) for name in ("TOME", "FA", "kernels", "cache", "dynamo")}
+    flags["dtype"] = str(args.dtype)
     settings = {name: getattr(args, name) for name in SETTINGS}
     mesh.require_same({"model_path": str(args.model_path), "prompts": args.prompts, **settings, **flags})
     if len(args.prompts) < mesh.data_size:
@@ -96,7 +97,9 @@ def run_rank(args: argparse.Namespace, model: Model, manager: DeviceManager, mes
         before.extend(call.images)
 
     plain = draw(pipe, args, manager, mesh, {}, keep_plain) if args.compare else None
-    flags = accelerate(pipe, args)
+    flags = accelerate(pipe, args, report)
+    if args.explain and mesh.rank == 0:
+        print(*flags["FA"]["explain"], sep="\n", flush=True)
     share_guidance(pipe, mesh)
     if args.dynamo and not args.warmup:
         report.warn("with --warmup 0 the time of the first pictures includes compiling")

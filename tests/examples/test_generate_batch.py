@@ -145,6 +145,7 @@ def test_a_name_is_the_id_or_hangs_on_all_that_decides_the_picture(
         name("--scheduler", "euler"),
         name("--dtype", "float16"),
         name("--FA"),
+        name("--FA", "--kernels", "sliced"),
         name("--TOME"),
         name("--DC"),
         name("--dynamo"),

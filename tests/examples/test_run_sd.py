@@ -191,6 +191,13 @@ def test_what_has_no_effect_is_said(run_sd: Callable, tmp_path: Path) -> None:
         (["--prompt", "a", "--cfg_parallel", "2"], 2, "--cfg_parallel 2 has no effect on one device"),
         (["--prompt", "a", "--graph_cache", "x"], 2, "--graph_cache has no effect without --dynamo"),
         (["--prompt", "a", "--model_path", sys.executable], 2, "is a file: a folder in diffusers' layout is wanted"),
+        (
+            ["--prompt", "a", "--FA", "--kernels", "magic"],
+            2,
+            "argument --kernels: no attention kernel is called 'magic'",
+        ),
+        (["--prompt", "a", "--kernels", "sdpa"], 2, "has no effect without --FA"),
+        (["--prompt", "a", "--TOME", "--explain"], 2, "--explain has no effect without --FA"),
         (["--prompt", "a", "--frobnicate"], 2, "unrecognized arguments: --frobnicate"),
     ],
 )
@@ -231,6 +238,29 @@ def test_the_script_starts_from_any_folder(tmp_path: Path) -> None:
     ended = subprocess.run([sys.executable, script, "--steps", "0"], cwd=tmp_path, capture_output=True, text=True)
     assert ended.returncode == 2
     assert ended.stderr.splitlines()[-1].startswith("error: argument --steps: must be 1 or more, not 0")
+
+
+def test_the_choice_of_a_kernel_is_explained_and_may_be_narrowed(run_sd: Callable, tmp_path: Path) -> None:
+    outcome = run_sd(*PROMPT, "--FA", "--kernels", "sliced", "--explain")
+    assert outcome.code == 0, outcome.err
+    flag = read_report(tmp_path / "out")["flags"]["FA"]
+    assert flag["kernel"] == "sliced_attention" and "attentions" in flag["components"]["unet"]
+    assert "not scaled_dot_product_attention: not among the kernels asked for" in outcome.out
+    assert all(line in outcome.out for line in flag["explain"])
+
+
+def test_a_unet_without_attention_in_its_outermost_block_is_drawn(
+    run_sd: Callable, tmp_path: Path, tiny_sd: object, tiny_sd_dir: Path
+) -> None:
+    from diffusers import UNet2DConditionModel
+
+    model = shutil.copytree(tiny_sd_dir, tmp_path / "model")
+    blocks = {"down_block_types": ["DownBlock2D"] + ["CrossAttnDownBlock2D"] * 3}
+    blocks["up_block_types"] = ["CrossAttnUpBlock2D"] * 3 + ["UpBlock2D"]
+    UNet2DConditionModel.from_config({**tiny_sd.unet.config, **blocks}).save_pretrained(model / "unet")
+    outcome = run_sd(*PROMPT, "--model_path", model, "--FA", "--TOME")
+    assert outcome.code == 0, outcome.err
+    assert "query_length=" in read_report(tmp_path / "out")["flags"]["FA"]["explain"][0]
 
 
 def test_guidance_is_a_property_of_the_model_and_not_of_its_path(
