@@ -17,7 +17,7 @@ from batch_rows import Picture, is_complete
 from pictures import call_pipeline
 from pipeline import accelerate, check_before_loading, make_pipeline, settings_in_use, warn_of_long_prompts
 
-from ascend.device import DeviceError, DeviceManager, get_device_info
+from ascend.device import DeviceError, DeviceManager, get_device_info, keep_freed_memory
 from examples.common.cli import FAILED, UserError, is_out_of_memory
 from examples.common.devices import choose_dtype
 from examples.common.files import SCRATCH, write_json
@@ -49,6 +49,8 @@ class Painter:
         torch.set_num_threads(self.args.threads)
         report = Report()
         self.manager = DeviceManager(kind)
+        if kind == "cpu":
+            keep_freed_memory()
         dtype = choose_dtype(self.args, self.manager, report)
         model = check_model_dir(self.args.model_path)
         if model.digest() != self.args.model_digest:  # exchanged since the run began, or another one on this machine

@@ -39,7 +39,7 @@ from pipeline import (
 )
 from results import compare, list_costs, save_pictures, summary
 
-from ascend.device import DeviceManager, get_device_info
+from ascend.device import DeviceManager, get_device_info, keep_freed_memory
 from ascend.parallel import Mesh, choose_branch_size, process_group, share_guidance, world_size
 from examples.common.cli import UserError, one_line_errors
 from examples.common.devices import choose_device, choose_dtype
@@ -54,6 +54,8 @@ def run(args: argparse.Namespace) -> None:
     model = check_model_dir(args.model_path)
     args.output_dir = make_output_dir(args.output_dir)
     manager = choose_device(args, report)
+    if manager.device.type == "cpu":
+        keep_freed_memory()
     args.dtype = choose_dtype(args, manager, report)
     if args.cfg_parallel == 2 and world_size() == 1:
         raise UserError("--cfg_parallel 2 has no effect on one device: run_sd.sh --device_list=0,1 starts two")
