@@ -8,6 +8,7 @@ from examples.common.cache_options import DEFAULT_INTERVAL, cache_interval, cach
 from examples.common.cli import (
     ArgumentParser,
     UserError,
+    byte_size,
     file_path,
     finite_float,
     image_size,
@@ -122,6 +123,7 @@ def add_acceleration_arguments(parser: ArgumentParser) -> None:
         metavar="DIR",
         help="where an NPU's graphs are kept (the user's cache directory)",
     )
+    add("--graph_cache_limit", type=byte_size, metavar="SIZE", help="as 8GiB: remove the oldest graphs beyond that")
 
 
 def complete(args: argparse.Namespace) -> None:
@@ -139,8 +141,9 @@ def complete(args: argparse.Namespace) -> None:
         )
     if args.kernels and not args.FA:
         raise UserError(f"--kernels {','.join(args.kernels)} has no effect without --FA, which runs them")
-    if args.graph_cache and not args.dynamo:
-        raise UserError("--graph_cache has no effect without --dynamo, which makes graphs")
+    for name in ("graph_cache", "graph_cache_limit"):
+        if getattr(args, name) is not None and not args.dynamo:
+            raise UserError(f"--{name} has no effect without --dynamo, which makes graphs")
     args.cache = cache_options(args.DC, args.cache_schedule)
 
 

@@ -36,10 +36,9 @@ def check_before_loading(
         check_compiler(device)
         if device.type == "npu":
             make_output_dir(args.graph_cache or default_graph_cache(), "the cache of graphs")
-        elif args.graph_cache:
-            report.warn(
-                f"--graph_cache {args.graph_cache} has no effect on {device.type}: it keeps the graphs of NPUs"
-            )
+        for name in ("graph_cache", "graph_cache_limit") if device.type != "npu" else ():
+            if getattr(args, name) is not None:
+                report.warn(f"--{name} has no effect on {device.type}: it is of the graphs of NPUs")
     if model.configs["unet"].get("sample_size") is None and not (args.height and args.width):
         raise UserError(f"{model.folder} does not say which size it draws: give --height and --width")
     scheduler = model.load_scheduler()

@@ -7,12 +7,17 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
+
+from examples.common.cli import UserError
+from examples.common.report import Report
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPT = ("--prompt", "a red circle")
@@ -189,6 +194,8 @@ def test_what_has_no_effect_is_said(run_sd: Callable, tmp_path: Path) -> None:
         (["--prompt", "a", "--steps", "3", "--scheduler", "pndm"], 2, "4 would do"),
         (["--prompt", "a", "--negative_prompt", "b", "--guidance_scale", "1"], 2, "--negative_prompt has no effect"),
         (["--prompt", "a", "--cfg_parallel", "2"], 2, "--cfg_parallel 2 has no effect on one device"),
+        (["--prompt", "a", "--graph_cache_limit", "8GiB"], 2, "--graph_cache_limit has no effect without --dynamo"),
+        (["--prompt", "a", "--dynamo", "--graph_cache_limit", "big"], 2, "must be a size as 8GiB, not 'big'"),
         (["--prompt", "a", "--graph_cache", "x"], 2, "--graph_cache has no effect without --dynamo"),
         (["--prompt", "a", "--model_path", sys.executable], 2, "is a file: a folder in diffusers' layout is wanted"),
         (
@@ -238,6 +245,17 @@ def test_the_script_starts_from_any_folder(tmp_path: Path) -> None:
     ended = subprocess.run([sys.executable, script, "--steps", "0"], cwd=tmp_path, capture_output=True, text=True)
     assert ended.returncode == 2
     assert ended.stderr.splitlines()[-1].startswith("error: argument --steps: must be 1 or more, not 0")
+
+
+def test_an_unwritable_graph_cache_is_found_before_loading(run_sd_module: ModuleType, tiny_sd_dir: Path) -> None:
+    from pipeline import check_before_loading
+
+    from examples.common.model_dir import check_model_dir
+
+    args = Namespace(dynamo=True, graph_cache=Path("/dev/null/graphs"))
+    model = check_model_dir(tiny_sd_dir)
+    with pytest.raises(UserError, match="cannot write to the cache of graphs /dev/null/graphs: Not a directory"):
+        check_before_loading(args, model, SimpleNamespace(type="npu"), Report())
 
 
 def test_the_choice_of_a_kernel_is_explained_and_may_be_narrowed(run_sd: Callable, tmp_path: Path) -> None:
