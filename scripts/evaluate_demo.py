@@ -33,6 +33,7 @@ from examples.common.cache_options import DEFAULT_INTERVAL
 from examples.common.cli import (
     ArgumentParser,
     UserError,
+    file_path,
     finite_float,
     non_negative_int,
     one_line_errors,
@@ -40,7 +41,7 @@ from examples.common.cli import (
 )
 from examples.common.devices import add_device_arguments, check_compiler, choose_device, choose_dtype
 from examples.common.files import make_output_dir
-from examples.common.model_dir import load_pipeline, require_patched_diffusers
+from examples.common.model_dir import guidance_scale_of, load_pipeline, require_patched_diffusers
 from examples.common.report import Report, format_table
 from processors import enable_flash_attention, enable_token_merging
 
@@ -56,10 +57,16 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="evaluate_demo.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument_group("what to draw").add_argument
-    add("--model_path", type=Path, default=ROOT / "examples/sd2.1/demo_model", metavar="DIR", help="(the demo model)")
+    add(
+        "--model_path",
+        type=file_path,
+        default=ROOT / "examples/sd2.1/demo_model",
+        metavar="DIR",
+        help="(the demo model)",
+    )
     add("--num_prompts", type=positive_int, default=200, metavar="N", help="held-out prompts (200)")
     add("--steps", type=positive_int, default=50, metavar="N", help="denoising steps (50)")
-    add("--guidance_scale", type=finite_float, default=1.5, metavar="G", help="(1.5, as in run_sd.py)")
+    add("--guidance_scale", type=finite_float, metavar="G", help="(the model's, as in run_sd.py)")
     add("--seed", type=non_negative_int, default=0, metavar="N", help="of the first picture, the next has N+1 ... (0)")
     add("--batch_size", type=positive_int, default=20, metavar="N", help="pictures made together (20)")
     add(
@@ -73,9 +80,16 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add_device_arguments(parser)
     add = parser.add_argument_group("output").add_argument
     add(
-        "--output_dir", type=Path, default=Path("outputs/evaluate_demo"), metavar="DIR", help="(outputs/evaluate_demo)"
+        "--output_dir",
+        type=file_path,
+        default=Path("outputs/evaluate_demo"),
+        metavar="DIR",
+        help="(outputs/evaluate_demo)",
     )
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if args.guidance_scale is None:
+        args.guidance_scale = guidance_scale_of(args.model_path)
+    return args
 
 
 def accelerate(pipe: StableDiffusionPipeline, flags: Sequence[str]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from examples.common.cli import ArgumentParser, UserError, non_negative_int, one_line_errors, positive_int
+from examples.common.cli import ArgumentParser, UserError, file_path, non_negative_int, one_line_errors, positive_int
 
 SD = ROOT / "examples" / "sd2.1"
 COLOURS = ("red", "green", "blue", "yellow", "purple", "orange", "white", "black")
@@ -42,14 +42,20 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="stress_batch.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--model_path", type=Path, default=SD / "demo_model", metavar="DIR", help="(the demo model)")
+    add("--model_path", type=file_path, default=SD / "demo_model", metavar="DIR", help="(the demo model)")
     add("--num_prompts", type=positive_int, default=500, metavar="N", help="(500)")
     add("--steps", type=positive_int, default=4, metavar="N", help="(4)")
     add("--workers", type=positive_int, default=2, metavar="N", help="(2)")
     add("--driver_kills", type=non_negative_int, default=5, metavar="N", help="how often the whole run is killed (5)")
     add("--kill_seconds", type=positive_int, default=8, metavar="N", help="from one kill to the next, on average (8)")
     add("--seed", type=non_negative_int, default=0, metavar="N", help="of what is killed when (0)")
-    add("--output_dir", type=Path, default=Path("outputs/stress_batch"), metavar="DIR", help="(outputs/stress_batch)")
+    add(
+        "--output_dir",
+        type=file_path,
+        default=Path("outputs/stress_batch"),
+        metavar="DIR",
+        help="(outputs/stress_batch)",
+    )
     return parser.parse_args(arguments)
 
 

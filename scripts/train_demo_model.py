@@ -53,8 +53,9 @@ from demo_training import fit, save_grid, save_tensors
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 
 from ascend.device import DeviceManager, keep_freed_memory
-from examples.common.cli import ArgumentParser, UserError, non_negative_int, one_line_errors, positive_int
-from examples.common.files import make_output_dir
+from examples.common.cli import ArgumentParser, UserError, file_path, non_negative_int, one_line_errors, positive_int
+from examples.common.files import make_output_dir, write_json
+from examples.common.model_dir import DEFAULTS
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 DEMO_MODEL = ROOT / "examples/sd2.1/demo_model"
@@ -66,7 +67,8 @@ THUMBNAIL_WEIGHT = 5.0  # of the rule that three latent channels hold the pictur
 SHAPE_WEIGHT = 4.0  # extra weight of the pixels of shapes: they are a twentieth of a picture, and all that is scored
 KL_WEIGHT = 1e-3  # per latent number
 LATENT_NOISE = 0.2  # up to which the decoder learns to see through; the latents themselves have a size of about 0.7
-PREVIEW_STEPS, PREVIEW_GUIDANCE_SCALE = 20, 1.5
+PREVIEW_STEPS = 20
+GUIDANCE_SCALE = 1.5  # so small a model draws worse pictures with stronger guidance
 
 
 @dataclass(frozen=True)
@@ -275,7 +277,7 @@ def preview(run: Run, pipeline: StableDiffusionPipeline, step: int) -> None:
     pictures = pipeline(
         [scene.caption() for scene in scenes],
         num_inference_steps=PREVIEW_STEPS,
-        guidance_scale=PREVIEW_GUIDANCE_SCALE,
+        guidance_scale=GUIDANCE_SCALE,
         generator=torch.Generator().manual_seed(run.seed),
         output_type="np",
     ).images
@@ -342,6 +344,7 @@ def run_export(run: Run) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     pipeline.save_pretrained(temporary)
     tokenizer.backend_tokenizer.model.save(str(temporary / "tokenizer"))  # vocab.json and merges.txt, as in SD2.1
+    write_json(temporary / DEFAULTS, {"guidance_scale": GUIDANCE_SCALE})
     shutil.rmtree(run.output_dir, ignore_errors=True)
     os.replace(temporary, run.output_dir)
     size = sum(file.stat().st_size for file in run.output_dir.rglob("*") if file.is_file())
@@ -374,10 +377,16 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--stage", choices=("all", *STAGES), default="all", metavar="NAME", help="run this stage only (all)")
-    add("--output_dir", type=Path, default=DEMO_MODEL, metavar="DIR", help="of the model (examples/sd2.1/demo_model)")
+    add(
+        "--output_dir",
+        type=file_path,
+        default=DEMO_MODEL,
+        metavar="DIR",
+        help="of the model (examples/sd2.1/demo_model)",
+    )
     add(
         "--work_dir",
-        type=Path,
+        type=file_path,
         default=Path("outputs/demo_training"),
         metavar="DIR",
         help="of checkpoints, latents and previews (outputs/demo_training)",

@@ -44,7 +44,7 @@ def test_export_draws_from_a_caption(trained: Path):
 def test_export_has_the_layout_of_sd21_and_fits_in_25_mb(trained: Path):
     model = trained / "model"
     assert {path.name for path in model.iterdir()} == {
-        "model_index.json", "scheduler", "text_encoder", "tokenizer", "unet", "vae"
+        "model_index.json", "defaults.json", "scheduler", "text_encoder", "tokenizer", "unet", "vae"
     }  # fmt: skip
     assert {"vocab.json", "merges.txt"} <= {path.name for path in (model / "tokenizer").iterdir()}
     assert sum(path.stat().st_size for path in model.rglob("*") if path.is_file()) <= 25e6

@@ -12,14 +12,14 @@ from examples.common.cli import UserError
 SCRATCH = ".part"
 
 
-def make_output_dir(path: Path) -> Path:
+def make_output_dir(path: Path, what: str = "output directory") -> Path:
     """Create `path` when it is missing and make sure that files can be written there, before hours are spent."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
             return path
     except OSError as error:
-        raise UserError(f"cannot write to output directory {path}: {error.strerror}") from error
+        raise UserError(f"cannot write to {what} {path}: {error.strerror}") from error
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -1,18 +1,17 @@
 """Pictures on disk with their settings inside, side-by-side grids, and how far two pictures are apart."""
 
 import io
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from PIL import Image, ImageDraw, PngImagePlugin
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from examples.common.files import write_atomically
+from examples.common.fonts import default_font, readable, wrap
 
-FONT_SIZE = 14  # pixels
 LINE_HEIGHT = 18
 MARGIN = 8
 LEAST_CELL_WIDTH = 192  # so that captions of small pictures stay readable
@@ -60,23 +59,26 @@ def side_by_side(headings: Sequence[str], rows: Sequence[GridRow]) -> Image.Imag
     image_width = max(image.width for row in rows for image in row.images)
     cell_width = max(image_width, LEAST_CELL_WIDTH)
     sheet_width = MARGIN + len(headings) * (cell_width + MARGIN)
-    captions = [textwrap.wrap(row.caption, width=(sheet_width - 2 * MARGIN) // (FONT_SIZE // 2)) for row in rows]
+    captions = []
+    for row in rows:
+        caption, font = readable(row.caption)
+        captions.append((wrap(caption, font, sheet_width - 2 * MARGIN), font))
     heights = [
-        len(caption) * LINE_HEIGHT + max(image.height for image in row.images) + MARGIN
-        for caption, row in zip(captions, rows, strict=True)
+        len(lines) * LINE_HEIGHT + max(image.height for image in row.images) + MARGIN
+        for (lines, _), row in zip(captions, rows, strict=True)
     ]
     sheet = Image.new("RGB", (sheet_width, 2 * MARGIN + LINE_HEIGHT + sum(heights)), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(FONT_SIZE)
+    draw = ImageDraw.Draw(sheet)
     lefts = [MARGIN + column * (cell_width + MARGIN) for column in range(len(headings))]
 
     y = MARGIN
     for left, heading in zip(lefts, headings, strict=True):
-        draw.text((left, y), heading, fill="black", font=font)
+        draw.text((left, y), heading, fill="black", font=default_font())
     y += LINE_HEIGHT
-    for caption, row, height in zip(captions, rows, heights, strict=True):
-        for number, line in enumerate(caption):
+    for (lines, font), row, height in zip(captions, rows, heights, strict=True):
+        for number, line in enumerate(lines):
             draw.text((MARGIN, y + number * LINE_HEIGHT), line, fill="dimgray", font=font)
         for left, image in zip(lefts, row.images, strict=True):
-            sheet.paste(image, (left, y + len(caption) * LINE_HEIGHT))
+            sheet.paste(image, (left, y + len(lines) * LINE_HEIGHT))
         y += height
     return sheet

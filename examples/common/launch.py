@@ -33,10 +33,10 @@ sys.path.insert(0, str(ROOT))
 
 from ascend.device import narrow_visible_devices
 from examples.common.cli import (
-    FAILED,
     ArgumentParser,
     RankFailedError,
     UserError,
+    file_path,
     non_negative_int,
     one_line_errors,
     positive_int,
@@ -82,7 +82,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     add("--nnodes", type=positive_int, default=1, metavar="N", help="machines, each with as many devices (1)")
     add("--node_rank", type=non_negative_int, default=0, metavar="N", help="which of the machines this one is (0)")
-    add("--log_dir", type=Path, metavar="DIR", help="where the other ranks' output goes (a new temporary folder)")
+    add("--log_dir", type=file_path, metavar="DIR", help="where the other ranks' output goes (a new temporary folder)")
     add("command", nargs="+", metavar="-- SCRIPT ...", help="the script and its arguments")
     arguments = parser.parse_args()
     if arguments.nnodes > 1 and arguments.rdzv_endpoint.endswith(":0"):
@@ -140,7 +140,7 @@ def launch(devices: list[int], log_dir: Path, command: list[str], machines: Mach
     except SignalException as error:
         if error.sigval == signal.SIGINT:
             raise KeyboardInterrupt from None
-        raise RankFailedError("interrupted", FAILED) from error
+        raise RankFailedError(f"ended by {signal.Signals(error.sigval).name}", 128 + error.sigval) from error
     except (RendezvousError, DistNetworkError, DistStoreError) as error:
         raise UserError(
             f"--rdzv_endpoint {machines.endpoint}: the ranks cannot meet there, as the port is taken or a machine did "

@@ -13,15 +13,16 @@ PACKAGES = ("torch", "torch_npu", "diffusers", "transformers", "accelerate", "sa
 
 
 class Report:
-    """Collects the sections of report.json. Warnings go to stderr as they come, and into the report."""
+    """Collects the sections of report.json. Warnings go to stderr as they come, each once, and into the report."""
 
     def __init__(self) -> None:
         self.warnings: list[str] = []
         self.sections: dict[str, Any] = {}
 
     def warn(self, message: str) -> None:
-        print("warning:", message, file=sys.stderr)
-        self.warnings.append(message)
+        if message not in self.warnings:  # a hundred black pictures are one line
+            print("warning:", message, file=sys.stderr)
+            self.warnings.append(message)
 
     def write(self, path: Path) -> None:
         write_json(path, {"versions": versions(), **self.sections, "warnings": self.warnings})

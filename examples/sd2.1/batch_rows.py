@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from run_sd import MAX_SEED
+from arguments import MAX_SEED
 
 from examples.common.cli import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
+PAINTERS = ("torch", "torch_npu", "diffusers", "transformers")  # whose versions can change a picture
 COLUMNS = ("prompt", "id", "seed", "negative_prompt")
 MAX_NAME_BYTES = 128  # of an id, which becomes a file's name with more around it
 
@@ -140,11 +141,27 @@ def digest_of(content: dict[str, Any]) -> str:
 
 
 def appearance_of(args: argparse.Namespace, kind: str) -> dict[str, Any]:
-    """All but prompts and seed that decides what the pictures look like, on devices of type `kind`."""
-    names = ("steps", "guidance_scale", "height", "width", "scheduler", "dtype", "FA", "TOME", "cache", "dynamo")
+    """All but prompts and seed that decides what the pictures look like, on devices of type `kind`.
+
+    The model counts by what is in its files: exchanged weights make new pictures, another folder does not. Versions of
+    torch and diffusers do not count, so that an update does not begin a long run anew; see `drawn_otherwise`.
+    """
+    names = (
+        "steps",
+        "guidance_scale",
+        "height",
+        "width",
+        "scheduler",
+        "dtype",
+        "FA",
+        "kernels",
+        "TOME",
+        "cache",
+        "dynamo",
+    )
     appearance = {name: getattr(args, name) for name in names}
     return appearance | {
-        "model": str(args.model_path.resolve()),
+        "model": args.model_digest,
         "device": kind,
         "threads": args.threads if kind == "cpu" else None,
     }
@@ -170,6 +187,18 @@ def plan(
                 raise UserError(f"{rows} are the same picture; give one an id or another seed, or leave one out")
             raise UserError(f"{rows} have the same id '{picture.name}'")
     return list(pictures.values()), failures
+
+
+def drawn_otherwise(pictures: Sequence[Picture], folder: Path, now: dict[str, str | None]) -> dict[str, int]:
+    """How many of the complete `pictures` each other version drew, where it may show in them."""
+    counts: dict[str, int] = {}
+    for picture in pictures:
+        then = json.loads((folder / f"{picture.name}.json").read_text(encoding="utf-8")).get("versions", {})
+        others = [f"{name} {then.get(name)}" for name in PAINTERS if then.get(name) != now[name]]
+        if others:
+            key = ", ".join(others)
+            counts[key] = counts.get(key, 0) + 1
+    return counts
 
 
 def unused_columns(records: Sequence[tuple[str, Any]]) -> list[str]:

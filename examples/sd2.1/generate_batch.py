@@ -11,6 +11,9 @@ Each picture becomes output_dir/images/NAME.png with its settings inside and, wh
 NAME is the id, without one a digest of all that decides what the picture looks like. The same command once more goes
 on where the last run ended, however it ended: what is there is not drawn again. Failures are listed at the end.
 
+The model counts by what is in its files, so that exchanged weights make new pictures. Run and workers read them whole
+when they start: 5 GB take 5 s of one core, less on several, and longer where the disk is slower than 1 GB/s.
+
 On a cluster this folder, the model and output_dir must be at the same path on every machine.
 """
 
@@ -29,19 +32,16 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-from run_sd import (  # first: it sets what torch and diffusers read when they are imported
-    DEMO_MODEL,
-    add_acceleration_arguments,
-    add_step_and_size_arguments,
-    choose_guidance_and_cache,
-)
+import run_sd  # noqa: F401  first: it sets what torch and diffusers read when they are imported
 
 # isort: split
+from arguments import add_acceleration_arguments, add_model_argument, add_step_and_size_arguments, complete
 from batch_rows import (
     COLUMNS,
     Failure,
     Picture,
     appearance_of,
+    drawn_otherwise,
     is_complete,
     not_installed,
     plan,
@@ -55,17 +55,20 @@ from ascend.device import DEVICE_TYPES, find_device, get_all_devices
 from examples.common.cli import (
     FAILED,
     ArgumentParser,
+    Terminated,
     UserError,
     fail,
+    file_path,
     non_negative_int,
     one_line_errors,
     positive_int,
+    sigterm_raises,
+    text,
 )
 from examples.common.devices import DTYPES
 from examples.common.files import make_output_dir, remove_scratch
 from examples.common.model_dir import check_model_dir, require_patched_diffusers
-from examples.common.report import Report
-from examples.common.schedulers import SCHEDULERS
+from examples.common.report import Report, versions
 
 RESOURCES = {"npu": "NPU", "cuda": "GPU", "cpu": "CPU"}  # as Ray calls them
 MAX_BLOCKS = 2000  # tasks that Ray keeps track of; with more pictures, some share a task
@@ -79,15 +82,16 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="generate_batch.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument_group("what to draw").add_argument
-    add("--prompts", type=Path, required=True, metavar="FILE", help=".jsonl or .parquet, see above")
+    add("--prompts", type=file_path, required=True, metavar="FILE", help=".jsonl or .parquet, see above")
+    add_model_argument(add)
     add(
-        "--model_path", type=Path, default=DEMO_MODEL, metavar="DIR", help="pipeline in diffusers' layout (demo model)"
-    )
-    add(
-        "--negative_prompt", default="", metavar="TEXT", help="what pictures should not show, where a row says nothing"
+        "--negative_prompt",
+        type=text,
+        default="",
+        metavar="TEXT",
+        help="what pictures should not show, where a row says nothing",
     )
     add_step_and_size_arguments(add)
-    add("--scheduler", choices=SCHEDULERS, metavar="NAME", help=f"{', '.join(SCHEDULERS)} (the model's)")
     add(
         "--seed",
         type=non_negative_int,
@@ -130,10 +134,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add_acceleration_arguments(parser)
 
     add = parser.add_argument_group("output").add_argument
-    add("--output_dir", type=Path, default=Path("outputs/batch"), metavar="DIR", help="(outputs/batch)")
+    add("--output_dir", type=file_path, default=Path("outputs/batch"), metavar="DIR", help="(outputs/batch)")
 
     args = parser.parse_args(arguments)
-    choose_guidance_and_cache(args)
+    complete(args)
     args.num_images, args.warmup = 1, 0  # which run_sd's functions ask for
     args.model_path, args.output_dir = args.model_path.absolute(), args.output_dir.absolute()
     return args
@@ -280,32 +284,45 @@ def draw_all(
 def run(args: argparse.Namespace) -> None:
     require_patched_diffusers()
     records = read_records(args.prompts)
-    check_model_dir(args.model_path)
+    model = check_model_dir(args.model_path)
     ray = import_ray()
     report = Report()
     columns = unused_columns(records)
     if columns:
         report.warn(f"--prompts {args.prompts}: not used: {', '.join(columns)[:200]}; known are {', '.join(COLUMNS)}")
+    if args.guidance_scale <= 1 and any(isinstance(row, dict) and row.get("negative_prompt") for _, row in records):
+        report.warn(f"negative prompts have no effect: --guidance_scale {args.guidance_scale:g} turns guidance off")
     images = make_output_dir(args.output_dir / "images")
+    args.model_digest = model.digest()
+    pictures: list[Picture] = []
     try:
         kind, workers = find_workers(ray, args)
         with locked(images):
             pictures, bad_rows = plan(records, args, kind)
-            waiting = [picture for picture in pictures if not is_complete(picture, images)]
-            there = len(pictures) - len(waiting)
+            complete_ones = [picture for picture in pictures if is_complete(picture, images)]
+            for others, count in drawn_otherwise(complete_ones, images, versions()).items():
+                report.warn(f"{count} pictures that are there were drawn by {others}; delete them to draw them again")
+            names = {picture.name for picture in complete_ones}
+            waiting = [picture for picture in pictures if picture.name not in names]
             if waiting and not args.address:
                 start_ray(ray, args, kind, workers)
             start = time.perf_counter()
-            lost, warnings = draw_all(ray, waiting, there, args, kind, workers)
+            with sigterm_raises():  # once more: Ray has taken the signal over
+                lost, warnings = draw_all(ray, waiting, len(names), args, kind, workers)
             seconds = time.perf_counter() - start
+    except (KeyboardInterrupt, Terminated):
+        count = sum(is_complete(picture, images) for picture in pictures)
+        print(f"{count} of {len(pictures)} pictures are in {images}; the same command goes on from there")
+        raise
     finally:
         ray.shutdown()
 
     drawn, failures = len(waiting) - len(lost), bad_rows + lost
     report.warnings += warnings
     report.sections = {
-        "settings": appearance_of(args, kind) | {"prompts": str(args.prompts), "workers": workers},
-        "images": {"drawn": drawn, "already_there": there, "failed": len(failures)},
+        "settings": appearance_of(args, kind)
+        | {"model_path": str(args.model_path), "prompts": str(args.prompts), "workers": workers},
+        "images": {"drawn": drawn, "already_there": len(names), "failed": len(failures)},
         "seconds": seconds,
         "failures": [asdict(failure) for failure in failures],
     }
@@ -316,7 +333,7 @@ def run(args: argparse.Namespace) -> None:
     )
     print(
         f"{drawn} pictures drawn in {seconds:.1f} s ({drawn / seconds:.2f} images/s) by {workers} workers on {kind}, "
-        f"{there} were there, {len(failures)} failed; they are in {images}"
+        f"{len(names)} were there, {len(failures)} failed; they are in {images}"
     )
     if failures:
         fail(f"{len(failures)} pictures are missing; the same command tries them again", FAILED)

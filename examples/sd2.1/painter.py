@@ -9,24 +9,21 @@ from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
-from run_sd import accelerate, choose_size, settings_in_use, warn_of_long_prompts
+import run_sd  # noqa: F401  first: it sets what torch and diffusers read when they are imported
 
 # isort: split
 import torch
 from batch_rows import Picture, is_complete
-from diffusers import StableDiffusionPipeline
 from pictures import call_pipeline
+from pipeline import accelerate, check_before_loading, make_pipeline, settings_in_use, warn_of_long_prompts
 
-from ascend.device import DeviceError, DeviceManager, get_device_info
-from examples.common.cache_options import count_full_steps
+from ascend.device import DeviceError, DeviceManager, get_device_info, keep_freed_memory
 from examples.common.cli import FAILED, UserError, is_out_of_memory
-from examples.common.devices import check_compiler, choose_dtype
+from examples.common.devices import choose_dtype
 from examples.common.files import SCRATCH, write_json
 from examples.common.images import save_png
-from examples.common.model_dir import load_pipeline, require_patched_diffusers
-from examples.common.overflow import clear_overflow_flag, overflow_warning
+from examples.common.model_dir import check_model_dir, require_patched_diffusers
 from examples.common.report import Report, versions
-from examples.common.schedulers import make_scheduler
 
 
 class Painter:
@@ -52,18 +49,19 @@ class Painter:
         torch.set_num_threads(self.args.threads)
         report = Report()
         self.manager = DeviceManager(kind)
+        if kind == "cpu":
+            keep_freed_memory()
         dtype = choose_dtype(self.args, self.manager, report)
-        if self.args.dynamo:
-            check_compiler(self.manager.device)
-        self.pipe = load_pipeline(StableDiffusionPipeline, self.args.model_path, dtype).to(self.manager.device)
+        model = check_model_dir(self.args.model_path)
+        if model.digest() != self.args.model_digest:  # exchanged since the run began, or another one on this machine
+            raise UserError(
+                f"{self.args.model_path} has not the files that the run began with, which name its pictures"
+            )
+        scheduler = check_before_loading(self.args, model, self.manager.device, report)
+        self.pipe = make_pipeline(self.args, model, scheduler, self.manager, dtype)
         self.pipe.set_progress_bar_config(disable=True)
-        if self.args.scheduler:
-            self.pipe.scheduler = make_scheduler(self.args.scheduler, like=self.pipe.scheduler)
-        choose_size(self.args, self.pipe)
-        if self.args.cache:
-            self.args.cache_steps = count_full_steps(self.pipe.scheduler, self.args.steps, self.args.cache)
         self.about = {
-            "flags": accelerate(self.pipe, self.args),
+            "flags": accelerate(self.pipe, self.args, report),
             "device": {**get_device_info(self.manager.device), "dtype": str(dtype)},
             "versions": versions(),
         }
@@ -99,11 +97,9 @@ class Painter:
         args = argparse.Namespace(**vars(self.args))
         args.prompts, args.negative_prompt, args.seed = [picture.prompt], picture.negative_prompt, picture.seed
         report = Report()
-        warn_of_long_prompts(args, self.pipe, report)
-        clear_overflow_flag(self.manager.device)
+        warn_of_long_prompts([picture.prompt, picture.negative_prompt], self.pipe, report)
         call = call_pipeline(self.pipe, args, self.manager, 0, args.cache)
-        warning = overflow_warning(call.images, self.manager.device)
-        if warning:
+        for warning in call.warnings:
             report.warn(warning)
 
         about = {"settings": settings_in_use(args, self.pipe), **self.about}

@@ -1,49 +1,93 @@
-"""The pictures of one call of the pipeline, those of a whole run, and what they cost."""
+"""The pictures of one call of the pipeline, and what those of a whole run cost."""
 
 import argparse
+import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from ascend.device import DeviceManager
+from examples.common.overflow import clear_overflow_flag, overflow_warning
+
+COMPILING = (
+    "compiling text encoder, UNet and VAE decoder, once for this size and these options: about a minute for the demo "
+    "model, several for SD2.1"
+)
+UNSAFE = "the model's safety checker took a picture for unsafe and made it black; another seed or prompt may pass"
 
 
 @dataclass(frozen=True)
 class Call:
-    """The pictures of prompt `number`, and the seconds for them; `loop_seconds` end with the last denoising step."""
+    """The pictures of prompt `number`, and the seconds for them; `loop_seconds` end with the last denoising step.
+
+    `warnings` say what is wrong with the pictures.
+    """
 
     number: int
     images: list[Image.Image]
+    warnings: list[str]
     seconds: float
     loop_seconds: float
 
 
-@dataclass(frozen=True)
-class Drawing:
-    """All pictures of a run and what they cost."""
+@dataclass
+class Costs:
+    """What the pictures of a run cost so far; `peak_memory` is in bytes."""
 
-    calls: list[Call]
     warmup_seconds: list[float]  # of each untimed call
-    peak_memory: int  # bytes
+    pictures: int = 0
+    calls: int = 0
+    seconds: float = 0.0
+    loop_seconds: float = 0.0
+    peak_memory: int = 0
 
-    @property
-    def images(self) -> list[Image.Image]:
-        return [image for call in self.calls for image in call.images]
+    def add(self, call: Call) -> None:
+        self.pictures += len(call.images)
+        self.calls += 1
+        self.seconds += call.seconds
+        self.loop_seconds += call.loop_seconds
 
     def seconds_to_compile(self) -> float | None:
         """What the first warm-up took beyond a later call; None without a warm-up."""
-        later = sum(call.seconds for call in self.calls) / len(self.calls)
-        return self.warmup_seconds[0] - later if self.warmup_seconds else None
+        return self.warmup_seconds[0] - self.seconds / self.calls if self.warmup_seconds else None
 
     def seconds_per_image(self) -> float:
-        return sum(call.seconds for call in self.calls) / len(self.images)
+        return self.seconds / self.pictures
 
     def seconds_per_step(self, steps: int) -> float:
         """Of one denoising step, which serves all pictures of a call."""
-        return sum(call.loop_seconds for call in self.calls) / (len(self.calls) * steps)
+        return self.loop_seconds / (self.calls * steps)
+
+
+def warm_up(
+    pipe: StableDiffusionPipeline,
+    args: argparse.Namespace,
+    manager: DeviceManager,
+    cache: dict[str, Any],
+    compiled: bool = False,
+    quiet: bool = False,
+) -> list[float]:
+    """Call the pipeline `args.warmup` times, without a bar, whose rate would tell nothing of the calls that follow.
+
+    Says instead what takes the time, unless `quiet`. Later calls have a bar unless `quiet`. The result is the seconds
+    of each call.
+    """
+    pipe.set_progress_bar_config(disable=True)
+    seconds = []
+    for number in range(args.warmup):
+        if not quiet:
+            what = COMPILING if compiled and number == 0 else f"warm-up {number + 1} of {args.warmup}"
+            print(f"{what} ...", file=sys.stderr, flush=True)
+        seconds.append(call_pipeline(pipe, args, manager, 0, cache).seconds)
+        if not quiet:
+            print(f"... took {seconds[-1]:.1f} s", file=sys.stderr, flush=True)
+    pipe.set_progress_bar_config(disable=quiet)
+    return seconds
 
 
 def call_pipeline(
@@ -61,9 +105,10 @@ def call_pipeline(
             loop_end = time.perf_counter()
         return {}
 
+    clear_overflow_flag(manager.device)
     manager.synchronize()
     start = time.perf_counter()
-    images = pipe(
+    drawn = pipe(
         args.prompts[number],
         negative_prompt=args.negative_prompt,
         height=args.height,
@@ -74,9 +119,19 @@ def call_pipeline(
         generator=[manager.create_generator(seed) for seed in seeds_of(args, number)],
         callback_on_step_end=on_step_end,
         **cache,
-    ).images
+    )
     manager.synchronize()
-    return Call(number, images, seconds=time.perf_counter() - start, loop_seconds=loop_end - start)
+    seconds = time.perf_counter() - start
+    warnings = picture_warnings(drawn.images, drawn.nsfw_content_detected, manager.device)
+    return Call(number, drawn.images, warnings, seconds, loop_seconds=loop_end - start)
+
+
+def picture_warnings(images: Sequence[Image.Image], unsafe: Sequence[bool] | None, device: torch.device) -> list[str]:
+    """What is wrong with the pictures of a call; `unsafe` says what the safety checker found, if there is one."""
+    refused = unsafe or [False] * len(images)
+    warnings = [UNSAFE] if any(refused) else []
+    overflow = overflow_warning([image for image, bad in zip(images, refused, strict=True) if not bad], device)
+    return [*warnings, overflow] if overflow else warnings
 
 
 def seeds_of(args: argparse.Namespace, number: int) -> range:

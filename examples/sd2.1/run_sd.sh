@@ -34,6 +34,7 @@ while (($#)); do
     shift
 done
 
+cann_path=${cann_path/#\~\//$HOME/} # which the shell leaves as it is behind an equals sign
 if [[ $cann_path ]]; then
     if [[ ! -f $cann_path/set_env.sh ]]; then
         echo "error: --cann_path $cann_path: there is no set_env.sh in it" >&2

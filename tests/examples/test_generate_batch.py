@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -18,6 +20,7 @@ from PIL import Image
 from stress_batch import workers_of
 
 from examples.common.cli import UserError
+from examples.common.model_dir import check_model_dir
 from tests.examples.conftest import ROOT, Outcome, load_script
 
 SCRIPT = ROOT / "examples" / "sd2.1" / "generate_batch.py"
@@ -36,6 +39,7 @@ def parse(batch: ModuleType, tiny_sd_dir: Path, tmp_path: Path) -> Callable[...,
         defaults = ["--prompts", tmp_path / "prompts.jsonl", "--model_path", tiny_sd_dir, "--steps", 2]
         defaults += ["--output_dir", tmp_path / "batch"]
         args = batch.parse_arguments([str(argument) for argument in [*defaults, *arguments]])
+        args.model_digest = check_model_dir(args.model_path).digest()
         (args.output_dir / "images").mkdir(parents=True, exist_ok=True)
         return args
 
@@ -110,7 +114,22 @@ def test_a_bad_row_is_a_failure_and_the_others_are_drawn(
     assert failure.row == "line 2" and reason in failure.reason
 
 
-def test_a_name_is_the_id_or_hangs_on_all_that_decides_the_picture(batch: ModuleType, parse: Callable) -> None:
+def exchange_weights(model: Path) -> None:
+    """Change one bit, and neither size nor date."""
+    weights = model / "unet" / "diffusion_pytorch_model.safetensors"
+    times = weights.stat()
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def test_a_name_is_the_id_or_hangs_on_all_that_decides_the_picture(
+    batch: ModuleType, parse: Callable, tiny_sd_dir: Path, tmp_path: Path
+) -> None:
+    other_model = shutil.copytree(tiny_sd_dir, tmp_path / "other")
+    exchange_weights(other_model)
+
     def name(*arguments: object, kind: str = "cpu", **row: object) -> str:
         [[picture], []] = batch.plan([("line 1", {"prompt": "a", **row})], parse(*arguments), kind)
         return picture.name
@@ -126,15 +145,17 @@ def test_a_name_is_the_id_or_hangs_on_all_that_decides_the_picture(batch: Module
         name("--scheduler", "euler"),
         name("--dtype", "float16"),
         name("--FA"),
+        name("--FA", "--kernels", "sliced"),
         name("--TOME"),
         name("--DC"),
         name("--dynamo"),
         name("--threads", 2),
-        name("--model_path", "elsewhere"),
+        name("--model_path", other_model),
         name(kind="npu"),
     ]
     assert len({name(), *others}) == 1 + len(others)
     assert name("--threads", 2, kind="npu") == name(kind="npu")
+    assert name("--model_path", shutil.copytree(tiny_sd_dir, tmp_path / "copy")) == name()
     assert name(id="x") == name("--steps", 3, id="x", prompt="b") == "x"
     assert name(id=7) == "7"
 
@@ -184,6 +205,27 @@ def test_a_worker_draws_what_run_sd_draws(
     before = (painter.folder / "x.png").stat().st_mtime_ns
     assert painter(row)["error"] == ""
     assert (painter.folder / "x.png").stat().st_mtime_ns == before, "drawn twice"
+
+
+def test_weights_exchanged_while_a_run_goes_on_are_refused(
+    batch: ModuleType, parse: Callable, tiny_sd_dir: Path, tmp_path: Path
+) -> None:
+    model = shutil.copytree(tiny_sd_dir, tmp_path / "model")
+    args = parse("--model_path", model)
+    [[picture], []] = plan(batch, args, {"prompt": "a"})
+    exchange_weights(model)
+    worker = batch.Painter(args, "cpu")
+    assert "has not the files that the run began with" in worker(batch.asdict(picture))["refusal"]
+    assert not list(worker.folder.glob("*.png"))
+
+
+def test_pictures_of_other_versions_are_counted(batch: ModuleType, parse: Callable, painter: Any) -> None:
+    picture, row = row_of(batch, parse, id="x")
+    painter(row)
+    now = json.loads((painter.folder / "x.json").read_text())["versions"]
+    assert batch.drawn_otherwise([picture], painter.folder, now) == {}
+    later = now | {"diffusers": "1.0", "pillow": "99"}
+    assert batch.drawn_otherwise([picture], painter.folder, later) == {f"diffusers {now['diffusers']}": 1}
 
 
 def test_what_a_rerun_draws_again(batch: ModuleType, parse: Callable, painter: Any) -> None:
@@ -344,6 +386,25 @@ def test_all_good_rows_are_drawn_on_ray_and_a_rerun_has_nothing_to_do(
         [ours, alone] = (np.asarray(Image.open(folder / f"{picture.name}.png")) for folder in (images, single.folder))
         assert np.array_equal(ours, alone)
     assert run()[2] == {"drawn": 0, "already_there": 2, "failed": 1}
+
+
+def test_a_run_that_is_terminated_says_what_is_there(tiny_sd_dir: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    rows = [{"prompt": f"circle {number}"} for number in range(500)]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    command = [sys.executable, SCRIPT, "--prompts", tmp_path / "prompts.jsonl", "--output_dir", tmp_path / "batch"]
+    command += ["--model_path", tiny_sd_dir, "--steps", "20", "--device", "cpu", "--workers", "1"]
+    environment = os.environ | {"RAY_ADDRESS": ""}
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    images = tmp_path / "batch" / "images"
+    while not list(images.glob("*.json")):
+        assert run.poll() is None, run.communicate()
+        time.sleep(0.1)
+    run.terminate()
+    out, err = run.communicate()
+    assert run.returncode == 128 + signal.SIGTERM
+    assert err.splitlines()[-1] == "error: terminated by SIGTERM" and "Traceback" not in err
+    assert "of 500 pictures are in" in out and "the same command goes on" in out
 
 
 @pytest.mark.slow

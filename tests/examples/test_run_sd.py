@@ -1,15 +1,23 @@
 """The Stable Diffusion runner from its command line to its files, on a tiny random model."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
+
+from examples.common.cli import UserError
+from examples.common.report import Report
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPT = ("--prompt", "a red circle")
@@ -178,6 +186,25 @@ def test_what_has_no_effect_is_said(run_sd: Callable, tmp_path: Path) -> None:
         (["--prompt", "a", "--device", "cpu:0", "--local_rank", "1"], 2, "name different devices"),
         (["--prompt", "a", "--output_dir", "/dev/null/out"], 2, "cannot write to output directory /dev/null/out"),
         (["--prompt", "a", "--height", "80000000", "--width", "80000000"], 1, "out of memory"),
+        (["--prompt", os.fsdecode(b"caf\xe9")], 2, "argument --prompt: must be UTF-8 text, and has the byte 0xe9"),
+        (["--prompt", "a", "--model_path", os.fsdecode(b"caf\xe9")], 2, "argument --model_path: must be UTF-8 text"),
+        (["--prompt", "a", "--output_dir", "~no-such-user/x"], 2, "argument --output_dir: '~no-such-user/x': Could"),
+        (["--prompt", "a", "--steps", "1200"], 2, "--steps 1200: the model was trained with 1000"),
+        (["--prompt", "a", "--steps", "1000"], 2, "999 would do"),
+        (["--prompt", "a", "--steps", "3", "--scheduler", "pndm"], 2, "4 would do"),
+        (["--prompt", "a", "--negative_prompt", "b", "--guidance_scale", "1"], 2, "--negative_prompt has no effect"),
+        (["--prompt", "a", "--cfg_parallel", "2"], 2, "--cfg_parallel 2 has no effect on one device"),
+        (["--prompt", "a", "--graph_cache_limit", "8GiB"], 2, "--graph_cache_limit has no effect without --dynamo"),
+        (["--prompt", "a", "--dynamo", "--graph_cache_limit", "big"], 2, "must be a size as 8GiB, not 'big'"),
+        (["--prompt", "a", "--graph_cache", "x"], 2, "--graph_cache has no effect without --dynamo"),
+        (["--prompt", "a", "--model_path", sys.executable], 2, "is a file: a folder in diffusers' layout is wanted"),
+        (
+            ["--prompt", "a", "--FA", "--kernels", "magic"],
+            2,
+            "argument --kernels: no attention kernel is called 'magic'",
+        ),
+        (["--prompt", "a", "--kernels", "sdpa"], 2, "has no effect without --FA"),
+        (["--prompt", "a", "--TOME", "--explain"], 2, "--explain has no effect without --FA"),
         (["--prompt", "a", "--frobnicate"], 2, "unrecognized arguments: --frobnicate"),
     ],
 )
@@ -218,6 +245,148 @@ def test_the_script_starts_from_any_folder(tmp_path: Path) -> None:
     ended = subprocess.run([sys.executable, script, "--steps", "0"], cwd=tmp_path, capture_output=True, text=True)
     assert ended.returncode == 2
     assert ended.stderr.splitlines()[-1].startswith("error: argument --steps: must be 1 or more, not 0")
+
+
+def test_an_unwritable_graph_cache_is_found_before_loading(run_sd_module: ModuleType, tiny_sd_dir: Path) -> None:
+    from pipeline import check_before_loading
+
+    from examples.common.model_dir import check_model_dir
+
+    args = Namespace(dynamo=True, graph_cache=Path("/dev/null/graphs"))
+    model = check_model_dir(tiny_sd_dir)
+    with pytest.raises(UserError, match="cannot write to the cache of graphs /dev/null/graphs: Not a directory"):
+        check_before_loading(args, model, SimpleNamespace(type="npu"), Report())
+
+
+def test_the_choice_of_a_kernel_is_explained_and_may_be_narrowed(run_sd: Callable, tmp_path: Path) -> None:
+    outcome = run_sd(*PROMPT, "--FA", "--kernels", "sliced", "--explain")
+    assert outcome.code == 0, outcome.err
+    flag = read_report(tmp_path / "out")["flags"]["FA"]
+    assert flag["kernel"] == "sliced_attention" and "attentions" in flag["components"]["unet"]
+    assert "not scaled_dot_product_attention: not among the kernels asked for" in outcome.out
+    assert all(line in outcome.out for line in flag["explain"])
+
+
+def test_a_unet_without_attention_in_its_outermost_block_is_drawn(
+    run_sd: Callable, tmp_path: Path, tiny_sd: object, tiny_sd_dir: Path
+) -> None:
+    from diffusers import UNet2DConditionModel
+
+    model = shutil.copytree(tiny_sd_dir, tmp_path / "model")
+    blocks = {"down_block_types": ["DownBlock2D"] + ["CrossAttnDownBlock2D"] * 3}
+    blocks["up_block_types"] = ["CrossAttnUpBlock2D"] * 3 + ["UpBlock2D"]
+    UNet2DConditionModel.from_config({**tiny_sd.unet.config, **blocks}).save_pretrained(model / "unet")
+    outcome = run_sd(*PROMPT, "--model_path", model, "--FA", "--TOME")
+    assert outcome.code == 0, outcome.err
+    assert "query_length=" in read_report(tmp_path / "out")["flags"]["FA"]["explain"][0]
+
+
+def test_guidance_is_a_property_of_the_model_and_not_of_its_path(
+    run_sd: Callable, tmp_path: Path, tiny_sd_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def scale(*arguments: object) -> float:
+        outcome = run_sd("--steps", 1, "--height", 64, "--width", 64, *PROMPT, *arguments)
+        assert outcome.code == 0, outcome.err
+        return read_report(tmp_path / "out")["settings"]["guidance_scale"]
+
+    monkeypatch.chdir(ROOT / "examples")
+    assert scale("--model_path", "sd2.1/demo_model") == 1.5
+    assert scale("--model_path", "sd2.1/demo_model", "--guidance_scale", 3) == 3
+    assert scale() == 7.5
+    mine = shutil.copytree(tiny_sd_dir, tmp_path / "mine")
+    (mine / "defaults.json").write_text('{"guidance_scale": 4}')
+    assert scale("--model_path", mine) == 4
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert scale("--model_path=~/mine") == 4
+
+
+def test_a_model_without_a_size_draws_the_size_that_is_asked_for(
+    run_sd: Callable, tmp_path: Path, tiny_sd_dir: Path
+) -> None:
+    model = shutil.copytree(tiny_sd_dir, tmp_path / "model")
+    config = json.loads((model / "unet/config.json").read_text())
+    (model / "unet/config.json").write_text(json.dumps(config | {"sample_size": None}))
+    outcome = run_sd(*PROMPT, "--model_path", model)
+    assert outcome.code == 2 and "does not say which size it draws: give --height and --width" in outcome.err
+    assert run_sd(*PROMPT, "--model_path", model, "--height", 64, "--width", 72).code == 0
+    [picture] = pixels(tmp_path / "out")
+    assert picture.shape == (64, 72, 3)
+
+
+def test_warm_up_calls_have_no_bar_and_say_what_they_are(run_sd: Callable) -> None:
+    outcome = run_sd(*PROMPT, "--warmup", 2)
+    assert outcome.code == 0, outcome.err
+    before, between, after = outcome.err.split("warm-up ")
+    assert between.startswith("1 of 2 ...\n... took ") and after.startswith("2 of 2 ...\n... took ")
+    assert "/2 [" not in before + between and after.count("0/2 [") == 1
+
+
+def test_a_picture_that_the_safety_checker_took_away_is_told_from_nan(
+    run_sd: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    monkeypatch.setattr(
+        StableDiffusionPipeline, "run_safety_checker", lambda self, image, device, dtype: (image * 0, [True])
+    )
+    outcome = run_sd(*PROMPT)
+    assert outcome.code == 0 and not pixels(tmp_path / "out")[0].any()
+    report = read_report(tmp_path / "out")
+    assert report["images"][0]["warnings"] == report["warnings"]
+    [warning] = report["warnings"]
+    assert "safety checker" in warning and "NaN" not in warning
+
+
+def start(tiny_sd_dir: Path, output_dir: Path, *arguments: object) -> subprocess.Popen[str]:
+    options = [
+        "--model_path",
+        tiny_sd_dir,
+        "--device",
+        "cpu",
+        "--height",
+        64,
+        "--width",
+        64,
+        "--output_dir",
+        output_dir,
+    ]
+    command = [sys.executable, ROOT / "examples/sd2.1/run_sd.py", *options, *arguments]
+    return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_pictures_drawn_before_a_signal_are_there_and_reported(
+    tiny_sd_dir: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    (tmp_path / "prompts.txt").write_text("a\n" * 1000)
+    run = start(tiny_sd_dir, tmp_path / "out", "--steps", 4, "--prompt_file", tmp_path / "prompts.txt")
+    while len(list((tmp_path / "out").glob("*.png"))) < 2:
+        assert run.poll() is None, run.communicate()
+        time.sleep(0.05)
+    run.send_signal(number)
+    out, err = run.communicate()
+    assert run.returncode == 128 + number
+    assert err.splitlines()[-1].startswith("error: ") and "Traceback" not in err
+    files = sorted(path.name for path in (tmp_path / "out").glob("*.png"))
+    assert 2 <= len(files) < 1000 and f"{len(files)} of 1000 pictures" in out
+    report = read_report(tmp_path / "out")
+    assert [entry["file"] for entry in report["images"]] == files
+    assert any(f"{len(files)} of 1000 pictures are drawn" in warning for warning in report["warnings"])
+    assert len(pixels(tmp_path / "out")) == len(files), "each can be read"
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {*files, "report.json"}
+
+
+def test_a_start_says_nothing_but_what_the_user_can_act_on(tiny_sd_dir: Path, tmp_path: Path) -> None:
+    run = start(tiny_sd_dir, tmp_path, "--steps", 2, "--dtype", "float16", "--prompt", "a" * 100)
+    _, err = run.communicate()
+    assert run.returncode == 0, err
+    lines = [
+        line for line in err.replace("\r", "\n").splitlines() if line and "it/s]" not in line and "%|" not in line
+    ]
+    assert [line[:40] for line in lines] == [
+        "warning: float16 is slow on the CPU; flo",
+        "warning: a prompt of 102 tokens is cut a",
+    ]
 
 
 @pytest.mark.slow
