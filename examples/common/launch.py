@@ -140,7 +140,9 @@ def launch(devices: list[int], log_dir: Path, command: list[str], machines: Mach
     except SignalException as error:
         if error.sigval == signal.SIGINT:
             raise KeyboardInterrupt from None
-        raise RankFailedError(f"ended by {signal.Signals(error.sigval).name}", 128 + error.sigval) from error
+        raise RankFailedError(
+            f"the ranks were ended by {signal.Signals(error.sigval).name}", 128 + error.sigval
+        ) from error
     except (RendezvousError, DistNetworkError, DistStoreError) as error:
         raise UserError(
             f"--rdzv_endpoint {machines.endpoint}: the ranks cannot meet there, as the port is taken or a machine did "

@@ -194,6 +194,25 @@ def test_a_killed_rank_ends_the_others_and_is_named(tmp_path: Path) -> None:
         os.kill(pids[0], 0)
 
 
+def test_a_launcher_that_is_terminated_ends_its_ranks_and_says_so(tmp_path: Path) -> None:
+    script = tmp_path / "wait.py"
+    script.write_text(
+        "import os, pathlib, sys, time\n"
+        "pathlib.Path(sys.argv[1], os.environ['RANK']).write_text(str(os.getpid()))\n"
+        "time.sleep(600)\n"
+    )
+    command = [sys.executable, LAUNCH, "--device_list", "0,1", "--", script, tmp_path]
+    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    pids = [wait_for(tmp_path / str(rank)) for rank in range(2)]
+    process.terminate()
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert stderr.splitlines()[-1] == "error: the ranks were ended by SIGTERM"
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
 def wait_for(file: Path) -> int:
     deadline = time.monotonic() + 240
     while not (file.exists() and file.read_text()):
