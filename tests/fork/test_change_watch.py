@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor, IPAdapterAttnProcessor2_0
 from diffusers.models.unets.change_watch import ChangeWatch
 from peft import LoraConfig
@@ -13,11 +13,40 @@ from torch import nn
 
 from processors import disable_token_merging, enable_flash_attention, enable_token_merging
 from tests.fork.test_prompt_projection import PLAIN, middle_block
-from tests.tiny_models import CROSS_ATTENTION_DIM, tiny_unet
+from tests.tiny_models import CROSS_ATTENTION_DIM
 
 STEPS = 4
 CHANGED_AFTER = 0  # the step after which the callback makes its change
 Change = Callable[[StableDiffusionPipeline], Any]
+MakePipe = Callable[[], StableDiffusionPipeline]
+
+
+def small_unet() -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(16, 16),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        attention_head_dim=2,
+        cross_attention_dim=CROSS_ATTENTION_DIM,
+        norm_num_groups=4,
+        use_linear_projection=True,
+    )
+
+
+@pytest.fixture
+def make_pipe(tiny_sd: StableDiffusionPipeline) -> MakePipe:
+    """Makes equal pipelines with a UNet of their own, so that one may be changed and compared with another."""
+
+    def make() -> StableDiffusionPipeline:
+        torch.manual_seed(0)
+        parts = tiny_sd.components | {"unet": small_unet().eval()}
+        pipe = StableDiffusionPipeline(**parts, requires_safety_checker=False)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    return make
 
 
 def draw(pipe: StableDiffusionPipeline, change: Change, **options: Any) -> torch.Tensor:
@@ -49,12 +78,12 @@ def replace_the_layer(pipe: StableDiffusionPipeline) -> None:
 
 def load_other_weights(pipe: StableDiffusionPipeline) -> None:
     torch.manual_seed(1)
-    pipe.unet.load_state_dict(tiny_unet().state_dict())
+    pipe.unet.load_state_dict(small_unet().state_dict())
 
 
 def exchange_the_unet(pipe: StableDiffusionPipeline) -> None:
     torch.manual_seed(1)
-    pipe.unet = tiny_unet().eval()
+    pipe.unet = small_unet().eval()
 
 
 def set_processors(pipe: StableDiffusionPipeline) -> None:
@@ -115,29 +144,23 @@ LORA_CHANGES: list[Change] = [halve_lora, switch_lora_off, fuse_half_of_lora, de
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_change_between_steps_is_in_the_projected_prompt(
-    make_tiny_sd: Callable[[], StableDiffusionPipeline], change: Change
-) -> None:
-    picture = draw(make_tiny_sd(), change)
-    assert torch.equal(picture, draw(make_tiny_sd(), change, **PLAIN))
-    assert not torch.equal(picture, draw(make_tiny_sd(), lambda _: None))
+def test_a_change_between_steps_is_in_the_projected_prompt(make_pipe: MakePipe, change: Change) -> None:
+    picture = draw(make_pipe(), change)
+    assert torch.equal(picture, draw(make_pipe(), change, **PLAIN))
+    assert not torch.equal(picture, draw(make_pipe(), lambda _: None))
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_change_between_steps_ends_the_reuse_of_the_cached_feature(
-    make_tiny_sd: Callable[[], StableDiffusionPipeline], change: Change
-) -> None:
-    picture = draw(make_tiny_sd(), change, cache_schedule=[0])
-    assert torch.equal(picture, draw(make_tiny_sd(), change, cache_schedule=[0, CHANGED_AFTER + 1]))
+def test_a_change_between_steps_ends_the_reuse_of_the_cached_feature(make_pipe: MakePipe, change: Change) -> None:
+    picture = draw(make_pipe(), change, cache_schedule=[0])
+    assert torch.equal(picture, draw(make_pipe(), change, cache_schedule=[0, CHANGED_AFTER + 1]))
 
 
 @pytest.mark.parametrize("change", LORA_CHANGES)
 @pytest.mark.parametrize("options", [{}, {"cache_schedule": [0]}])
-def test_a_lora_may_change_between_steps(
-    make_tiny_sd: Callable[[], StableDiffusionPipeline], change: Change, options: dict[str, Any]
-) -> None:
+def test_a_lora_may_change_between_steps(make_pipe: MakePipe, change: Change, options: dict[str, Any]) -> None:
     def with_lora() -> StableDiffusionPipeline:
-        pipe = make_tiny_sd()
+        pipe = make_pipe()
         add_lora(pipe)
         return pipe
 
@@ -147,9 +170,9 @@ def test_a_lora_may_change_between_steps(
     assert not torch.equal(picture, draw(with_lora(), lambda _: None, **options))
 
 
-def test_token_merging_may_be_switched_off_between_steps(make_tiny_sd: Callable[[], StableDiffusionPipeline]) -> None:
+def test_token_merging_may_be_switched_off_between_steps(make_pipe: MakePipe) -> None:
     def merging() -> StableDiffusionPipeline:
-        pipe = make_tiny_sd()
+        pipe = make_pipe()
         enable_flash_attention(pipe)
         merge_tokens(pipe)
         return pipe
@@ -166,13 +189,22 @@ def test_a_callback_that_changes_nothing_keeps_the_cached_feature(
     tiny_sd.unet.mid_block.register_forward_hook(lambda *_: full_steps.append(1))
     nothing = {"callback_on_step_end": lambda *_: {}, "callback": lambda *_: None}[callback]
     steps = {"callback_steps": 1} if callback == "callback" else {}
-    tiny_sd("a cat", num_inference_steps=STEPS, cache_interval=3, output_type="latent", **{callback: nothing}, **steps)
+    tiny_sd(
+        "a cat",
+        num_inference_steps=STEPS,
+        height=64,
+        width=64,
+        cache_interval=3,
+        output_type="latent",
+        **{callback: nothing},
+        **steps,
+    )
     assert len(full_steps) == 2
 
 
-def test_the_old_kind_of_callback_is_watched_too(make_tiny_sd: Callable[[], StableDiffusionPipeline]) -> None:
+def test_the_old_kind_of_callback_is_watched_too(make_pipe: MakePipe) -> None:
     def draw_with(**options: Any) -> torch.Tensor:
-        pipe = make_tiny_sd()
+        pipe = make_pipe()
 
         def callback(step: int, timestep: torch.Tensor, latents: torch.Tensor) -> None:
             if step == CHANGED_AFTER:
