@@ -74,7 +74,7 @@ class Coverage(NamedTuple):
 
 
 def _attention_classes(model: torch.nn.Module) -> list[str]:
-    """The class of each attention of a model that is not known here, told by its name; the innermost of nested ones."""
+    """The class of each attention of a model that is not known here, told by its name; the inner of nested ones."""
     found = []
     for module in model.modules():
         names = [type(part).__name__ for part in module.modules() if type(part).__name__.endswith("Attention")]

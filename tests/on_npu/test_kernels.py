@@ -63,7 +63,6 @@ def derivatives(out: torch.Tensor) -> set[str]:
     while waiting:
         node = waiting.pop()
         if node is not None:
-            names.add(type(node).__name__.rstrip("0123456789") if node.name() != "CppFunction" else "CppFunction")
             names.add(node.name().rstrip("0123456789"))
             waiting += [following for following, _ in node.next_functions]
     return names
