@@ -21,12 +21,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 COMPONENTS = ("text_encoder", "unet", "vae.decoder")
+# Inductor compiles for longer than a text encoder or decoder saves in hundreds of pictures: each runs once a picture.
+COMPILED_BY_INDUCTOR = ("unet",)
 
 
 def compile_pipeline(
     pipe: StableDiffusionPipeline, graph_cache: Path | None = None, graph_cache_limit: int | None = None
 ) -> dict[str, str]:
-    """Compile text encoder, UNet and VAE decoder in place, each as static graphs without a break.
+    """Compile the UNet, and on an NPU text encoder and VAE decoder, too, in place, as static graphs without a break.
 
     Graphs are made when a component is first called in a new way, from what it is then. The UNet becomes one graph
     for each kind of call: with DeepCache a full and a shallow one, and as many for another batch or picture size.
@@ -40,8 +42,8 @@ def compile_pipeline(
         graph_cache_limit: bytes that they may take there, 8 GiB if None; those that were not used longest go.
 
     Returns:
-        The components' names and how each runs: `"torchair"`, `"inductor"`, or `"eager"` where hooks offload it or it
-        is on another device than the UNet, so that its parameters are no constants of a graph.
+        The components' names and how each runs: `"torchair"`, `"inductor"`, or `"eager"` where compiling would not
+        pay, hooks offload it or it is on another device than the UNet, so that its parameters are no constants.
 
     Raises:
         RuntimeError: a backend lacks what it needs, such as a C++ compiler, or the forward of a component was
@@ -53,6 +55,9 @@ def compile_pipeline(
         for name, module in _components(pipe):
             if _moves(pipe, name, device):
                 logger.warning("%s is not compiled: it is offloaded, or not on %s", name, device)
+                done[name] = "eager"
+                continue
+            if device.type != "npu" and name not in COMPILED_BY_INDUCTOR:
                 done[name] = "eager"
                 continue
             if _find_graphs(module) is None:

@@ -150,7 +150,7 @@ class StaticGraphs:
         # dynamo and torchair tell compiled methods apart by their code, which all instances of a class share.
         code = Call.forward.__code__.replace(co_name=f"forward_{digest}")
         number = len(self._graphs) + 1
-        logger.info("%s: making graph %d ...", self.name, number)
+        logger.info("compiling %s, graph %d ...", self.name, number)
         start = time.perf_counter()
         try:
             forward = types.MethodType(types.FunctionType(code, globals()), call)
@@ -160,7 +160,7 @@ class StaticGraphs:
                 self.remove()
             raise
         how = "compiled" if made.is_new else "found on disk"
-        logger.info("%s: graph %d is %s, after %.1f s", self.name, number, how, time.perf_counter() - start)
+        logger.info("... %s in %.1f s", how, time.perf_counter() - start)
         self.compilations += made.is_new
         self._graphs[key] = made.graph
         if len(self._graphs) > MOST_GRAPHS:

@@ -1,9 +1,11 @@
 """The pictures of one call of the pipeline, and what those of a whole run cost."""
 
 import argparse
+import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +17,8 @@ from ascend.device import DeviceManager
 from examples.common.overflow import clear_overflow_flag, overflow_warning
 
 COMPILING = (
-    "compiling text encoder, UNet and VAE decoder, once for this size and these options: about a minute for the demo "
-    "model, several for SD2.1"
+    "the first picture compiles a graph for each kind of step: about a minute for the demo model, several for SD2.1, "
+    "less when these options and this size were there before"
 )
 UNSAFE = "the model's safety checker took a picture for unsafe and made it black; another seed or prompt may pass"
 
@@ -83,11 +85,29 @@ def warm_up(
         if not quiet:
             what = COMPILING if compiled and number == 0 else f"warm-up {number + 1} of {args.warmup}"
             print(f"{what} ...", file=sys.stderr, flush=True)
-        seconds.append(call_pipeline(pipe, args, manager, 0, cache).seconds)
+        with nullcontext() if quiet else graphs_announced():
+            seconds.append(call_pipeline(pipe, args, manager, 0, cache).seconds)
         if not quiet:
             print(f"... took {seconds[-1]:.1f} s", file=sys.stderr, flush=True)
     pipe.set_progress_bar_config(disable=quiet)
     return seconds
+
+
+@contextmanager
+def graphs_announced() -> Iterator[None]:
+    """Say on stderr when a graph is compiled and how long it took."""
+    logger, handler = logging.getLogger("ascend.graphs"), logging.StreamHandler()
+    level = logger.level
+    handler.setFormatter(logging.Formatter("  %(message)s"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False  # or warnings would appear twice
+    try:
+        yield
+    finally:
+        logger.propagate = True
+        logger.setLevel(level)
+        logger.removeHandler(handler)
 
 
 def call_pipeline(

@@ -109,10 +109,10 @@ def accelerate(pipe: StableDiffusionPipeline, args: argparse.Namespace, report: 
     if args.cache:
         flags["DC"] = args.cache | args.cache_steps
     if args.dynamo:
-        flags["dynamo"] = compile_pipeline(pipe, args.graph_cache)
+        flags["dynamo"] = compile_pipeline(pipe, args.graph_cache, args.graph_cache_limit)
         for component, backend in flags["dynamo"].items():
-            if backend == "eager":
-                report.warn(f"--dynamo, {component}: not compiled, as it is not where the UNet is")
+            if backend == "eager" and (pipe.device.type == "npu" or component == "unet"):
+                report.warn(f"--dynamo, {component}: not compiled, as it is offloaded or not where the UNet is")
     return flags
 
 

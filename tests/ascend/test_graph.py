@@ -1,10 +1,13 @@
 """`compile_pipeline` on the CPU: one graph for each kind of call, the pictures of eager mode."""
 
+from functools import partial
+
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from torch import nn
 
-from ascend.graph import compile_pipeline
+from ascend.graph import compile_module, compile_pipeline
 
 
 def draw(pipe: StableDiffusionPipeline, prompt: str) -> torch.Tensor:
@@ -33,18 +36,35 @@ def test_a_compiled_pipeline_draws_the_same_without_break_or_recompilation(tiny_
     plain = [draw(tiny_sd, prompt) for prompt in ("a red circle", "a blue square")]
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    assert compile_pipeline(tiny_sd) == {"text_encoder": "inductor", "unet": "inductor", "vae.decoder": "inductor"}
+    assert compile_pipeline(tiny_sd) == {"text_encoder": "eager", "unet": "inductor", "vae.decoder": "eager"}
     first = draw(tiny_sd, "a red circle")
     counters = torch._dynamo.utils.counters
     assert not counters["graph_break"]
-    assert counters["stats"]["unique_graphs"] == 4  # text encoder, full UNet, shallow UNet, VAE decoder
+    assert counters["stats"]["unique_graphs"] == 2  # the full UNet and the shallow one
     second = draw(tiny_sd, "a blue square")
-    assert counters["stats"]["unique_graphs"] == 4
+    assert counters["stats"]["unique_graphs"] == 2
     # Fused kernels round in another order; a denoising loop of 3 steps keeps that far below one of 255 grey levels.
     torch.testing.assert_close(torch.cat([first, second]), torch.cat(plain), atol=1e-3, rtol=0)
 
 
-def test_an_offloaded_component_stays_eager(tiny_sd: StableDiffusionPipeline) -> None:
-    for module in (tiny_sd.text_encoder, tiny_sd.unet, tiny_sd.vae.decoder):
-        module._hf_hook = object()
-    assert set(compile_pipeline(tiny_sd).values()) == {"eager"}
+@torch.no_grad()
+def test_inductor_freezes_weights_and_a_change_of_them_is_seen() -> None:
+    module, batch = nn.Linear(16, 16).eval(), torch.ones(2, 16)
+    compile_module(module)
+    before = module(batch)
+    module.weight.data.mul_(2)  # which torch does not count, so that the graph stays
+    torch.testing.assert_close(module(batch), before)
+    module.weight.mul_(2)
+    torch.testing.assert_close(module(batch), batch @ module.weight.t() + module.bias)
+
+
+@torch.no_grad()
+def test_more_kinds_of_calls_than_dynamo_recompiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
+    monkeypatch.setattr(torch._dynamo.config, "accumulated_recompile_limit", 2)
+    compile_ = partial(torch.compile, backend="eager")
+    monkeypatch.setattr(torch, "compile", lambda function, backend, **options: compile_(function, **options))
+    module = nn.Linear(16, 16)
+    compile_module(module)
+    for rows in range(1, 6):
+        assert module(torch.ones(rows, 16)).shape == (rows, 16)
