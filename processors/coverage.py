@@ -36,7 +36,7 @@ class Coverage(NamedTuple):
         for module in modules:
             if not (hasattr(module, "set_processor") and hasattr(module, "processor")):
                 continue  # as diffusers itself tells attentions, of which Flux and others have classes of their own
-            original = original_of(module.processor)
+            original = original_of(module, module.processor)
             if isinstance(module, Attention) and is_default(module, original):
                 attentions.append(module)
             else:

@@ -19,7 +19,7 @@ from transformers.models.clip.modeling_clip import CLIPPreTrainedModel
 from processors import resnet, text_encoder
 from processors.coverage import Coverage
 from processors.kernels import check_kernels
-from processors.switched import is_default, original_of, switch
+from processors.switched import is_default, original_of, stripped, switch
 from processors.tome_processor import check_ratio
 from processors.unet_layout import self_attentions
 
@@ -119,7 +119,7 @@ def enable_token_merging(
     if not chosen:
         advice = "try a larger one" if max_downsample is not None else "try max_downsample=8"
         raise ValueError(f"the UNet has no self-attention at max_downsample={max_downsample}: {advice}")
-    others = [attn for attn in chosen if not is_default(attn, original_of(attn.processor))]
+    others = [attn for attn in chosen if not is_default(attn, original_of(attn, attn.processor))]
     if others:
         raise ValueError(f"token merging replaces diffusers' AttnProcessor2_0 only: found {_types(others)}")
 
@@ -147,7 +147,7 @@ def _forget_processors(pipe: DiffusionPipeline | torch.nn.Module) -> None:
     """Where diffusers fused the projections it kept our processors, and would put them back."""
     for module in _modules(pipe):
         kept = vars(module).get("original_attn_processors") or {}
-        kept.update({name: original_of(processor) for name, processor in kept.items()})
+        kept.update({name: stripped(processor) for name, processor in kept.items()})
 
 
 def _components(pipe: Any) -> dict[str, torch.nn.Module]:

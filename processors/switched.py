@@ -8,6 +8,7 @@ processor is set: diffusers' default ones are replaced, any other computes what 
 import warnings
 from typing import Any, NamedTuple
 
+import torch
 from diffusers.models.attention_processor import Attention, FusedAttnProcessor2_0
 from diffusers.models.attention_processor import AttnProcessor2_0 as DefaultAttnProcessor
 
@@ -30,7 +31,7 @@ class SwitchedAttention(Attention):
 
     def set_processor(self, processor: Any) -> None:
         """As diffusers' `set_processor`, which all of its own switches call."""
-        chosen = original_of(processor)
+        chosen = original_of(self, processor)
         if _is_ours_anew(chosen, self.switches):
             chosen = DefaultAttnProcessor()
         if not is_default(self, chosen):
@@ -52,13 +53,14 @@ def switch(attn: Attention, **changes: Any) -> None:
 
     Where someone replaced our processor in the meantime, theirs stays.
     """
-    original, current = original_of(attn.processor), switches_of(attn)
+    original, current = original_of(attn, attn.processor), switches_of(attn)
     switches = current._replace(**changes)
     if switches == Switches():
-        attn.__class__ = Attention
-        vars(attn).pop("switches", None)
+        if isinstance(attn, SwitchedAttention):
+            attn.__class__ = Attention
+            del attn.switches
         if original is not attn.processor:
-            attn.set_processor(_put_back(attn, original))
+            attn.set_processor(original)
     elif switches != current:
         attn.__class__ = SwitchedAttention
         attn.switches = switches
@@ -69,11 +71,23 @@ def switches_of(attn: Attention) -> Switches:
     return attn.switches if isinstance(attn, SwitchedAttention) else Switches()
 
 
-def original_of(processor: Any) -> Any:
-    """What `processor` stands for: itself, or the one that a switch replaced by it."""
+def stripped(processor: Any) -> Any:
+    """`processor`, or the one that a switch replaced by it."""
     while isinstance(processor, (AttnProcessor2_0, AttnProcessor2_0Tome)) and processor.replaced is not None:
         processor = processor.replaced
     return processor
+
+
+def original_of(attn: torch.nn.Module, processor: Any) -> Any:
+    """What `processor` stands for in `attn`: itself, or the one that a switch replaced by it.
+
+    Where diffusers fused the projections since, or took that back, it is the like of the one that was replaced.
+    """
+    original = stripped(processor)
+    if original is not processor and type(original) in (DefaultAttnProcessor, FusedAttnProcessor2_0):
+        now = FusedAttnProcessor2_0 if attn.fused_projections else DefaultAttnProcessor
+        return original if type(original) is now else now()
+    return original
 
 
 def is_default(attn: Attention, original: Any) -> bool:
@@ -101,12 +115,3 @@ def _is_ours_anew(processor: Any, switches: Switches) -> bool:
     """
     installed = (AttnProcessor2_0,) if switches.ratio is None else (AttnProcessor2_0, AttnProcessor2_0Tome)
     return type(processor) in installed and vars(processor) == vars(type(processor)())
-
-
-def _put_back(attn: Attention, original: Any) -> Any:
-    """`original`, or its like with or without fused projections, where diffusers changed that in the meantime."""
-    if type(original) is DefaultAttnProcessor and attn.fused_projections:
-        return FusedAttnProcessor2_0()
-    if type(original) is FusedAttnProcessor2_0 and not attn.fused_projections:
-        return DefaultAttnProcessor()
-    return original

@@ -98,6 +98,9 @@ def test_fused_projections_keep_both_switches_in_any_order(tiny_sd: StableDiffus
     tiny_sd.unfuse_qkv_projections()
     assert types(tiny_sd) == set(OURS) and merging(tiny_sd) == [RATIO] * 4
     close(noise(tiny_sd), merged)
+    enable_token_merging(tiny_sd, ratio=0.5)  # the switches still know the processors that they replaced
+    enable(tiny_sd)
+    assert types(tiny_sd) == set(OURS) and merging(tiny_sd) == [RATIO] * 4
     disable(tiny_sd)
     assert_nothing_of_ours_is_left(tiny_sd)
     close(noise(tiny_sd), plain)
@@ -275,6 +278,19 @@ def test_default_processors_are_refused_with_what_to_do_while_a_switch_is_on(tin
     disable(tiny_sd)
     tiny_sd.unet.set_default_attn_processor()
     assert types(tiny_sd) == {AttnProcessor}
+
+
+def test_a_subclass_of_attention_is_left_what_it_is(tiny_sd: StableDiffusionPipeline) -> None:
+    class Users(Attention):
+        pass
+
+    attn = tiny_sd.unet.mid_block.attentions[0].transformer_blocks[0].attn1
+    attn.__class__ = Users
+    report = enable_flash_attention(tiny_sd)
+    assert "not covered: 1 attention (AttnProcessor2_0)" in report["unet"]
+    enable_token_merging(tiny_sd)
+    disable(tiny_sd)
+    assert type(attn) is Users and type(attn.processor) is DefaultAttnProcessor
 
 
 def set_backend(pipe: StableDiffusionPipeline) -> None:
