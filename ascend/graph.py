@@ -1,118 +1,133 @@
-"""Graph compilation of a Stable Diffusion pipeline: torchair on NPU, inductor elsewhere."""
+"""Graph compilation of a Stable Diffusion pipeline, and its inverse: torchair on NPU, inductor elsewhere."""
 
 from __future__ import annotations
 
-import os
-import shutil
+import logging
+from contextlib import ExitStack
+from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from torch._functorch.compile_utils import fx_graph_cse
 
-from ascend.converters import register_converters
-from ascend.static_graphs import StaticGraphs
+from ascend.graphs.inductor import Inductor
+from ascend.graphs.static import Backend, StaticGraphs, is_moved_by_hooks
+from ascend.graphs.store import GraphStore, default_graph_cache
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
+logger = logging.getLogger(__name__)
 
-def compile_pipeline(pipe: StableDiffusionPipeline, graph_cache: Path | None = None) -> dict[str, str]:
+COMPONENTS = ("text_encoder", "unet", "vae.decoder")
+
+
+def compile_pipeline(
+    pipe: StableDiffusionPipeline, graph_cache: Path | None = None, graph_cache_limit: int | None = None
+) -> dict[str, str]:
     """Compile text encoder, UNet and VAE decoder in place, each as static graphs without a break.
 
-    The UNet becomes one graph per kind of call: with DeepCache a full and a shallow one. A new batch or picture size
-    makes new graphs, and those of earlier ones stay. Whatever changes the computation (attention processors, token
-    merging, LoRA: load and fuse first) must be installed before, as the graphs treat the parameters as constants, in
-    the layout that the matrix kernels read.
+    Graphs are made when a component is first called in a new way, from what it is then. The UNet becomes one graph
+    for each kind of call: with DeepCache a full and a shallow one, and as many for another batch or picture size.
+    Weights are constants of a graph, in the layout that the matrix kernels read. A component that changes afterwards
+    (attention processors, token merging, adapters, weights) gets new graphs at its next call. What is compiled
+    already stays so.
 
     Args:
         pipe: a pipeline whose components are where they are to run.
-        graph_cache: where an NPU's graphs are kept for the next process; by default in the user's cache directory.
+        graph_cache: where an NPU's graphs are kept for other processes; by default in the user's cache directory.
+        graph_cache_limit: bytes that they may take there, 8 GiB if None; those that were not used longest go.
 
     Returns:
-        The components' names and how each runs: `"torchair"`, `"inductor"`, or `"eager"` where it is offloaded or on
-        another device than the UNet, so that its parameters are no constants of a graph.
+        The components' names and how each runs: `"torchair"`, `"inductor"`, or `"eager"` where hooks offload it or it
+        is on another device than the UNet, so that its parameters are no constants of a graph.
 
     Raises:
-        RuntimeError: a backend lacks what it needs, such as a C++ compiler.
+        RuntimeError: a backend lacks what it needs, such as a C++ compiler, or the forward of a component was
+            replaced, as `share_guidance` does. The pipeline is then as it was before.
     """
-    components = {"text_encoder": pipe.text_encoder, "unet": pipe.unet, "vae.decoder": pipe.vae.decoder}
     device = next(pipe.unet.parameters()).device
-    return {
-        name: "eager" if _moves(module, device) else compile_module(module, graph_cache)
-        for name, module in components.items()
-        if module is not None
-    }
+    done = {}
+    with ExitStack() as undo:
+        for name, module in _components(pipe):
+            if _moves(pipe, name, device):
+                logger.warning("%s is not compiled: it is offloaded, or not on %s", name, device)
+                done[name] = "eager"
+                continue
+            if _find_graphs(module) is None:
+                undo.callback(decompile_module, module)
+            done[name] = compile_module(module, graph_cache, graph_cache_limit, name)
+        undo.pop_all()
+    return done
 
 
-def compile_module(module: nn.Module, graph_cache: Path | None = None) -> str:
+def decompile_pipeline(pipe: StableDiffusionPipeline) -> None:
+    """Undo `compile_pipeline`; does nothing where it was not called.
+
+    Raises:
+        RuntimeError: the forward of a component has been wrapped since, by offload hooks or `share_guidance`.
+    """
+    for _, module in _components(pipe):
+        decompile_module(module)
+
+
+def compile_module(
+    module: nn.Module, graph_cache: Path | None = None, graph_cache_limit: int | None = None, name: str | None = None
+) -> str:
     """Compile one module in place (see `compile_pipeline`) and return the name of the backend.
 
     Raises:
-        RuntimeError: the backend lacks what it needs.
+        RuntimeError: the backend lacks what it needs, or the module's forward was replaced.
     """
-    device = next(module.parameters()).device
-    module.requires_grad_(False)
-    # In both cases an instance's attribute hides the class's method: the module, its hooks and its name stay.
-    if device.type == "npu":
-        use_private_formats(module)
-        module.forward = StaticGraphs(module, torchair_config(), graph_cache or default_graph_cache())
-        return "torchair"
-
-    if device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++"))):
-        raise RuntimeError("compiling for the CPU needs a C++ compiler, and neither g++ nor clang++ is on the PATH")
-    # Convolutions of both devices run in this layout; without it each is wrapped in two copies.
-    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
-    # Frozen weights are packed once into the layouts of the matrix kernels, instead of in every call.
-    options: dict[str, Any] = {"freezing": True}
-    module.forward = torch.compile(module.forward, backend="inductor", fullgraph=True, dynamic=False, options=options)
-    return "inductor"
+    name = name or type(module).__name__
+    graphs = _find_graphs(module)
+    if graphs is not None:
+        return graphs.backend.name
+    forward = vars(module).get("forward")
+    if forward is not None and getattr(forward, "__func__", None) is not type(module).forward:
+        raise RuntimeError(f"{name} cannot be compiled after its forward was replaced by {forward!r:.100}")
+    backend = _make_backend(next(module.parameters()).device, graph_cache, graph_cache_limit)
+    StaticGraphs(module, backend, name)
+    return backend.name
 
 
-def default_graph_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "diffusers-npu" / "graphs"
+def decompile_module(module: nn.Module) -> None:
+    """Undo `compile_module`; does nothing where it was not called.
 
-
-def _moves(module: nn.Module, device: torch.device) -> bool:
-    if any(hasattr(child, "_hf_hook") or hasattr(child, "_diffusers_hook") for child in module.modules()):
-        return True
-    return next(module.parameters()).device != device
-
-
-def torchair_config() -> Any:
-    """torchair's compiler configuration for inference, with torchair ready to compile what this project makes."""
-    import torch_npu  # noqa: F401  registers the torchair alias
-    import torchair
-    import torchair._contrib.custom_torch_ops  # declares the fused token merging
-
-    register_converters()
-    config = torchair.CompilerConfig()
-    config.experimental_config.frozen_parameter = True
-    config.post_grad_custom_pre_pass = _compute_once
-    # This is what changes torch's own decompositions; cache_compile does so only after the first graph was traced.
-    torchair.get_npu_backend(compiler_config=config)
-    return config
-
-
-def _compute_once(module: torch.fx.GraphModule, *_: Any) -> None:
-    """Compute what several nodes have in common once, such as the SiLU of the time embedding in each residual block.
-
-    Inductor does so by itself, torchair does not.
+    Raises:
+        RuntimeError: the module's forward has been wrapped since.
     """
-    module.graph = fx_graph_cse(module.graph)
+    graphs = _find_graphs(module)
+    if graphs is not None:
+        graphs.remove()
 
 
-def use_private_formats(module: nn.Module) -> None:
-    """Turn the module's weights into the chip's own layouts: FRACTAL_NZ of Linear, FRACTAL_Z of fp16 convolutions.
+def _components(pipe: StableDiffusionPipeline) -> list[tuple[str, nn.Module]]:
+    there = [name for name in COMPONENTS if getattr(pipe, _owner(name), None) is not None]
+    return [(name, attrgetter(name)(pipe)) for name in there]
 
-    310P allows such formats from the start; the other chips only after `allow_internal_format`, which must be set
-    before the weights are cast. It is off again afterwards, as `ascend.device` has it: eager convolutions would else
-    go through the old operator interface.
-    """
-    from torchair.experimental.inference import use_internal_format_weight
 
-    config = torch.get_device_module("npu").config
-    config.allow_internal_format = True
-    use_internal_format_weight(module)
-    config.allow_internal_format = False
+def _owner(component: str) -> str:
+    return component.partition(".")[0]
+
+
+def _moves(pipe: StableDiffusionPipeline, component: str, device: torch.device) -> bool:
+    owner: nn.Module = getattr(pipe, _owner(component))  # its hooks move its parts, too
+    return any(map(is_moved_by_hooks, owner.modules())) or next(owner.parameters()).device != device
+
+
+def _find_graphs(module: nn.Module) -> StaticGraphs | None:
+    """The module's graphs, also beneath what wrapped its forward later."""
+    forward = vars(module).get("forward")
+    while forward is not None and not isinstance(forward, StaticGraphs):
+        forward = getattr(forward, "__wrapped__", None) or getattr(forward, "forward", None)
+    return forward
+
+
+def _make_backend(device: torch.device, graph_cache: Path | None, graph_cache_limit: int | None) -> Backend:
+    if device.type != "npu":
+        return Inductor(device)
+    from ascend.graphs.torchair import Torchair
+
+    return Torchair(GraphStore(graph_cache or default_graph_cache(), graph_cache_limit))

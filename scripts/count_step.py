@@ -96,7 +96,8 @@ def measure(args: argparse.Namespace) -> dict[str, Counts]:
 
 
 def accelerate(pipe: Any, flags: Sequence[str], graphs: Path) -> None:
-    from ascend.graph import compile_pipeline, torchair_config, use_private_formats
+    from ascend.graph import compile_pipeline
+    from ascend.graphs.torchair import make_config, use_private_formats
 
     if "FA" in flags:
         from processors import enable_flash_attention
@@ -109,7 +110,7 @@ def accelerate(pipe: Any, flags: Sequence[str], graphs: Path) -> None:
     if flags == ("upstream", "dynamo"):  # what one does without us: the same backend and formats
         import torchair
 
-        config = torchair_config()
+        config = make_config()
         config.post_grad_custom_pre_pass = None
         pipe.unet.requires_grad_(False)
         use_private_formats(pipe.unet)

@@ -19,7 +19,8 @@ import torch_npu
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from ascend.graph import compile_module, torchair_config
+from ascend.graph import compile_module
+from ascend.graphs.torchair import make_config
 from processors import npu_tome, tome
 from processors.tome import count_merged, match, partition
 from tests.on_npu.helpers import FLOATS, SATURATES, TOLERANCES, reference
@@ -323,7 +324,7 @@ def test_a_second_process_finds_the_compiled_graph(npu: torch.device, tmp_path: 
 
 def test_equal_computations_run_once(npu: torch.device) -> None:
     operators: list[str] = []
-    config = torchair_config()
+    config = make_config()
     config.post_grad_custom_post_pass = lambda module, *_: operators.extend(str(n.target) for n in module.graph.nodes)
 
     def function(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -338,7 +339,7 @@ def test_equal_computations_run_once(npu: torch.device) -> None:
 def test_token_merging_as_a_graph(npu: torch.device, h: int, w: int, ratio: float) -> None:
     """Fused on 310P where half of the tokens merge and eight cores can share them; the same result everywhere."""
     operators: list[str] = []
-    config = torchair_config()
+    config = make_config()
     config.post_grad_custom_post_pass = lambda module, *_: operators.extend(str(n.target) for n in module.graph.nodes)
     merged = count_merged(h, w, 2, 2, ratio)
 
@@ -360,7 +361,7 @@ def test_token_merging_as_a_graph(npu: torch.device, h: int, w: int, ratio: floa
 
 def test_token_merging_of_another_rate_is_refused(npu: torch.device) -> None:
     """torchair hands GE the default, and GE merges half of the tokens."""
-    torchair_config()
+    make_config()
     sources, destinations = numbers((1, 48, 16), torch.float16).to(npu), numbers((1, 16, 16), torch.float16).to(npu)
     order = torch.arange(48, device=npu).unsqueeze(0)
 

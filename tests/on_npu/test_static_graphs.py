@@ -1,21 +1,33 @@
-"""A pipeline as graphs: the pictures of eager mode, one graph for each kind of call, none to compile a second time."""
+"""A pipeline as graphs: the pictures of eager mode, one graph for each kind of call, none to compile a second time.
+
+And the graphs on disk, which processes share: each is made once, and is of the module that it is used for.
+"""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import torch_npu
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+from peft import LoraConfig
+from PIL import Image
 from torch import nn
 
-from ascend.graph import compile_pipeline
-from processors import enable_flash_attention, enable_token_merging
+from ascend.graph import compile_pipeline, decompile_pipeline
+from ascend.graphs import torchair as backend
+from processors import disable_token_merging, enable_flash_attention, enable_token_merging
 from tests.on_npu.helpers import SATURATES
 
+ROOT = Path(__file__).resolve().parents[2]
 HALF = torch.float16 if SATURATES else torch.bfloat16
-FRACTAL_NZ = 29
+ND, FRACTAL_NZ = 2, 29
 PROMPTS = ("a red circle", "a blue square", "two green stars")
 
 
@@ -81,3 +93,143 @@ def test_a_size_seen_before_is_not_compiled_again(pipe: StableDiffusionPipeline,
     for size in (64, 96, 64):
         draw(pipe, PROMPTS[0], size)
     assert pipe.unet.forward.compilations == 4
+
+
+def add_adapter(pipe: StableDiffusionPipeline) -> None:
+    torch.manual_seed(1)
+    pipe.unet.add_adapter(LoraConfig(r=4, init_lora_weights=False, target_modules=["to_q"]))
+
+
+def scale_weights(pipe: StableDiffusionPipeline) -> None:
+    pipe.unet.load_state_dict({name: tensor.cpu() * 1.1 for name, tensor in pipe.unet.state_dict().items()})
+
+
+CHANGES: dict[str, Callable[[StableDiffusionPipeline], object]] = {
+    "merging": enable_token_merging,
+    "merging is over": disable_token_merging,
+    "an adapter": add_adapter,
+    "other weights": scale_weights,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_after_compiling_is_seen(pipe: StableDiffusionPipeline, change: str, tmp_path: Path) -> None:
+    enable_flash_attention(pipe)
+    if change == "merging is over":
+        enable_token_merging(pipe)
+    compile_pipeline(pipe, tmp_path)
+    before = draw(pipe, PROMPTS[0])
+    CHANGES[change](pipe)
+    graph = draw(pipe, PROMPTS[0])
+    decompile_pipeline(pipe)
+    eager = draw(pipe, PROMPTS[0])
+    assert (graph - eager).abs().mean() < (0.01 if SATURATES else 0.03)
+    assert (graph - before).abs().mean() > 3 * (graph - eager).abs().mean()
+
+
+def formats(pipe: StableDiffusionPipeline) -> list[int]:
+    parts = (pipe.text_encoder, pipe.unet, pipe.vae)
+    return [torch_npu.get_npu_format(parameter) for part in parts for parameter in part.parameters()]
+
+
+def allows_private_formats() -> bool:
+    """What an eager convolution is told, by the format of its result."""
+    weight = torch.ones(16, 16, 1, 1, dtype=torch.float16, device="npu")
+    return torch_npu.get_npu_format(torch_npu.npu_format_cast(weight, 4)) != ND
+
+
+def test_decompiling_puts_formats_and_settings_back(pipe: StableDiffusionPipeline, tmp_path: Path) -> None:
+    enable_flash_attention(pipe)
+    before, eager, allowed = formats(pipe), draw(pipe, PROMPTS[0]), allows_private_formats()
+    compile_pipeline(pipe, tmp_path)
+    draw(pipe, PROMPTS[0])
+    assert formats(pipe) != before
+    decompile_pipeline(pipe)
+    assert formats(pipe) == before
+    assert allows_private_formats() == allowed
+    assert all(parameter.requires_grad for parameter in pipe.unet.parameters())
+    assert torch.equal(draw(pipe, PROMPTS[0]), eager)
+
+
+def test_a_missing_package_is_noticed_before_any_weight_is_touched(
+    pipe: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def missing() -> None:
+        raise ModuleNotFoundError("No module named 'attrs'")
+
+    before = formats(pipe)
+    monkeypatch.setattr(backend, "make_config", missing)
+    with pytest.raises(ModuleNotFoundError):
+        compile_pipeline(pipe, tmp_path)
+    assert formats(pipe) == before
+    assert "forward" not in vars(pipe.text_encoder)
+
+
+def test_two_pipelines_that_share_a_unet_may_both_be_compiled(pipe: StableDiffusionPipeline, tmp_path: Path) -> None:
+    compile_pipeline(pipe, tmp_path)
+    first = draw(pipe, PROMPTS[0])
+    other = StableDiffusionImg2ImgPipeline.from_pipe(pipe)
+    other.set_progress_bar_config(disable=True)
+    assert set(compile_pipeline(other, tmp_path).values()) == {"torchair"}
+    other("a cat", image=Image.new("RGB", (64, 64)), num_inference_steps=2, strength=1.0)
+    assert torch.equal(draw(pipe, PROMPTS[0]), first)
+
+
+# Compiles a small module, changes it, calls it, and prints how many graphs it made and what came out.
+PROGRAM = textwrap.dedent(
+    """
+    import sys
+    from pathlib import Path
+
+    import torch
+    from torch import nn
+
+    from ascend.device import DeviceManager
+    from ascend.graph import compile_module
+
+
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(16, 16, bias=False)
+            self.scale = 1
+
+        def forward(self, x):
+            return self.layer(x) * self.scale
+
+
+    module = Scaled().half().to(DeviceManager("npu").device)
+    nn.init.ones_(module.layer.weight)
+    compile_module(module, Path(sys.argv[1]))
+    module.scale = int(sys.argv[2])
+    with torch.no_grad():
+        result = module(torch.ones(1, 16).half().to(module.layer.weight.device))
+    print(module.forward.compilations, int(result[0, 0]))
+    """
+)
+
+
+def start(program: Path, cache: Path, scale: int) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, program, cache, str(scale)], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True
+    )
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+
+
+def test_a_graph_is_of_the_module_that_was_called_not_of_the_one_that_was_wrapped(tmp_path: Path) -> None:
+    """The first user changes the module between compiling and calling; the second one must not get what he made."""
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    said = [start(program, tmp_path / "graphs", scale).communicate()[0].split() for scale in (2, 1, 2)]
+    assert said == [["1", "32"], ["1", "16"], ["0", "32"]]
+
+
+def test_of_four_processes_that_start_together_one_compiles(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    processes = [start(program, tmp_path / "graphs", scale=1) for _ in range(4)]
+    said = [process.communicate()[0].split() for process in processes]
+    assert sorted(said) == [["0", "16"]] * 3 + [["1", "16"]]

@@ -1,0 +1,203 @@
+"""The forward of a module as static graphs, one for each kind of call.
+
+A compiler's own answer to a call of another kind is to guard and compile again, up to a limit (torch.compile), or not
+to look at all (torchair's `cache_compile`). Here each kind of call has a graph of its own, made from the module as it
+is when it is first called so; when the module changes, its graphs go.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import logging
+import time
+import types
+from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any, NamedTuple, NoReturn, Protocol
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from ascend.graphs.key import ambient, describe, kind_of
+from ascend.graphs.watch import Watch
+
+logger = logging.getLogger(__name__)
+
+MOST_GRAPHS = 16  # of a module: more kinds of calls take turns
+
+Graph = Callable[..., Any]
+
+
+class Made(NamedTuple):
+    graph: Graph
+    results: Any  # of the first call
+    is_new: bool  # not found on disk
+
+
+class Backend(Protocol):
+    """What makes graphs."""
+
+    name: str
+
+    def prepare(self, module: nn.Module, undo: ExitStack) -> None:
+        """Bring `module` into the form that the graphs read, and register how to put it back."""
+
+    def make(self, call: types.MethodType, digest: str, tensors: list[torch.Tensor]) -> Made:
+        """The graph of `call`, a method of a `Call`, and what it gives for `tensors`.
+
+        `digest` is of all that the graph depends on.
+        """
+
+
+class StaticGraphs:
+    """Takes the place of a module's forward and calls it as static graphs, for inference.
+
+    Args:
+        module: to be compiled; it keeps this as its `forward` until `remove`.
+        backend: makes the graphs.
+        name: of the module, for messages.
+    """
+
+    def __init__(self, module: nn.Module, backend: Backend, name: str) -> None:
+        self.module = module
+        self.backend = backend
+        self.name = name
+        self.compilations = 0  # graphs that were not found on disk
+        self._device = next(module.parameters()).device
+        self._forward = module.forward
+        self._own_forward = vars(module).get("forward")
+        self._undo = ExitStack()
+        self._graphs: OrderedDict[Any, Graph] = OrderedDict()
+        self._prepare()
+        module.forward = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._watch.has_changed():
+            self._look_again()
+        leaves, structure = pytree.tree_flatten((args, kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            raise RuntimeError(f"{self.name} is compiled for inference and gives no gradients: decompile it first")
+        key = structure, tuple(map(kind_of, leaves)), ambient(self._device.type)
+        with torch.no_grad():
+            graph = self._graphs.get(key)
+            if graph is None:
+                return self._make(key, leaves, tensors)
+            self._graphs.move_to_end(key)
+            return _restore(*graph(*tensors))
+
+    def remove(self) -> None:
+        """Put the module back as it was before it was compiled.
+
+        Raises:
+            RuntimeError: something else has been put around the compiled forward, and would get lost.
+        """
+        if vars(self.module).get("forward") is not self:
+            raise RuntimeError(f"{self.name} was wrapped after it was compiled (offload hooks?): undo that first")
+        if self._own_forward is None:
+            del self.module.forward
+        else:
+            self.module.forward = self._own_forward
+        self._graphs.clear()
+        self._undo.close()
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise TypeError(f"{self.name} is compiled, and graphs cannot be copied or pickled: decompile it first")
+
+    def _prepare(self) -> None:
+        parameters = list(self.module.parameters())
+        for parameter in parameters:
+            self._undo.callback(parameter.requires_grad_, parameter.requires_grad)
+        self.module.requires_grad_(False)
+        try:
+            self.backend.prepare(self.module, self._undo)
+            self._watch = Watch(self.module)
+        except BaseException:
+            self._undo.close()
+            raise
+
+    def _look_again(self) -> None:
+        """Drop the graphs if the module is no longer what they were made from."""
+        if any(is_moved_by_hooks(child) for child in self.module.modules()):
+            raise RuntimeError(
+                f"{self.name} is offloaded since it was compiled, and graphs want its weights to stay where they are: "
+                "compile without offloading, or decompile_pipeline(pipe) before it"
+            )
+        if any(parameter.device != self._device for parameter in self.module.parameters()):
+            raise RuntimeError(
+                f"{self.name} left {self._device}, where it was compiled: decompile_pipeline(pipe), move it, then "
+                "compile it again"
+            )
+        if self._graphs:
+            watch = Watch(self.module)
+            if watch.has_same_tensors(self._watch) and self._description == describe(self.module):
+                self._watch = watch
+                return
+            logger.warning("%s has changed since it was compiled: its graphs are made anew", self.name)
+            self._graphs.clear()
+        self._undo.close()
+        self._prepare()
+
+    def _make(self, key: Any, leaves: list[Any], tensors: list[torch.Tensor]) -> Any:
+        if not self._graphs:
+            self._watch = Watch(self.module)
+            self._description = describe(self.module)
+        digest = hashlib.sha256(repr((self._description, key)).encode()).hexdigest()[:32]
+        call = Call(self.module, self._forward, key[0], leaves)
+        # dynamo and torchair tell compiled methods apart by their code, which all instances of a class share.
+        code = Call.forward.__code__.replace(co_name=f"forward_{digest}")
+        number = len(self._graphs) + 1
+        logger.info("%s: making graph %d ...", self.name, number)
+        start = time.perf_counter()
+        try:
+            forward = types.MethodType(types.FunctionType(code, globals()), call)
+            made = self.backend.make(forward, digest, tensors)
+        except BaseException:
+            if not self._graphs and vars(self.module).get("forward") is self:
+                self.remove()
+            raise
+        how = "compiled" if made.is_new else "found on disk"
+        logger.info("%s: graph %d is %s, after %.1f s", self.name, number, how, time.perf_counter() - start)
+        self.compilations += made.is_new
+        self._graphs[key] = made.graph
+        if len(self._graphs) > MOST_GRAPHS:
+            self._graphs.popitem(last=False)
+        return _restore(*made.results)
+
+
+def is_moved_by_hooks(module: nn.Module) -> bool:
+    """Whether hooks of accelerate or diffusers bring the weights when they are needed, so that they do not stay."""
+    return hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook")
+
+
+class Call(nn.Module):
+    """One kind of call of a module: its tensors are the arguments, all else is constant."""
+
+    def __init__(self, module: nn.Module, forward: Graph, structure: pytree.TreeSpec, leaves: list[Any]) -> None:
+        super().__init__()
+        self.module = module
+        self.call = forward
+        self.structure = structure
+        self.is_tensor = [isinstance(leaf, torch.Tensor) for leaf in leaves]
+        self.constants = [None if is_tensor else leaf for leaf, is_tensor in zip(leaves, self.is_tensor, strict=True)]
+
+    def forward(self, *tensors: torch.Tensor) -> tuple[Any, tuple[str, ...], str, str]:
+        """The results, and for those of a class with named fields these names and the class, as cached code cannot
+        name a class itself."""
+        remaining = iter(tensors)
+        pairs = zip(self.is_tensor, self.constants, strict=True)
+        leaves = [next(remaining) if is_tensor else constant for is_tensor, constant in pairs]
+        args, kwargs = pytree.tree_unflatten(leaves, self.structure)
+        results = self.call(*args, **kwargs)
+        if isinstance(results, dict):  # as the outputs of diffusers and transformers are
+            return tuple(results.values()), tuple(results.keys()), type(results).__module__, type(results).__name__
+        return results, (), "", ""
+
+
+def _restore(values: Any, fields: tuple[str, ...], module: str, name: str) -> Any:
+    if not fields:
+        return values
+    return getattr(importlib.import_module(module), name)(**dict(zip(fields, values, strict=True)))

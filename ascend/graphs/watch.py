@@ -1,0 +1,94 @@
+"""Notices that a module is no longer what its graphs were made from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+DEPTH = 3  # of the objects and containers that a module holds: a config's lists, a processor's settings
+# Attributes whose own contents are watched as DICTIONARIES, or are not what a graph is made from.
+INTERNALS = frozenset({*vars(nn.Module()), "forward"})
+# The dictionaries of every module that others write to; that one was empty does not keep it so.
+DICTIONARIES = ("_modules", "_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks")
+
+
+class Watch:
+    """The state of a module and all that belongs to it, to be compared at each of its calls.
+
+    That is: which submodules, parameters, attributes and hooks there are and of which classes; the attributes of the
+    objects that modules hold, such as attention processors and configurations; where each parameter lies and how often
+    it was written to. All of it is compared by identity, which may report a change where a value was replaced by an
+    equal one. About a millisecond for a UNet; no tensor is read.
+
+    Writing to `parameter.data` goes unseen, as torch does not count it.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        modules = list(module.modules())
+        self._tensors = [tensor for tensor in _tensors_of(module) if not tensor.is_inference()]
+        self._addresses = self._address_all()
+        self._dictionaries = [vars(child)[name] for child in modules for name in DICTIONARIES]
+        self._length = sum(map(len, self._dictionaries))
+        self._objects: list[Any] = []
+        self._containers: list[Iterable[Any]] = []
+        seen: set[int] = set()
+        for child in modules:
+            self._add(child, seen, DEPTH)
+        for dictionary in self._dictionaries:
+            if dictionary:
+                self._containers.append(dictionary.values())
+        self._elements = [tuple(container) for container in self._containers]  # held, so that no id is used again
+        self._ids = [list(map(id, elements)) for elements in self._elements]
+        self._classes = list(map(type, self._objects))
+
+    def has_changed(self) -> bool:
+        """Whether anything is different from what it was when this was made."""
+        return (
+            sum(map(len, self._dictionaries)) != self._length
+            or list(map(type, self._objects)) != self._classes
+            or any(list(map(id, container)) != ids for container, ids in zip(self._containers, self._ids, strict=True))
+            or self._address_all() != self._addresses
+        )
+
+    def has_same_tensors(self, other: Watch) -> bool:
+        """Whether both found the same parameters and buffers, at the same places and with the same values."""
+        return self._addresses == other._addresses and list(map(id, self._tensors)) == list(map(id, other._tensors))
+
+    def _address_all(self) -> list[tuple[int, int]]:
+        return [(tensor.data_ptr(), tensor._version) for tensor in self._tensors]
+
+    def _add(self, holder: object, seen: set[int], depth: int) -> None:
+        """Watch an object's class and attributes, and what these hold."""
+        seen.add(id(holder))
+        self._objects.append(holder)
+        self._containers.append(vars(holder).values())
+        self._add_contents((value for name, value in vars(holder).items() if name not in INTERNALS), seen, depth)
+
+    def _add_contents(self, elements: Iterable[Any], seen: set[int], depth: int) -> None:
+        if depth == 0:
+            return
+        for element in elements:
+            if id(element) in seen:
+                continue
+            if isinstance(element, dict | list | set):
+                seen.add(id(element))
+                container = element.values() if isinstance(element, dict) else element
+                self._containers.append(container)
+                self._add_contents(container, seen, depth - 1)
+            elif is_plain_object(element):
+                self._add(element, seen, depth - 1)
+
+
+def is_plain_object(value: object) -> bool:
+    """Whether `value` is an object that modules hold for its attributes, as processors and configurations are."""
+    is_code = isinstance(value, type | ModuleType) or (callable(value) and hasattr(value, "__code__"))
+    return hasattr(value, "__dict__") and not is_code and not isinstance(value, nn.Module | torch.Tensor)
+
+
+def _tensors_of(module: nn.Module) -> Iterator[torch.Tensor]:
+    return chain(module.parameters(), module.buffers())

@@ -1,0 +1,295 @@
+"""Static graphs follow the module that they are of: whatever changes, a call gives what the module now computes.
+
+Graphs are traces of torch.jit here, which are made fast and notice no change: what counts is when one is made and when
+it goes.
+"""
+
+from __future__ import annotations
+
+import copy
+import types
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.utils._pytree as pytree
+from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+from peft import LoraConfig
+from PIL import Image
+from torch import nn
+
+from ascend import graph, parallel
+from ascend.graph import compile_module, compile_pipeline, decompile_pipeline
+from ascend.graphs.static import MOST_GRAPHS, Made, StaticGraphs
+from processors import (
+    disable_flash_attention,
+    disable_token_merging,
+    enable_flash_attention,
+    enable_token_merging,
+)
+
+
+class Tracer:
+    name = "trace"
+    fails = False
+
+    def prepare(self, module: nn.Module, undo: ExitStack) -> None:
+        undo.callback(setattr, module, "prepared", getattr(module, "prepared", None))
+        module.prepared = True
+        if self.fails:
+            raise RuntimeError("no compiler")
+
+    def make(self, call: types.MethodType, digest: str, tensors: list[torch.Tensor]) -> Made:
+        results = call(*tensors)
+        _, structure = pytree.tree_flatten(results[0])
+
+        def compute(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return tuple(pytree.tree_leaves(call(*tensors)[0]))
+
+        trace = torch.jit.trace(compute, tuple(tensors), check_trace=False)
+        return Made(
+            lambda *tensors: (pytree.tree_unflatten(trace(*tensors), structure), *results[1:]), results, is_new=True
+        )
+
+
+@pytest.fixture(autouse=True)
+def traces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graph, "_make_backend", lambda *_: Tracer())
+
+
+def draw(pipe: StableDiffusionPipeline, width: int = 64, **options: Any) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    options = {"num_inference_steps": 2, "output_type": "latent"} | options
+    return pipe("a red circle", height=64, width=width, generator=generator, **options).images
+
+
+def add_adapter(pipe: StableDiffusionPipeline) -> None:
+    torch.manual_seed(1)
+    pipe.unet.add_adapter(LoraConfig(r=4, init_lora_weights=False, target_modules=["to_q"]))
+
+
+def load_other_weights(pipe: StableDiffusionPipeline) -> None:
+    pipe.unet.load_state_dict({name: tensor * 1.1 for name, tensor in pipe.unet.state_dict().items()})
+
+
+def replace_a_layer(pipe: StableDiffusionPipeline) -> None:
+    torch.manual_seed(2)
+    pipe.unet.conv_out = nn.Conv2d(32, 4, 3, padding=1)
+
+
+def scale_by_a_hook(pipe: StableDiffusionPipeline) -> None:
+    pipe.unet.conv_in.register_forward_hook(lambda module, args, output: output * 0.9)
+
+
+def merge_then_stop(pipe: StableDiffusionPipeline) -> None:
+    enable_token_merging(pipe)
+    draw(pipe)
+    disable_token_merging(pipe)
+
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
+    pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated:DeprecationWarning"),
+]
+
+CHANGES: dict[str, Callable[[StableDiffusionPipeline], object]] = {
+    "merging": partial(enable_token_merging, ratio=0.5),
+    "merging and not": merge_then_stop,
+    "kernels": enable_flash_attention,
+    "an adapter": add_adapter,
+    "other weights": load_other_weights,
+    "another layer": replace_a_layer,
+    "freeU": lambda pipe: pipe.enable_freeu(0.9, 0.2, 1.2, 1.4),
+    "a hook": scale_by_a_hook,
+    "another dtype": lambda pipe: pipe.to(torch.float64),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("when", ["before the first call", "after it"])
+def test_a_change_after_compiling_is_seen(tiny_sd_dir: Path, change: str, when: str) -> None:
+    pictures = []
+    for compiled in (False, True):
+        pipe = StableDiffusionPipeline.from_pretrained(tiny_sd_dir, dtype=torch.float32)
+        pipe.set_progress_bar_config(disable=True)
+        if compiled:
+            assert set(compile_pipeline(pipe).values()) == {Tracer.name}
+            if when == "after it":
+                draw(pipe)
+        made = pipe.unet.forward.compilations if compiled else 0
+        CHANGES[change](pipe)
+        pictures.append(draw(pipe))
+    torch.testing.assert_close(pictures[1], pictures[0])
+    assert pipe.unet.forward.compilations > made
+
+
+def test_an_unchanged_module_keeps_its_graphs(tiny_sd: StableDiffusionPipeline) -> None:
+    enable_flash_attention(tiny_sd)
+    compile_pipeline(tiny_sd)
+    first = draw(tiny_sd, cache_interval=2, output_type="pt")
+    for _ in range(2):
+        tiny_sd.to("cpu")  # where it is
+        assert torch.equal(draw(tiny_sd, cache_interval=2, output_type="pt"), first)
+    parts = (tiny_sd.text_encoder, tiny_sd.unet, tiny_sd.vae.decoder)
+    assert [part.forward.compilations for part in parts] == [1, 2, 1]
+
+
+def test_many_sizes_have_a_graph_each(tiny_sd: StableDiffusionPipeline) -> None:
+    compile_module(tiny_sd.vae.decoder)
+    sizes = list(range(1, MOST_GRAPHS + 3))
+    with torch.no_grad():
+        for size in sizes:
+            assert tiny_sd.vae.decoder(torch.ones(1, 4, 1, size)).shape[-1] == 8 * size
+        tiny_sd.vae.decoder(torch.ones(1, 4, 1, sizes[-1]))
+        assert tiny_sd.vae.decoder.forward.compilations == len(sizes)
+        tiny_sd.vae.decoder(torch.ones(1, 4, 1, sizes[0]))  # the longest unused were dropped
+    assert tiny_sd.vae.decoder.forward.compilations == len(sizes) + 1
+    assert len(tiny_sd.vae.decoder.forward._graphs) == MOST_GRAPHS
+
+
+def state(pipe: StableDiffusionPipeline) -> list[Any]:
+    found: list[Any] = []
+    for part in (pipe.text_encoder, pipe.unet, pipe.vae):
+        parameters = list(part.parameters())
+        found += [parameter.requires_grad for parameter in parameters]
+        found += [(parameter.stride(), parameter.dtype) for parameter in parameters]
+        found += ["forward" in vars(module) for module in part.modules()]
+    return found
+
+
+def test_decompiling_puts_everything_back(tiny_sd: StableDiffusionPipeline) -> None:
+    tiny_sd.unet.conv_in.weight.requires_grad_(False)
+    before, plain = state(tiny_sd), draw(tiny_sd)
+    compile_pipeline(tiny_sd)
+    assert state(tiny_sd) != before
+    torch.testing.assert_close(draw(tiny_sd), plain)
+    for _ in range(2):
+        decompile_pipeline(tiny_sd)
+        assert state(tiny_sd) == before
+        assert not tiny_sd.unet.prepared
+    assert torch.equal(draw(tiny_sd), plain)
+    tiny_sd.unet(torch.ones(1, 4, 8, 8), 10, torch.ones(1, 77, 32)).sample.mean().backward()  # it trains again
+    assert tiny_sd.unet.conv_out.weight.grad is not None
+
+
+def test_a_failure_while_compiling_leaves_the_pipeline_as_it_was(
+    tiny_sd: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, plain = state(tiny_sd), draw(tiny_sd)
+    backends = [Tracer(), Tracer()]
+    backends[1].fails = True
+    monkeypatch.setattr(graph, "_make_backend", lambda *_: backends.pop(0))
+    with pytest.raises(RuntimeError, match="no compiler"):
+        compile_pipeline(tiny_sd)
+    assert state(tiny_sd) == before
+    assert not tiny_sd.text_encoder.prepared
+
+    def break_down(*_: Any) -> Made:
+        raise RuntimeError("the compiler failed")
+
+    monkeypatch.setattr(graph, "_make_backend", lambda *_: Tracer())
+    monkeypatch.setattr(Tracer, "make", break_down)
+    compile_module(tiny_sd.unet)
+    with pytest.raises(RuntimeError, match="the compiler failed"):
+        draw(tiny_sd)
+    assert state(tiny_sd) == before
+    assert torch.equal(draw(tiny_sd), plain)
+
+
+def test_two_pipelines_that_share_a_unet_may_both_be_compiled(tiny_sd: StableDiffusionPipeline) -> None:
+    other = StableDiffusionImg2ImgPipeline.from_pipe(tiny_sd)
+    other.set_progress_bar_config(disable=True)
+    image = Image.new("RGB", (64, 64), "red")
+
+    def redraw() -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        options: dict[str, Any] = {"num_inference_steps": 2, "strength": 1.0, "output_type": "latent"}
+        return other("a cat", image=image, generator=generator, **options).images
+
+    plain = draw(tiny_sd), redraw()
+    compile_pipeline(tiny_sd)
+    draw(tiny_sd)
+    assert compile_pipeline(other) == {"text_encoder": Tracer.name, "unet": Tracer.name, "vae.decoder": Tracer.name}
+    torch.testing.assert_close((draw(tiny_sd), redraw()), plain)
+
+
+def test_an_offloaded_pipeline_stays_eager(tiny_sd: StableDiffusionPipeline, caplog: pytest.LogCaptureFixture) -> None:
+    for module in (tiny_sd.text_encoder, tiny_sd.unet, tiny_sd.vae):  # as enable_model_cpu_offload does
+        module._hf_hook = object()
+    assert set(compile_pipeline(tiny_sd).values()) == {"eager"}
+    assert "vae.decoder is not compiled" in caplog.text
+
+
+def test_offloading_after_compiling_is_refused(tiny_sd: StableDiffusionPipeline) -> None:
+    compile_pipeline(tiny_sd)
+    draw(tiny_sd)
+    tiny_sd.unet._hf_hook = object()
+    with pytest.raises(RuntimeError, match=r"unet is offloaded since it was compiled.*decompile_pipeline"):
+        draw(tiny_sd)
+
+
+def test_what_wraps_a_compiled_forward_must_go_first(tiny_sd: StableDiffusionPipeline) -> None:
+    compile_pipeline(tiny_sd)
+    graphs = tiny_sd.unet.forward
+    tiny_sd.unet.forward = parallel.SharedBatch.__new__(parallel.SharedBatch)
+    tiny_sd.unet.forward.forward = graphs
+    with pytest.raises(RuntimeError, match="unet was wrapped after it was compiled"):
+        decompile_pipeline(tiny_sd)
+    assert compile_module(tiny_sd.unet) == Tracer.name  # it is compiled already
+    tiny_sd.unet.forward = graphs
+    decompile_pipeline(tiny_sd)
+    tiny_sd.unet.forward = parallel.SharedBatch.__new__(parallel.SharedBatch)
+    with pytest.raises(RuntimeError, match="cannot be compiled after its forward was replaced by .*SharedBatch"):
+        compile_pipeline(tiny_sd)
+    assert "forward" not in vars(tiny_sd.text_encoder)
+
+
+def test_hooks_that_accelerate_removed_again_do_not_count(tiny_sd: StableDiffusionPipeline) -> None:
+    tiny_sd.unet.forward = tiny_sd.unet.forward  # what it leaves behind
+    compile_pipeline(tiny_sd)
+    assert isinstance(tiny_sd.unet.forward, StaticGraphs)
+
+
+def test_gradients_and_copies_are_refused_not_wrong(tiny_sd: StableDiffusionPipeline) -> None:
+    compile_module(tiny_sd.unet, name="unet")
+    latents = torch.ones(1, 4, 8, 8, requires_grad=True)
+    with pytest.raises(RuntimeError, match="unet is compiled for inference and gives no gradients"):
+        tiny_sd.unet(latents, 10, torch.ones(1, 77, 32))
+    with pytest.raises(TypeError, match="unet is compiled, and graphs cannot be copied"):
+        copy.deepcopy(tiny_sd.unet)
+
+
+@torch.no_grad()
+def test_autocast_and_deterministic_mode_have_graphs_of_their_own(tiny_sd: StableDiffusionPipeline) -> None:
+    inputs = torch.ones(1, 77, dtype=torch.int64)
+    compile_module(tiny_sd.text_encoder)
+    single = tiny_sd.text_encoder(inputs)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        half = tiny_sd.text_encoder(inputs)[0]
+    assert not torch.equal(single, half)
+    assert torch.equal(tiny_sd.text_encoder(inputs)[0], single)
+    assert tiny_sd.text_encoder.forward.compilations == 2
+
+
+@torch.no_grad()
+def test_results_keep_their_class(tiny_sd: StableDiffusionPipeline) -> None:
+    inputs = torch.ones(1, 77, dtype=torch.int64)
+    plain = tiny_sd.text_encoder(inputs)
+    compile_module(tiny_sd.text_encoder)
+    result = tiny_sd.text_encoder(inputs)
+    assert type(result) is type(plain) and result.keys() == plain.keys()
+    assert torch.equal(result.last_hidden_state, plain.last_hidden_state)
+
+
+def test_switching_kernels_off_after_compiling_is_seen(tiny_sd: StableDiffusionPipeline) -> None:
+    enable_flash_attention(tiny_sd)
+    compile_pipeline(tiny_sd)
+    draw(tiny_sd)
+    disable_flash_attention(tiny_sd)
+    draw(tiny_sd)
+    assert tiny_sd.unet.forward.compilations == 2
