@@ -4,6 +4,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from ascend.device import DeviceManager
+from examples.common.messages import shown
 from examples.common.overflow import clear_overflow_flag, overflow_warning
 
 COMPILING = (
@@ -83,7 +85,8 @@ def warm_up(
         if not quiet:
             what = COMPILING if compiled and number == 0 else f"warm-up {number + 1} of {args.warmup}"
             print(f"{what} ...", file=sys.stderr, flush=True)
-        seconds.append(call_pipeline(pipe, args, manager, 0, cache).seconds)
+        with nullcontext() if quiet else shown("ascend.graphs"):  # a line when a graph is begun and when it is there
+            seconds.append(call_pipeline(pipe, args, manager, 0, cache).seconds)
         if not quiet:
             print(f"... took {seconds[-1]:.1f} s", file=sys.stderr, flush=True)
     pipe.set_progress_bar_config(disable=quiet)

@@ -9,7 +9,8 @@ import torch
 from diffusers import SchedulerMixin, StableDiffusionPipeline
 
 from ascend.device import DeviceManager
-from ascend.graph import compile_pipeline, default_graph_cache
+from ascend.graph import compile_pipeline
+from ascend.graphs.store import default_graph_cache
 from examples.common.cache_options import count_full_steps
 from examples.common.cli import UserError
 from examples.common.devices import check_compiler
@@ -109,10 +110,7 @@ def accelerate(pipe: StableDiffusionPipeline, args: argparse.Namespace, report: 
     if args.cache:
         flags["DC"] = args.cache | args.cache_steps
     if args.dynamo:
-        flags["dynamo"] = compile_pipeline(pipe, args.graph_cache)
-        for component, backend in flags["dynamo"].items():
-            if backend == "eager":
-                report.warn(f"--dynamo, {component}: not compiled, as it is not where the UNet is")
+        flags["dynamo"] = compile_pipeline(pipe, args.graph_cache, args.graph_cache_limit)
     return flags
 
 
