@@ -1,9 +1,11 @@
-"""Lines of the libraries below that say nothing a user could act on, or that the runners say better."""
+"""What is said in the terminal beside the runners' own lines: which of the libraries' are hidden, which shown."""
 
 import functools
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-# Logger, and a part of its message.
+# Of the libraries: logger, and a part of a message that says nothing a user could act on, or that runners say better.
 HIDDEN = (
     # diffusers imports the name that transformers keeps for those who have torchvision, which nothing here needs.
     ("transformers.utils.import_utils", "requires torchvision (not installed); falling back to"),
@@ -24,3 +26,18 @@ def hide_known_messages() -> None:
 
 def _lacks(part: str, record: logging.LogRecord) -> bool:
     return part not in record.getMessage()
+
+
+@contextmanager
+def shown(name: str) -> Iterator[None]:
+    """Print what the logger `name` and those below it say of their progress, on stderr."""
+    logger, handler = logging.getLogger(name), logging.StreamHandler()
+    level = logger.level
+    handler.setFormatter(logging.Formatter("  %(message)s"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        logger.removeHandler(handler)

@@ -1,11 +1,10 @@
 """The pictures of one call of the pipeline, and what those of a whole run cost."""
 
 import argparse
-import logging
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +13,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from ascend.device import DeviceManager
+from examples.common.messages import shown
 from examples.common.overflow import clear_overflow_flag, overflow_warning
 
 COMPILING = (
@@ -85,29 +85,12 @@ def warm_up(
         if not quiet:
             what = COMPILING if compiled and number == 0 else f"warm-up {number + 1} of {args.warmup}"
             print(f"{what} ...", file=sys.stderr, flush=True)
-        with nullcontext() if quiet else graphs_announced():
+        with nullcontext() if quiet else shown("ascend.graphs"):  # a line when a graph is begun and when it is there
             seconds.append(call_pipeline(pipe, args, manager, 0, cache).seconds)
         if not quiet:
             print(f"... took {seconds[-1]:.1f} s", file=sys.stderr, flush=True)
     pipe.set_progress_bar_config(disable=quiet)
     return seconds
-
-
-@contextmanager
-def graphs_announced() -> Iterator[None]:
-    """Say on stderr when a graph is compiled and how long it took."""
-    logger, handler = logging.getLogger("ascend.graphs"), logging.StreamHandler()
-    level = logger.level
-    handler.setFormatter(logging.Formatter("  %(message)s"))
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    logger.propagate = False  # or warnings would appear twice
-    try:
-        yield
-    finally:
-        logger.propagate = True
-        logger.setLevel(level)
-        logger.removeHandler(handler)
 
 
 def call_pipeline(

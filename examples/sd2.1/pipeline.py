@@ -9,7 +9,8 @@ import torch
 from diffusers import SchedulerMixin, StableDiffusionPipeline
 
 from ascend.device import DeviceManager
-from ascend.graph import compile_pipeline, default_graph_cache
+from ascend.graph import compile_pipeline
+from ascend.graphs.store import default_graph_cache
 from examples.common.cache_options import count_full_steps
 from examples.common.cli import UserError
 from examples.common.devices import check_compiler
