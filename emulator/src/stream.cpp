@@ -35,6 +35,11 @@ public:
         changed_.notify_all();
     }
 
+    int launch(std::function<int()> task) override {
+        submit(std::move(task));
+        return ACL_SUCCESS;
+    }
+
     void synchronize() override {
         std::unique_lock<std::mutex> lock(guard_);
         changed_.wait(lock, [this] { return tasks_.empty(); });
