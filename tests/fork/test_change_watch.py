@@ -170,6 +170,23 @@ def test_a_lora_may_change_between_steps(make_pipe: MakePipe, change: Change, op
     assert not torch.equal(picture, draw(with_lora(), lambda _: None, **options))
 
 
+SWITCHES: list[Change] = [
+    lambda pipe: pipe.unet.set_default_attn_processor(),
+    lambda pipe: pipe.enable_attention_slicing(1),
+    lambda pipe: pipe.unet.set_attention_backend("native"),
+    lambda pipe: pipe.fuse_qkv_projections(),
+]
+
+
+@pytest.mark.parametrize("switch", SWITCHES, ids=["default processor", "slicing", "backend", "fused projections"])
+def test_switches_of_diffusers_work_before_and_between_steps(make_pipe: MakePipe, switch: Change) -> None:
+    assert torch.equal(draw(make_pipe(), switch), draw(make_pipe(), switch, **PLAIN))
+    switched, plain = make_pipe(), make_pipe()
+    switch(switched)
+    switch(plain)
+    assert torch.equal(draw(switched, lambda _: None), draw(plain, lambda _: None, **PLAIN))
+
+
 def test_token_merging_may_be_switched_off_between_steps(make_pipe: MakePipe) -> None:
     def merging() -> StableDiffusionPipeline:
         pipe = make_pipe()
