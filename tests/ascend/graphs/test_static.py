@@ -59,6 +59,7 @@ class Tracer:
 @pytest.fixture(autouse=True)
 def traces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graph, "_make_backend", lambda *_: Tracer())
+    monkeypatch.setattr(graph, "COMPILED_BY_INDUCTOR", graph.COMPONENTS)
 
 
 def draw(pipe: StableDiffusionPipeline, width: int = 64, **options: Any) -> torch.Tensor:
