@@ -250,6 +250,25 @@ def test_what_wraps_a_compiled_forward_must_go_first(tiny_sd: StableDiffusionPip
     assert "forward" not in vars(tiny_sd.text_encoder)
 
 
+@torch.no_grad()
+def test_sharing_guidance_around_a_graph_leaves_the_graph(
+    tiny_sd: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parallel, "all_gather", lambda everyone, mine, group: everyone.copy_(torch.cat([mine, mine])))
+    latents, text = torch.ones(2, 4, 8, 8), torch.ones(2, 77, 32)
+    compile_module(tiny_sd.unet)
+    graphs = tiny_sd.unet.forward
+    tiny_sd.unet(latents[:1], 10, text[:1])
+    parallel.share_guidance(tiny_sd, parallel.Mesh(rank=0, world_size=2, branch_size=2, group=object()))
+    for prompt in (text, text * 2):  # what sharing remembers of a picture is another each time
+        tiny_sd.unet(latents, torch.tensor(10), encoder_hidden_states=prompt)
+        tiny_sd.unet(latents, torch.tensor(5), encoder_hidden_states=prompt)
+    assert graphs.compilations == 2  # with the arguments by position, and by name
+    parallel.unshare_guidance(tiny_sd)
+    tiny_sd.unet(latents[:1], 10, text[:1])
+    assert tiny_sd.unet.forward is graphs and graphs.compilations == 2
+
+
 def test_hooks_that_accelerate_removed_again_do_not_count(tiny_sd: StableDiffusionPipeline) -> None:
     tiny_sd.unet.forward = tiny_sd.unet.forward  # what it leaves behind
     compile_pipeline(tiny_sd)
