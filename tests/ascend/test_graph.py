@@ -60,11 +60,10 @@ def test_inductor_freezes_weights_and_a_change_of_them_is_seen() -> None:
 
 @torch.no_grad()
 def test_more_kinds_of_calls_than_dynamo_recompiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
-    monkeypatch.setattr(torch._dynamo.config, "accumulated_recompile_limit", 2)
     compile_ = partial(torch.compile, backend="eager")
     monkeypatch.setattr(torch, "compile", lambda function, backend, **options: compile_(function, **options))
     module = nn.Linear(16, 16)
     compile_module(module)
-    for rows in range(1, 6):
-        assert module(torch.ones(rows, 16)).shape == (rows, 16)
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for rows in range(1, 6):
+            assert module(torch.ones(rows, 16)).shape == (rows, 16)
