@@ -11,7 +11,8 @@ from processors import kernels, resnet
 from processors.kernels import attention, check_kernels, explain, select_kernel
 from processors.text_encoder import exact_gelu
 from processors.unet_layout import largest_call
-from tests.on_npu.helpers import FLOATS, SATURATES, assert_close, numbers
+from tests.on_npu.helpers import FLOATS, SATURATES, assert_close
+from tests.on_npu.inputs import numbers
 from tests.tiny_models import tiny_unet
 
 MASKS = (None, "causal", "keys", "each head")
