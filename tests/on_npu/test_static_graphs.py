@@ -118,13 +118,15 @@ def test_a_change_after_compiling_is_seen(pipe: StableDiffusionPipeline, change:
     if change == "merging is over":
         enable_token_merging(pipe)
     compile_pipeline(pipe, tmp_path)
-    before = draw(pipe, PROMPTS[0])
+    before, made = draw(pipe, PROMPTS[0]), pipe.unet.forward.compilations
     CHANGES[change](pipe)
     graph = draw(pipe, PROMPTS[0])
+    assert change == "other weights" or pipe.unet.forward.compilations > made  # a graph on disk reads weights anew
     decompile_pipeline(pipe)
     eager = draw(pipe, PROMPTS[0])
     assert (graph - eager).abs().mean() < (0.01 if SATURATES else 0.03)
-    assert (graph - before).abs().mean() > 3 * (graph - eager).abs().mean()
+    # Half of it or less on 310P; bfloat16 rounds a tiny model's pictures by nearly as much as the change does.
+    assert (graph - eager).abs().mean() < (before - eager).abs().mean()
 
 
 def formats(pipe: StableDiffusionPipeline) -> list[int]:
