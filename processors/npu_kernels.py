@@ -64,11 +64,7 @@ def fused_infer_attention_score(
     scale: float | None,
 ) -> torch.Tensor:
     """`npu_fused_infer_attention_score` of A2 and A3 chips. Arguments as `processors.kernels.attention`."""
-    hidden = None
-    if is_causal:
-        hidden = causal_mask(query.shape[1], key.shape[1], query.device)
-    elif attention_mask is not None:
-        hidden = _hidden(attention_mask, query.shape[1], key.shape[1])
+    hidden = _hidden_keys(query, key, attention_mask, is_causal)
     return torch.ops.npu.npu_fused_infer_attention_score(
         query.contiguous(),
         key.contiguous(),
@@ -91,13 +87,10 @@ def fusion_attention(
     scale: float | None,
 ) -> torch.Tensor:
     """`npu_fusion_attention` of A2 and A3, which has a derivative. Arguments as `processors.kernels.attention`."""
-    hidden = None
-    if is_causal:
-        hidden = causal_mask(query.shape[1], key.shape[1], query.device)
-    elif attention_mask is not None:
-        hidden = _hidden(attention_mask, query.shape[1], key.shape[1])
-        if hidden.shape[1] > 1:  # a mask for each head has one for each sample as well
-            hidden = hidden.expand(len(query), -1, -1, -1).contiguous()
+    hidden = _hidden_keys(query, key, attention_mask, is_causal)
+    if hidden is not None and hidden.dim() == 4 and hidden.shape[1] > 1:
+        # A mask for each head has one for each sample as well.
+        hidden = hidden.expand(len(query), -1, -1, -1).contiguous()
     return torch.ops.npu.npu_fusion_attention(
         query.contiguous(),
         key.contiguous(),
@@ -124,6 +117,15 @@ def _pad_tokens(tensor: torch.Tensor, padding: int) -> torch.Tensor:
     # By concatenation: the graph compiler has no converter for constant_pad_nd.
     batch, _, channels = tensor.shape
     return torch.cat([tensor, tensor.new_zeros(batch, padding, channels)], dim=1) if padding else tensor
+
+
+def _hidden_keys(
+    query: torch.Tensor, key: torch.Tensor, attention_mask: torch.Tensor | None, is_causal: bool
+) -> torch.Tensor | None:
+    """What the operators of A2 and A3 leave out: [query_length, key_length] of causal attention, else as `_hidden`."""
+    if is_causal:
+        return causal_mask(query.shape[1], key.shape[1], query.device)
+    return None if attention_mask is None else _hidden(attention_mask, query.shape[1], key.shape[1])
 
 
 def _hidden(attention_mask: torch.Tensor, query_length: int, key_length: int) -> torch.Tensor:

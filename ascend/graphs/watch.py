@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 DEPTH = 3  # of the objects and containers that a module holds: a config's lists, a processor's settings
-# Attributes whose own contents are watched as DICTIONARIES, or are not what a graph is made from.
+# Attributes whose own contents are watched as DICTIONARIES, or are around a graph and no part of it.
 INTERNALS = frozenset({*vars(nn.Module()), "forward", "_shared_batch"})
 # The dictionaries of every module that others write to; that one was empty does not keep it so.
 DICTIONARIES = ("_modules", "_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks")

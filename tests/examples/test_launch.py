@@ -176,7 +176,8 @@ def test_two_machines(tmp_path: Path) -> None:
     assert [(tmp_path / str(rank)).read_text() for rank in range(4)] == ["4 0", "4 0", "4 1", "4 1"]
 
 
-def test_a_killed_rank_ends_the_others_and_is_named(tmp_path: Path) -> None:
+def start_ranks_that_wait(tmp_path: Path) -> tuple[subprocess.Popen[str], list[int]]:
+    """The launcher, and the process numbers of its two ranks."""
     script = tmp_path / "wait.py"
     script.write_text(
         "import os, pathlib, sys, time\n"
@@ -186,6 +187,11 @@ def test_a_killed_rank_ends_the_others_and_is_named(tmp_path: Path) -> None:
     command = [sys.executable, LAUNCH, "--device_list", "0,1", "--", script, tmp_path]
     process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
     pids = [wait_for(tmp_path / str(rank)) for rank in range(2)]
+    return process, pids
+
+
+def test_a_killed_rank_ends_the_others_and_is_named(tmp_path: Path) -> None:
+    process, pids = start_ranks_that_wait(tmp_path)
     os.kill(pids[1], signal.SIGKILL)
     _, stderr = process.communicate(timeout=240)  # the others sleep for longer
     assert process.returncode == 128 + signal.SIGKILL
@@ -195,15 +201,7 @@ def test_a_killed_rank_ends_the_others_and_is_named(tmp_path: Path) -> None:
 
 
 def test_a_launcher_that_is_terminated_ends_its_ranks_and_says_so(tmp_path: Path) -> None:
-    script = tmp_path / "wait.py"
-    script.write_text(
-        "import os, pathlib, sys, time\n"
-        "pathlib.Path(sys.argv[1], os.environ['RANK']).write_text(str(os.getpid()))\n"
-        "time.sleep(600)\n"
-    )
-    command = [sys.executable, LAUNCH, "--device_list", "0,1", "--", script, tmp_path]
-    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
-    pids = [wait_for(tmp_path / str(rank)) for rank in range(2)]
+    process, pids = start_ranks_that_wait(tmp_path)
     process.terminate()
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM
