@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import shutil
+import threading
 import types
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 
 from ascend.graphs.static import Made
 
+LARGE = 2**28  # bytes of weights, from which a call takes so long that compiling for minutes pays
+
 
 class Inductor:
-    """Compiles with frozen weights: packed once into the layouts of the matrix kernels, not in every call.
+    """Compiles a large module for speed, a small one to be ready soon.
+
+    The weights of a large module are frozen: packed once into the layouts of the matrix kernels, not in every call.
+    They take memory a second time, and inductor's cache on disk does not keep a graph that holds them, so that each
+    process compiles again. A small module gains nothing by that. On a CPU its norms are torch's own kernels, nearly as
+    fast as inductor's, which would be half of all that is compiled.
 
     Whether weights are frozen is read from a setting of the process, while dynamo traces and inductor compiles; an
     option of `torch.compile` reaches the latter alone and then freezes nothing.
@@ -27,11 +40,71 @@ class Inductor:
     def __init__(self, device: torch.device) -> None:
         if device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++"))):
             raise RuntimeError("compiling for the CPU needs a C++ compiler: neither g++ nor clang++ is on the PATH")
+        self._is_cpu = device.type == "cpu"
+        if self._is_cpu:
+            _ready_compiler()
 
     def prepare(self, module: nn.Module, undo: ExitStack) -> None:
-        """Nothing to do: freezing brings the weights of each graph into its layouts."""
+        """Choose; inductor itself brings frozen weights into its layouts, as constants of each graph."""
+        self._is_large = sum(tensor.nbytes for tensor in module.parameters()) >= LARGE
 
     def make(self, call: types.MethodType, digest: str, tensors: list[torch.Tensor]) -> Made:
-        graph = torch.compile(call, backend="inductor", fullgraph=True, dynamic=False)
-        with torch._inductor.config.patch(freezing=True):
-            return Made(graph, graph(*tensors), is_new=True)
+        backend = _compile_soon if self._is_cpu and not self._is_large else "inductor"
+        graph = torch.compile(call, backend=backend, fullgraph=True, dynamic=False)
+        found = _graphs_found()
+        with torch._inductor.config.patch(freezing=self._is_large), _garbage_kept():
+            results = graph(*tensors)
+        return Made(graph, results, is_new=_graphs_found() == found)
+
+
+def _compile_soon(graph: torch.fx.GraphModule, inputs: Sequence[torch.Tensor]) -> Any:
+    from torch._inductor.compile_fx import compile_fx
+
+    return compile_fx(graph, inputs, decompositions=WithoutNorms())
+
+
+class WithoutNorms(dict[Any, Callable[..., Any]]):
+    """Inductor's decompositions of operators, but for the norms."""
+
+    def __init__(self) -> None:
+        from torch._inductor.decomposition import select_decomp_table
+
+        norms = (torch.ops.aten.native_group_norm.default, torch.ops.aten.native_layer_norm.default)
+        super().__init__((op, rule) for op, rule in select_decomp_table().items() if op not in norms)
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        """Inductor's cache pickles them for its key, and cannot pickle every rule."""
+        return WithoutNorms, ()
+
+
+def _graphs_found() -> int:
+    """How many graphs of this process came from inductor's caches on disk."""
+    return counters["aot_autograd"]["autograd_cache_hit"] + counters["inductor"]["fxgraph_cache_hit"]
+
+
+@contextmanager
+def _garbage_kept() -> Iterator[None]:
+    """Collecting garbage takes a tenth of the time of a compilation, which makes millions of objects that stay."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+@functools.cache  # once a process
+def _ready_compiler() -> None:
+    """While dynamo traces, which takes one core, let inductor try the compiler and compile its headers.
+
+    These then lie in its cache, where the compilation proper looks for them.
+    """
+
+    def compile_nothing() -> None:
+        with suppress(Exception):  # what is wrong with the compiler is said by the compilation that needs it
+            from torch._inductor.codecache import CppPythonBindingsCodeCache
+
+            CppPythonBindingsCodeCache.load_pybinding(["float*"], 'extern "C" void kernel(float* nothing) {}')
+
+    threading.Thread(target=compile_nothing, name="ready-compiler", daemon=True).start()

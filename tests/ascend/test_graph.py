@@ -1,6 +1,10 @@
 """`compile_pipeline` on the CPU: one graph for each kind of call, the pictures of eager mode."""
 
+import os
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -48,7 +52,8 @@ def test_a_compiled_pipeline_draws_the_same_without_break_or_recompilation(tiny_
 
 
 @torch.no_grad()
-def test_inductor_freezes_weights_and_a_change_of_them_is_seen() -> None:
+def test_inductor_freezes_weights_and_a_change_of_them_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ascend.graphs.inductor.LARGE", 0)
     module, batch = nn.Linear(16, 16).eval(), torch.ones(2, 16)
     compile_module(module)
     before = module(batch)
@@ -56,6 +61,25 @@ def test_inductor_freezes_weights_and_a_change_of_them_is_seen() -> None:
     torch.testing.assert_close(module(batch), before)
     module.weight.mul_(2)
     torch.testing.assert_close(module(batch), batch @ module.weight.t() + module.bias)
+
+
+TWICE = """
+import torch
+from torch import nn
+from ascend.graph import compile_module
+
+module = nn.Sequential(nn.Conv2d(4, 32, 3), nn.GroupNorm(32, 32), nn.SiLU()).eval()
+compile_module(module)
+with torch.no_grad():
+    module(torch.ones(1, 4, 8, 8))
+print(module.forward.compilations)
+"""
+
+
+def test_a_second_process_finds_a_small_module_in_inductors_cache(tmp_path: Path) -> None:
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    run = partial(subprocess.run, [sys.executable, "-c", TWICE], env=environment, capture_output=True, text=True)
+    assert [run(check=True).stdout.strip() for _ in range(2)] == ["1", "0"]
 
 
 @torch.no_grad()

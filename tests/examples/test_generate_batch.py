@@ -403,7 +403,8 @@ def test_a_run_that_is_terminated_says_what_is_there(tiny_sd_dir: Path, tmp_path
     run.terminate()
     out, err = run.communicate()
     assert run.returncode == 128 + signal.SIGTERM
-    assert err.splitlines()[-1] == "error: terminated by SIGTERM" and "Traceback" not in err
+    # Ray prints lines of its own while it ends.
+    assert "error: terminated by SIGTERM" in err.splitlines() and "Traceback" not in err
     assert "of 500 pictures are in" in out and "the same command goes on" in out
 
 

@@ -48,7 +48,8 @@ def project_prompt(
         return {"encoder_hidden_states": prompt_embeds}
     projected: ProjectedPrompt = {}
     for name, block in blocks.items():
-        block.context_name = name
+        if block.context_name != name:  # what is written anew looks changed to those who watch a model
+            block.context_name = name
         projected[name] = block.attn2.project_context(prompt_embeds)
     return {"encoder_hidden_states": None, "projected_prompt": projected}
 
