@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor, IPAdapterAttnProcessor2_0
-from diffusers.models.unets.change_watch import ChangeWatch
+from diffusers.models.unets.change_watch import ChangeWatch, current_loop
 from peft import LoraConfig
 from torch import nn
 
@@ -268,3 +268,17 @@ def test_what_a_step_changes_itself_does_not_end_the_reuse(tiny_sd: StableDiffus
     tiny_sd.unet.mid_block.register_forward_hook(lambda *_: full_steps.append(1))
     draw(tiny_sd, lambda _: None, cache_schedule=[0])
     assert len(full_steps) == 1
+
+
+def test_a_loop_without_callbacks_has_a_name(tiny_sd: StableDiffusionPipeline) -> None:
+    seen: list[object | None] = []
+    tiny_sd.unet.register_forward_pre_hook(lambda *_: seen.append(current_loop()))
+    for _ in range(2):
+        tiny_sd("a cat", height=64, width=64, num_inference_steps=STEPS, output_type="latent")
+    first, second = seen[:STEPS], seen[STEPS:]
+    assert len(set(first)) == len(set(second)) == 1
+    assert None not in seen and first[0] is not second[0]
+    seen.clear()
+    draw(tiny_sd, lambda _: None)
+    assert set(seen) == {None}
+    assert current_loop() is None

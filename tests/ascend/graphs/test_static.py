@@ -25,6 +25,7 @@ from torch import nn
 from ascend import graph, parallel
 from ascend.graph import compile_module, compile_pipeline, decompile_pipeline
 from ascend.graphs.static import MOST_GRAPHS, Made, StaticGraphs
+from ascend.graphs.watch import Watch
 from processors import (
     disable_flash_attention,
     disable_token_merging,
@@ -138,6 +139,28 @@ def test_an_unchanged_module_keeps_its_graphs(tiny_sd: StableDiffusionPipeline) 
         assert torch.equal(draw(tiny_sd, cache_interval=2, output_type="pt"), first)
     parts = (tiny_sd.text_encoder, tiny_sd.unet, tiny_sd.vae.decoder)
     assert [part.forward.compilations for part in parts] == [1, 2, 1]
+
+
+def test_a_module_is_compared_once_a_loop_unless_callbacks_run(
+    tiny_sd: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[Watch] = []
+    has_changed = Watch.has_changed
+    monkeypatch.setattr(Watch, "has_changed", lambda watch: looks.append(watch) or has_changed(watch))
+    compile_module(tiny_sd.unet)
+    draw(tiny_sd, num_inference_steps=3)
+    assert len(looks) == 1
+
+    def callback(pipe: StableDiffusionPipeline, step: int, *_: Any) -> dict[str, Any]:
+        if step == 0:
+            pipe.unet.conv_out.weight.mul_(0.9)
+        return {}
+
+    changed = draw(tiny_sd, num_inference_steps=3, callback_on_step_end=callback)
+    assert len(looks) == 4
+    tiny_sd.unet.conv_out.weight.data.div_(0.9)
+    decompile_pipeline(tiny_sd)
+    torch.testing.assert_close(changed, draw(tiny_sd, num_inference_steps=3, callback_on_step_end=callback))
 
 
 def test_many_sizes_have_a_graph_each(tiny_sd: StableDiffusionPipeline) -> None:

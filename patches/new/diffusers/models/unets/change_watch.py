@@ -15,6 +15,9 @@
 Notices what a callback changes between two denoising steps, so that nothing computed before is reused after.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -23,6 +26,26 @@ from torch import nn
 
 _PLAIN = frozenset((bool, int, float, complex, str, bytes, type(None), type, torch.dtype, torch.device))
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+
+_loop: ContextVar[object | None] = ContextVar("denoising_loop", default=None)
+
+
+@contextmanager
+def denoising_loop(has_callbacks: bool) -> Iterator[None]:
+    """Surrounds the steps of a pipeline; `current_loop` gives it a name of its own if no callback runs in between."""
+    token = _loop.set(None if has_callbacks else object())
+    try:
+        yield
+    finally:
+        _loop.reset(token)
+
+
+def current_loop() -> object | None:
+    """
+    The denoising loop that this is called from, unless callbacks may change the model between its steps. Who has
+    compared a model with what it was in one step of a loop need not do so in the next.
+    """
+    return _loop.get()
 
 
 class ChangeWatch:
