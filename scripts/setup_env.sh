@@ -56,7 +56,11 @@ install() { # a file of requirements, unless it was installed already as it is n
     wanted=$({ "$python" -VV && cat -- "$requirements/requirements.txt" "$requirements/$1"; } | sha256sum)
     if [[ $(cat -- "$stamp" 2>/dev/null) != "$wanted" ]]; then
         say "installing $1 into $prefix"
-        "$python" -m pip install --requirement "$requirements/$1" >&2 || fail "could not install $1; see pip's message above"
+        # pip compiles files one by one, which is half of its time.
+        "$python" -m pip install --no-compile --requirement "$requirements/$1" >&2 ||
+            fail "could not install $1; see pip's message above"
+        "$python" -m compileall -qq -j 0 "$("$python" -c 'import sysconfig; print(sysconfig.get_path("platlib"))')" ||
+            true # packages bring templates and tests that are no Python of this version
         echo "$wanted" >"$stamp" # last, so that an interrupted installation is done again
     fi
 }

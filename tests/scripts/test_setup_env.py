@@ -13,7 +13,9 @@ ROOT = Path(__file__).resolve().parents[2]
 # A Python that writes down what it is asked to install and lives in its own prefix.
 PYTHON = f"""#!/usr/bin/env bash
 case "$*" in
-    "-m pip install"*) echo "$5" >>"$PREFIX/installed"; cat "$5" >"$PREFIX/wanted"; [[ ! -e $PREFIX/offline ]] ;;
+    "-m pip install"*) file=${{@: -1}}; echo "$file" >>"$PREFIX/installed"; cat "$file" >"$PREFIX/wanted"
+        [[ ! -e $PREFIX/offline ]] ;;
+    "-m compileall"*) ;;
     *sys.prefix*) echo "$PREFIX" ;;
     *) exec {sys.executable} "$@" ;;
 esac
