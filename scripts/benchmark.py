@@ -29,7 +29,15 @@ sys.path.insert(0, str(ROOT))
 
 from ascend.device import DeviceManager
 from ascend.graph import compile_pipeline
-from examples.common.cli import ArgumentParser, UserError, image_size, non_negative_int, one_line_errors, positive_int
+from examples.common.cli import (
+    ArgumentParser,
+    UserError,
+    file_path,
+    image_size,
+    non_negative_int,
+    one_line_errors,
+    positive_int,
+)
 from examples.common.devices import add_device_arguments, check_compiler, choose_device, choose_dtype
 from examples.common.files import make_output_dir
 from examples.common.model_dir import load_pipeline, require_patched_diffusers
@@ -79,7 +87,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--rounds", type=positive_int, default=3, metavar="N", help="(3)")
     add("--seed", type=non_negative_int, default=0, metavar="N", help="of weights and latents (0)")
     add_device_arguments(parser)
-    add("--output_dir", type=Path, default=Path("outputs/benchmark"), metavar="DIR", help="(outputs/benchmark)")
+    add("--output_dir", type=file_path, default=Path("outputs/benchmark"), metavar="DIR", help="(outputs/benchmark)")
     args = parser.parse_args(arguments)
     args.configs = [BASELINE, *(name for name in args.configs or CONFIGURATIONS if name != BASELINE)]
     return args
@@ -112,7 +120,7 @@ def make_pipeline(args: argparse.Namespace, manager: DeviceManager, dtype: torch
             requires_safety_checker=False,
         ).to(dtype)
     else:
-        pipe = load_pipeline(StableDiffusionPipeline, Path(args.model), dtype)
+        pipe = load_pipeline(StableDiffusionPipeline, Path(args.model).expanduser(), dtype)
         pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(manager.device)
@@ -176,22 +184,27 @@ def denoise(
 def measure(args: argparse.Namespace, manager: DeviceManager, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
     """Of each configuration the seconds of every round, the median speed-up and the distance to the plain latents."""
     eager = make_pipeline(args, manager, dtype)
-    pipes = {name: eager for name in args.configs}
-    for name in args.configs:
-        if "dynamo" in CONFIGURATIONS[name]:
-            check_compiler(manager.device)
-            pipes[name] = copy_with_same_weights(eager)  # switching one pipeline to and fro would drop its graphs
-            compile_pipeline(pipes[name])
-
     seconds: dict[str, list[float]] = {name: [] for name in args.configs}
     latents: dict[str, torch.Tensor] = {}
-    # The first round warms up: it compiles, fills caches and is not counted.
-    for number in range(args.rounds + 1):
-        for name in tqdm(args.configs, desc=f"round {number}" if number else "warm-up"):
-            with switched_on(pipes[name], CONFIGURATIONS[name], args) as options:
-                taken, latents[name] = denoise(pipes[name], args, manager, options)
-            if number:
-                seconds[name].append(taken)
+    with ExitStack() as undo:
+        compiled = {}
+        for name in args.configs:
+            flags = CONFIGURATIONS[name]
+            if "dynamo" in flags:
+                check_compiler(manager.device)
+                pipe = copy_with_same_weights(eager)  # switching one pipeline to and fro would drop its graphs
+                compiled[name] = pipe, undo.enter_context(switched_on(pipe, flags, args))
+                compile_pipeline(pipe)
+        # The first round warms up: it compiles, fills caches and is not counted.
+        for number in range(args.rounds + 1):
+            for name in tqdm(args.configs, desc=f"round {number}" if number else "warm-up"):
+                if name in compiled:
+                    taken, latents[name] = denoise(compiled[name][0], args, manager, compiled[name][1])
+                else:
+                    with switched_on(eager, CONFIGURATIONS[name], args) as options:
+                        taken, latents[name] = denoise(eager, args, manager, options)
+                if number:
+                    seconds[name].append(taken)
 
     plain = latents[BASELINE].float()
     return {

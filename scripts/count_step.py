@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 from fork import ForkError, read_pin, unpack, upstream_wheel
 
 from emulator import drawing, profile, report
-from examples.common.cli import ArgumentParser, UserError, image_size, one_line_errors
+from examples.common.cli import ArgumentParser, UserError, file_path, image_size, one_line_errors
 from examples.common.files import make_output_dir, write_atomically, write_json
 
 CONFIGURATIONS: dict[str, tuple[str, ...]] = {
@@ -52,7 +52,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--model", choices=("sd2.1-base", "demo"), default="sd2.1-base", metavar="NAME", help="or demo (sd2.1-base)")
     add("--configs", nargs="+", choices=CONFIGURATIONS, metavar="NAME", help=f"of {', '.join(CONFIGURATIONS)} (all)")
     add("--pixels", type=image_size, metavar="N", help="height and width (the model's)")
-    add("--output_dir", type=Path, default=Path("outputs/step"), metavar="DIR", help="(outputs/step)")
+    add("--output_dir", type=file_path, default=Path("outputs/step"), metavar="DIR", help="(outputs/step)")
     add("--worker", metavar="NAME", help=argparse.SUPPRESS)  # the process that draws one configuration
     return parser.parse_args(arguments)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import importlib
 import shutil
 import threading
 import types
@@ -13,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._dynamo.utils import counters
 
 from ascend.graphs.static import Made
 
@@ -79,6 +79,8 @@ class WithoutNorms(dict[Any, Callable[..., Any]]):
 
 def _graphs_found() -> int:
     """How many graphs of this process came from inductor's caches on disk."""
+    from torch._dynamo.utils import counters
+
     return counters["aot_autograd"]["autograd_cache_hit"] + counters["inductor"]["fxgraph_cache_hit"]
 
 
@@ -100,11 +102,12 @@ def _ready_compiler() -> None:
 
     These then lie in its cache, where the compilation proper looks for them.
     """
+    # All that both threads use is imported here: two that import what imports each other may see it half made.
+    importlib.import_module("torch._inductor.compile_fx")
+    from torch._inductor.codecache import CppPythonBindingsCodeCache
 
     def compile_nothing() -> None:
         with suppress(Exception):  # what is wrong with the compiler is said by the compilation that needs it
-            from torch._inductor.codecache import CppPythonBindingsCodeCache
-
             CppPythonBindingsCodeCache.load_pybinding(["float*"], 'extern "C" void kernel(float* nothing) {}')
 
     threading.Thread(target=compile_nothing, name="ready-compiler", daemon=True).start()

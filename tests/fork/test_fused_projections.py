@@ -69,3 +69,18 @@ def test_a_lora_that_fused_projections_would_leave_out_is_an_error(tiny_sd: Stab
     merged = draw(tiny_sd)
     tiny_sd.fuse_qkv_projections()
     torch.testing.assert_close(draw(tiny_sd), merged, rtol=1e-4, atol=1e-5)
+
+
+def test_a_lora_that_comes_after_the_fusion_is_not_left_out_silently(tiny_sd: StableDiffusionPipeline) -> None:
+    tiny_sd.fuse_qkv_projections()
+    tiny_sd.unet.add_adapter(LoraConfig(r=4, init_lora_weights=False, target_modules=["to_q", "to_k"]), "style")
+    with pytest.raises(ValueError, match="would leave out the loaded LoRA"):
+        draw(tiny_sd)
+    for change in (tiny_sd.unet.fuse_lora, tiny_sd.unet.unfuse_lora):
+        with pytest.raises(ValueError, match="would not change with the LoRA"):
+            change()
+    tiny_sd.unfuse_qkv_projections()
+    with_lora = draw(tiny_sd)
+    tiny_sd.unet.fuse_lora()
+    tiny_sd.fuse_qkv_projections()
+    torch.testing.assert_close(draw(tiny_sd), with_lora, rtol=1e-4, atol=1e-5)
