@@ -59,8 +59,18 @@ class Inductor:
 
 def _compile_soon(graph: torch.fx.GraphModule, inputs: Sequence[torch.Tensor]) -> Any:
     from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.lowering import lowerings, make_fallback
 
+    for norm in _norms():
+        if (
+            norm not in lowerings
+        ):  # by itself inductor does this too, unless $CI is set, where it wants a decomposition
+            make_fallback(norm, warn=False, override_decomp=True)
     return compile_fx(graph, inputs, decompositions=WithoutNorms())
+
+
+def _norms() -> tuple[torch._ops.OpOverload, ...]:
+    return torch.ops.aten.native_group_norm.default, torch.ops.aten.native_layer_norm.default
 
 
 class WithoutNorms(dict[Any, Callable[..., Any]]):
@@ -69,8 +79,7 @@ class WithoutNorms(dict[Any, Callable[..., Any]]):
     def __init__(self) -> None:
         from torch._inductor.decomposition import select_decomp_table
 
-        norms = (torch.ops.aten.native_group_norm.default, torch.ops.aten.native_layer_norm.default)
-        super().__init__((op, rule) for op, rule in select_decomp_table().items() if op not in norms)
+        super().__init__((op, rule) for op, rule in select_decomp_table().items() if op not in _norms())
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         """Inductor's cache pickles them for its key, and cannot pickle every rule."""
@@ -110,4 +119,5 @@ def _ready_compiler() -> None:
         with suppress(Exception):  # what is wrong with the compiler is said by the compilation that needs it
             CppPythonBindingsCodeCache.load_pybinding(["float*"], 'extern "C" void kernel(float* nothing) {}')
 
-    threading.Thread(target=compile_nothing, name="ready-compiler", daemon=True).start()
+    # No daemon: a header that the end of the process leaves half written would fail every compilation after it.
+    threading.Thread(target=compile_nothing, name="ready-compiler").start()

@@ -74,16 +74,16 @@ class StaticGraphs:
         from diffusers.models.unets.change_watch import current_loop  # of the fork, whose absence runners report
 
         self._current_loop = current_loop
-        self._loop: object | None = None  # in whose first step the module was looked at
+        self._loop: object | None = None  # in whose first step the whole module was compared
         self._prepare()
         module.forward = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         loop = self._current_loop()
-        if loop is None or loop is not self._loop:
-            if self._watch.has_changed():
-                self._look_again()
-            self._loop = loop
+        is_known = loop is not None and loop is self._loop
+        if self._watch.has_other_tensors() if is_known else self._watch.has_changed():
+            self._look_again()
+        self._loop = loop
         leaves, structure = pytree.tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):

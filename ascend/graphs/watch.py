@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from itertools import chain
 from operator import attrgetter, itemgetter
 from types import ModuleType
@@ -35,7 +35,7 @@ class Watch:
         self._tensors = [tensor for tensor in _tensors_of(module) if not tensor.is_inference()]
         self._addresses = self._address_all()
         self._objects: list[Any] = []
-        self._containers: list[Iterable[Any]] = []
+        self._containers: list[Collection[Any]] = []
         self._dictionaries = [vars(child)[name] for child in modules for name in DICTIONARIES]
         self._attributes = [_own_attributes(child) for child in modules]
         seen: set[int] = set()
@@ -43,7 +43,7 @@ class Watch:
             self._add(child, seen, DEPTH)
         self._containers += [dictionary.values() for dictionary in self._dictionaries if dictionary]
         self._dictionaries += map(vars, modules)
-        self._lengths = list(map(len, self._dictionaries))
+        self._lengths = self._measure()
         self._elements = list(self._read())  # held, so that no id is used again
         self._ids = list(map(id, self._elements))
         self._classes = list(map(type, self._objects))
@@ -52,17 +52,24 @@ class Watch:
         """Whether anything is different from what it was when this was made."""
         try:
             return (
-                list(map(len, self._dictionaries)) != self._lengths
+                self._measure() != self._lengths
                 or list(map(type, self._objects)) != self._classes
                 or list(map(id, self._read())) != self._ids
-                or self._address_all() != self._addresses
+                or self.has_other_tensors()
             )
         except KeyError:  # an attribute has gone
             return True
 
+    def has_other_tensors(self) -> bool:
+        """Whether a parameter or buffer was written to or lies elsewhere: the least part of it all."""
+        return self._address_all() != self._addresses
+
     def has_same_tensors(self, other: Watch) -> bool:
         """Whether both found the same parameters and buffers, at the same places and with the same values."""
         return self._addresses == other._addresses and list(map(id, self._tensors)) == list(map(id, other._tensors))
+
+    def _measure(self) -> list[int]:
+        return list(map(len, chain(self._dictionaries, self._containers)))
 
     def _read(self) -> Iterator[Any]:
         """All attributes and elements as they are now."""
@@ -106,6 +113,6 @@ def _tensors_of(module: nn.Module) -> Iterator[torch.Tensor]:
 
 
 def _own_attributes(module: nn.Module) -> tuple[Callable[[dict[str, Any]], tuple[Any, ...]], dict[str, Any]]:
-    """A module's attributes that not every module has, as a function of its dictionary, and that."""
+    """A module's dictionary, and a function that reads from it what may change."""
     names = [name for name in vars(module) if name not in STANDARD]
-    return itemgetter("training", *names), vars(module)
+    return itemgetter("training", *DICTIONARIES, *names), vars(module)

@@ -76,7 +76,8 @@ def test_a_lora_that_comes_after_the_fusion_is_not_left_out_silently(tiny_sd: St
     tiny_sd.unet.add_adapter(LoraConfig(r=4, init_lora_weights=False, target_modules=["to_q", "to_k"]), "style")
     with pytest.raises(ValueError, match="would leave out the loaded LoRA"):
         draw(tiny_sd)
-    for change in (tiny_sd.unet.fuse_lora, tiny_sd.unet.unfuse_lora):
+    unet = tiny_sd.unet
+    for change in (unet.fuse_lora, unet.unfuse_lora, unet.enable_lora, unet.disable_lora):
         with pytest.raises(ValueError, match="would not change with the LoRA"):
             change()
     tiny_sd.unfuse_qkv_projections()
@@ -84,3 +85,16 @@ def test_a_lora_that_comes_after_the_fusion_is_not_left_out_silently(tiny_sd: St
     tiny_sd.unet.fuse_lora()
     tiny_sd.fuse_qkv_projections()
     torch.testing.assert_close(draw(tiny_sd), with_lora, rtol=1e-4, atol=1e-5)
+
+
+def test_a_lora_that_is_switched_off_is_nothing_that_fused_projections_leave_out(
+    tiny_sd: StableDiffusionPipeline,
+) -> None:
+    plain = draw(tiny_sd)
+    tiny_sd.unet.add_adapter(LoraConfig(r=4, init_lora_weights=False, target_modules=["to_q", "to_k"]), "style")
+    tiny_sd.unet.disable_lora()
+    tiny_sd.fuse_qkv_projections()
+    torch.testing.assert_close(draw(tiny_sd), plain, rtol=1e-4, atol=1e-5)
+    tiny_sd.unfuse_qkv_projections()
+    tiny_sd.unet.enable_lora()
+    assert (draw(tiny_sd) - plain).abs().max() > 1e-3

@@ -163,6 +163,24 @@ def test_a_module_is_compared_once_a_loop_unless_callbacks_run(
     torch.testing.assert_close(changed, draw(tiny_sd, num_inference_steps=3, callback_on_step_end=callback))
 
 
+@pytest.mark.parametrize("table", ["_forward_hooks", "_parameters", "_modules"])
+def test_a_table_that_is_replaced_is_seen(table: str) -> None:
+    module = nn.Sequential(nn.Linear(4, 4))
+    holder = module if table == "_modules" else module[0]
+    watch = Watch(module)
+    setattr(holder, table, type(getattr(holder, table))(getattr(holder, table)))
+    assert watch.has_changed()
+
+
+def test_an_element_that_moves_to_the_next_list_is_seen() -> None:
+    module = nn.Linear(4, 4)
+    module.skips, module.keeps = [1, 2], [3]
+    watch = Watch(module)
+    assert not watch.has_changed()
+    module.keeps.insert(0, module.skips.pop())
+    assert watch.has_changed()
+
+
 def test_many_sizes_have_a_graph_each(tiny_sd: StableDiffusionPipeline) -> None:
     compile_module(tiny_sd.vae.decoder)
     sizes = list(range(1, MOST_GRAPHS + 3))

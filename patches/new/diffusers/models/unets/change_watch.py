@@ -31,9 +31,13 @@ _loop: ContextVar[object | None] = ContextVar("denoising_loop", default=None)
 
 
 @contextmanager
-def denoising_loop(has_callbacks: bool) -> Iterator[None]:
-    """Surrounds the steps of a pipeline; `current_loop` gives it a name of its own if no callback runs in between."""
-    token = _loop.set(None if has_callbacks else object())
+def denoising_loop(model: nn.Module, has_callbacks: bool) -> Iterator[None]:
+    """
+    Surrounds the steps of a pipeline that calls `model`; `current_loop` gives it a name of its own if neither callbacks
+    nor hooks run in between.
+    """
+    is_alone = not has_callbacks and not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+    token = _loop.set(object() if is_alone else None)
     try:
         yield
     finally:
@@ -42,8 +46,9 @@ def denoising_loop(has_callbacks: bool) -> Iterator[None]:
 
 def current_loop() -> object | None:
     """
-    The denoising loop that this is called from, unless callbacks may change the model between its steps. Who has
-    compared a model with what it was in one step of a loop need not do so in the next.
+    The denoising loop that this is called from, unless callbacks or hooks may change the model between its steps. Who
+    has compared the structure and settings of a model in one step of a loop need not do so in the next. A scheduler
+    that changes the model is not foreseen.
     """
     return _loop.get()
 
