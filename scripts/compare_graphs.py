@@ -14,8 +14,8 @@ import argparse
 import statistics
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -25,15 +25,16 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from evaluate_demo import accelerate
+
 from ascend.device import DeviceManager
-from ascend.graph import compile_pipeline, decompile_pipeline
+from ascend.graph import compile_pipeline
 from examples.common.cli import ArgumentParser, file_path, image_size, non_negative_int, one_line_errors, positive_int
 from examples.common.devices import add_device_arguments, check_compiler, choose_device, choose_dtype
 from examples.common.files import make_output_dir, write_json
 from examples.common.images import similarity
 from examples.common.model_dir import guidance_scale_of, load_pipeline, require_patched_diffusers
 from examples.common.report import Report, format_table
-from processors import disable_flash_attention, disable_token_merging, enable_flash_attention, enable_token_merging
 
 CONFIGURATIONS: dict[str, tuple[str, ...]] = {
     "none": (),
@@ -63,9 +64,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def draw(pipe: StableDiffusionPipeline, args: argparse.Namespace, deep_cache: bool) -> list[Image.Image]:
+def draw(pipe: StableDiffusionPipeline, args: argparse.Namespace, options: dict[str, Any]) -> list[Image.Image]:
     """A picture of each size and seed."""
-    options = {"cache_interval": 3} if deep_cache else {}
     return [
         pipe(
             PROMPT,
@@ -82,27 +82,22 @@ def draw(pipe: StableDiffusionPipeline, args: argparse.Namespace, deep_cache: bo
 
 
 def compare(pipe: StableDiffusionPipeline, flags: Sequence[str], args: argparse.Namespace) -> list[float]:
-    """The PSNR, in dB, of each picture of the graphs over that without graphs."""
-    with ExitStack() as undo:
-        if "FA" in flags:
-            enable_flash_attention(pipe)
-            undo.callback(disable_flash_attention, pipe)
-        if "TOME" in flags:
-            enable_token_merging(pipe)
-            undo.callback(disable_token_merging, pipe)
-        eager = draw(pipe, args, "DC" in flags)
-        compile_pipeline(pipe)
-        undo.callback(decompile_pipeline, pipe)
-        graphs = draw(pipe, args, "DC" in flags)
+    """The PSNR, in dB, of each picture of the graphs over that without graphs; `pipe` stays compiled."""
+    options = accelerate(pipe, flags)
+    eager = draw(pipe, args, options)
+    compile_pipeline(pipe)
+    graphs = draw(pipe, args, options)
     alike = [similarity(image, reference).psnr for image, reference in zip(graphs, eager, strict=True)]
     return [EQUAL if psnr is None else psnr for psnr in alike]
 
 
 def run(args: argparse.Namespace, manager: DeviceManager, dtype: torch.dtype) -> None:
     check_compiler(manager.device)
-    pipe = load_pipeline(StableDiffusionPipeline, args.model_path, dtype).to(manager.device)
-    pipe.set_progress_bar_config(disable=True)
-    psnrs = {name: compare(pipe, CONFIGURATIONS[name], args) for name in tqdm(args.configs)}
+    psnrs = {}
+    for name in tqdm(args.configs):
+        pipe = load_pipeline(StableDiffusionPipeline, args.model_path, dtype).to(manager.device)
+        pipe.set_progress_bar_config(disable=True)
+        psnrs[name] = compare(pipe, CONFIGURATIONS[name], args)
     rows = [(name, [statistics.median(psnr), min(psnr)], ".1f") for name, psnr in psnrs.items()]
     print(format_table([f"median dB of {len(args.sizes) * len(args.seeds)} pictures", "worst dB"], rows))
     settings = {"sizes": args.sizes, "seeds": args.seeds, "steps": args.steps, "dtype": str(dtype)}

@@ -11,8 +11,7 @@ from diffusers import StableDiffusionPipeline
 
 
 @pytest.fixture
-def arguments(tiny_sd_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    monkeypatch.setattr(compare_graphs, "decompile_pipeline", lambda pipe: None)
+def arguments(tiny_sd_dir: Path, tmp_path: Path) -> list[str]:
     few = ["--sizes", "64", "--seeds", "0", "1", "--steps", "2", "--device", "cpu", "--configs", "none", "FA + DC"]
     return ["--model_path", str(tiny_sd_dir), "--output_dir", str(tmp_path), *few]
 
