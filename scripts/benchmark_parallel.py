@@ -34,7 +34,7 @@ sys.path.insert(0, str(ROOT))
 
 from ascend.device import DeviceManager, keep_freed_memory
 from ascend.graph import compile_pipeline
-from ascend.parallel import Mesh, process_group, share_guidance, unshare_guidance, wait_for_all
+from ascend.parallel.shared_batch import Mesh, process_group, share_guidance, unshare_guidance, wait_for_all
 from examples.common.cli import ArgumentParser, image_size, one_line_errors, positive_int
 from examples.common.launch import launch
 from examples.common.report import format_table

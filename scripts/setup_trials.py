@@ -194,7 +194,7 @@ def gather(kind: str) -> None:
     import torch
 
     from ascend.device import DeviceManager
-    from ascend.parallel import BACKENDS, all_gather
+    from ascend.parallel.shared_batch import BACKENDS, all_gather
 
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     manager = DeviceManager(f"{kind}:{os.environ['LOCAL_RANK']}")

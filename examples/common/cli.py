@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import torch
 
 from ascend.device import DeviceError
-from ascend.parallel import ParallelError, world_size
+from ascend.parallel.shared_batch import ParallelError, world_size
 
 BAD_INPUT = 2
 FAILED = 1

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ascend.device import DeviceManager, get_accelerator_type, get_chip
-from ascend.parallel import world_size
+from ascend.parallel.shared_batch import world_size
 from examples.common.cli import ArgumentParser, UserError, non_negative_int
 from examples.common.report import Report
 

@@ -40,7 +40,7 @@ from pipeline import (
 from results import compare, list_costs, save_pictures, summary
 
 from ascend.device import DeviceManager, get_device_info, keep_freed_memory
-from ascend.parallel import Mesh, choose_branch_size, process_group, share_guidance, world_size
+from ascend.parallel.shared_batch import Mesh, choose_branch_size, process_group, share_guidance, world_size
 from examples.common.cli import UserError, one_line_errors
 from examples.common.devices import choose_device, choose_dtype
 from examples.common.files import make_output_dir

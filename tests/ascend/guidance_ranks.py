@@ -15,8 +15,8 @@ from diffusers import StableDiffusionPipeline
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from ascend import parallel
-from ascend.parallel import Mesh, ParallelError, process_group, share_guidance, unshare_guidance
+from ascend.parallel import shared_batch as parallel
+from ascend.parallel.shared_batch import Mesh, ParallelError, process_group, share_guidance, unshare_guidance
 
 
 def draw(pipe: StableDiffusionPipeline, prompt: str = "a cat", steps: int = 4, seed: int | None = 0) -> torch.Tensor:

@@ -14,9 +14,9 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import nn
 
-from ascend import parallel
-from ascend.agreement import MOST_DIMENSIONS, PICKED, differences, fingerprint
-from ascend.parallel import (
+from ascend.parallel import shared_batch as parallel
+from ascend.parallel.agreement import MOST_DIMENSIONS, PICKED, differences, fingerprint
+from ascend.parallel.shared_batch import (
     LocalRows,
     Mesh,
     ParallelError,

@@ -22,10 +22,11 @@ from peft import LoraConfig
 from PIL import Image
 from torch import nn
 
-from ascend import graph, parallel
+from ascend import graph
 from ascend.graph import compile_module, compile_pipeline, decompile_pipeline
 from ascend.graphs.static import MOST_GRAPHS, Made, StaticGraphs
 from ascend.graphs.watch import Watch
+from ascend.parallel import shared_batch as parallel
 from processors import (
     disable_flash_attention,
     disable_token_merging,

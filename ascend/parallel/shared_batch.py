@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from ascend.agreement import differences, fingerprint
+from ascend.parallel.agreement import differences, fingerprint
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
