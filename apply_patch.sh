@@ -10,4 +10,4 @@ if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
     exit 1
 fi
 # -E: a diffusers on PYTHONPATH is not the installed one.
-exec "$python" -E -B "$here/scripts/apply_patch.py" "$@"
+exec "$python" -E -B "$here/scripts/fork/apply_patch.py" "$@"

@@ -341,13 +341,13 @@ class DeviceManager:
             torch.accelerator.synchronize(self.device)
 
     def load_safetensors(self, path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
-        """See `ascend.weights.load_safetensors`."""
-        from ascend.weights import load_safetensors
+        """See `ascend.memory.load_safetensors`."""
+        from ascend.memory import load_safetensors
 
         return load_safetensors(path, self.device)
 
     def set_memory_efficient_mode(self, pipe: Any) -> list[str]:
-        """See `ascend.weights.place_pipeline`."""
-        from ascend.weights import place_pipeline
+        """See `ascend.memory.place_pipeline`."""
+        from ascend.memory import place_pipeline
 
         return place_pipeline(pipe, self.device)

@@ -6,7 +6,7 @@
 # --device_list=0,1   the two chips of a 310P Duo card, or other NPUs or GPUs; on a CPU, as many processes; counted
 #                     within ASCEND_RT_VISIBLE_DEVICES or CUDA_VISIBLE_DEVICES where a scheduler has set them
 # --cann_path=DIR     sources DIR/set_env.sh first
-# --rdzv_endpoint=HOST:PORT --nnodes=N --node_rank=0   for several machines, or a port of your own; see common/launch.py
+# --rdzv_endpoint=HOST:PORT --nnodes=N --node_rank=0   for several machines, or a port of your own; see launch.py
 set -euo pipefail
 
 here=$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")
@@ -49,7 +49,7 @@ fi
 python=$(bash "$here/../../scripts/setup_env.sh")
 if [[ $device_list == *,* ]] || ((${#launcher[@]})); then
     launcher+=("--device_list=${device_list:-0}")
-    exec "$python" "$here/../common/launch.py" "${launcher[@]}" -- "$here/run_sd.py" "${arguments[@]}"
+    exec "$python" "$here/../launch.py" "${launcher[@]}" -- "$here/run_sd.py" "${arguments[@]}"
 fi
 if [[ $device_list ]]; then # as narrow_visible_devices of ascend/device.py, which the launcher uses
     if [[ ! $device_list =~ ^[0-9]+$ ]]; then

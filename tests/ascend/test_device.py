@@ -25,7 +25,7 @@ from ascend.device import (
     narrow_visible_devices,
     set_seed,
 )
-from ascend.weights import fits, place_pipeline
+from ascend.memory import fits, place_pipeline
 
 CPU = torch.device("cpu")
 

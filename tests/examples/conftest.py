@@ -1,12 +1,11 @@
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import NamedTuple
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from runners.stable_diffusion.run import main
+from tests.programs import ROOT
 
 
 class Outcome(NamedTuple):
@@ -15,22 +14,8 @@ class Outcome(NamedTuple):
     err: str
 
 
-def load_script(name: str) -> ModuleType:
-    """A script of examples/sd2.1, which is no package."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / "sd2.1" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="session")
-def run_sd_module() -> ModuleType:
-    return load_script("run_sd")
-
-
 @pytest.fixture
 def run_sd(
-    run_sd_module: ModuleType,
     tiny_sd_dir: Path,
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
@@ -43,7 +28,7 @@ def run_sd(
         defaults = ["--model_path", tiny_sd_dir, "--output_dir", tmp_path / "out", "--device", "cpu", "--steps", 2]
         code = 0
         try:
-            run_sd_module.main([str(argument) for argument in [*defaults, *arguments]])
+            main("", ROOT / "examples/sd2.1", [str(argument) for argument in [*defaults, *arguments]])
         except SystemExit as end:
             code = end.code
         return Outcome(code, *capfd.readouterr())

@@ -1,17 +1,16 @@
 """The demo model in the repository draws what the demo prompts say."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
-from demo_scenes import Scene, Shape, score_image
 from diffusers import StableDiffusionPipeline
 
 from ascend.device import DeviceManager
 from processors import enable_flash_attention, enable_token_merging
+from scripts.demo_model.scenes import Scene, Shape, score_image
+from tests.programs import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 DEMO_MODEL = ROOT / "examples/sd2.1/demo_model"
 DEMO_PROMPTS = ROOT / "examples/sd2.1/prompts.txt"
 SCENES = {

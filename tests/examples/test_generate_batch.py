@@ -10,35 +10,31 @@ import time
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import psutil
 import pytest
 from PIL import Image
-from stress_batch import workers_of
 
-from examples.common.cli import UserError
-from examples.common.model_dir import check_model_dir
-from tests.examples.conftest import ROOT, Outcome, load_script
+from runners.cli import UserError
+from runners.model_dir import check_model_dir
+from runners.stable_diffusion import batch
+from scripts.benchmarks.stress_batch import workers_of
+from tests.examples.conftest import Outcome
+from tests.programs import ROOT
 
 SCRIPT = ROOT / "examples" / "sd2.1" / "generate_batch.py"
 
 
-@pytest.fixture(scope="session")
-def batch() -> ModuleType:
-    return load_script("generate_batch")
-
-
 @pytest.fixture
-def parse(batch: ModuleType, tiny_sd_dir: Path, tmp_path: Path) -> Callable[..., Namespace]:
+def parse(tiny_sd_dir: Path, tmp_path: Path) -> Callable[..., Namespace]:
     """Arguments for the tiny model, two steps and tmp_path/batch, with the folder of pictures made."""
 
     def parse(*arguments: object) -> Namespace:
         defaults = ["--prompts", tmp_path / "prompts.jsonl", "--model_path", tiny_sd_dir, "--steps", 2]
         defaults += ["--output_dir", tmp_path / "batch"]
-        args = batch.parse_arguments([str(argument) for argument in [*defaults, *arguments]])
+        args = batch.parse_arguments("", SCRIPT.parent, [str(argument) for argument in [*defaults, *arguments]])
         args.model_digest = check_model_dir(args.model_path).digest()
         (args.output_dir / "images").mkdir(parents=True, exist_ok=True)
         return args
@@ -47,11 +43,13 @@ def parse(batch: ModuleType, tiny_sd_dir: Path, tmp_path: Path) -> Callable[...,
 
 
 @pytest.fixture
-def run_batch(batch: ModuleType, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+def run_batch(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
     def run(*arguments: object) -> Outcome:
         code = 0
         try:
-            batch.main([str(argument) for argument in ["--output_dir", tmp_path / "batch", *arguments]])
+            batch.main(
+                "", SCRIPT.parent, [str(argument) for argument in ["--output_dir", tmp_path / "batch", *arguments]]
+            )
         except SystemExit as end:
             code = end.code
         return Outcome(code, *capfd.readouterr())
@@ -59,11 +57,11 @@ def run_batch(batch: ModuleType, tmp_path: Path, capfd: pytest.CaptureFixture[st
     return run
 
 
-def plan(batch: ModuleType, args: Namespace, *rows: object) -> tuple[list, list]:
+def plan(args: Namespace, *rows: object) -> tuple[list, list]:
     return batch.plan([(f"line {number}", row) for number, row in enumerate(rows, 1)], args, "cpu")
 
 
-def test_rows_come_from_json_lines(batch: ModuleType, tmp_path: Path) -> None:
+def test_rows_come_from_json_lines(tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_text(
         '\ufeff{"prompt": "Ein gro\u00dfer\u2028Kreis"}\r\n\n{"prompt\n[' + "[" * 100_000, encoding="utf-8"
@@ -74,7 +72,7 @@ def test_rows_come_from_json_lines(batch: ModuleType, tmp_path: Path) -> None:
     assert isinstance(broken, ValueError) and isinstance(deep, ValueError)
 
 
-def test_rows_come_from_parquet(batch: ModuleType, parse: Callable, tmp_path: Path) -> None:
+def test_rows_come_from_parquet(parse: Callable, tmp_path: Path) -> None:
     pandas = pytest.importorskip("pandas")
     pytest.importorskip("pyarrow")
     table = pandas.DataFrame({"prompt": ["a", "b", None], "seed": [5, None, 7], "id": ["x", None, "z"]})
@@ -106,9 +104,7 @@ def test_rows_come_from_parquet(batch: ModuleType, parse: Callable, tmp_path: Pa
         ({"prompt": "a", "id": "\u5706" * 43}, "128 bytes at most"),
     ],
 )
-def test_a_bad_row_is_a_failure_and_the_others_are_drawn(
-    batch: ModuleType, parse: Callable, row: object, reason: str
-) -> None:
+def test_a_bad_row_is_a_failure_and_the_others_are_drawn(parse: Callable, row: object, reason: str) -> None:
     pictures, [failure] = plan(batch, parse(), {"prompt": "first"}, row, {"prompt": "third", "id": "\u5706-3"})
     assert [picture.seed for picture in pictures] == [0, 2]
     assert failure.row == "line 2" and reason in failure.reason
@@ -125,7 +121,7 @@ def exchange_weights(model: Path) -> None:
 
 
 def test_a_name_is_the_id_or_hangs_on_all_that_decides_the_picture(
-    batch: ModuleType, parse: Callable, tiny_sd_dir: Path, tmp_path: Path
+    parse: Callable, tiny_sd_dir: Path, tmp_path: Path
 ) -> None:
     other_model = shutil.copytree(tiny_sd_dir, tmp_path / "other")
     exchange_weights(other_model)
@@ -167,25 +163,23 @@ def test_a_name_is_the_id_or_hangs_on_all_that_decides_the_picture(
         ([{"prompt": "a", "seed": 1}, {"prompt": "a", "seed": 1}], "line 1 and line 2 are the same picture"),
     ],
 )
-def test_two_rows_of_one_name_are_an_error(batch: ModuleType, parse: Callable, rows: list, message: str) -> None:
+def test_two_rows_of_one_name_are_an_error(parse: Callable, rows: list, message: str) -> None:
     with pytest.raises(UserError, match=message):
         plan(batch, parse(), *rows)
 
 
 @pytest.fixture
-def painter(batch: ModuleType, parse: Callable) -> Any:
+def painter(parse: Callable) -> Any:
     """A worker's object, without Ray."""
     return batch.Painter(parse("--scheduler", "euler_a", "--TOME"), "cpu")
 
 
-def row_of(batch: ModuleType, parse: Callable, **row: object) -> tuple[Any, dict[str, Any]]:
+def row_of(parse: Callable, **row: object) -> tuple[Any, dict[str, Any]]:
     [[picture], []] = plan(batch, parse("--scheduler", "euler_a", "--TOME"), {"prompt": "a red circle", **row})
     return picture, batch.asdict(picture)
 
 
-def test_a_worker_draws_what_run_sd_draws(
-    batch: ModuleType, parse: Callable, painter: Any, run_sd: Callable, tmp_path: Path
-) -> None:
+def test_a_worker_draws_what_run_sd_draws(parse: Callable, painter: Any, run_sd: Callable, tmp_path: Path) -> None:
     picture, row = row_of(batch, parse, id="x", seed=5, negative_prompt="blue")
     assert painter(row) == {"name": "x", "refusal": "", "error": "", "warning": ""}
     alone = ["--prompt", "a red circle", "--seed", 5, "--negative_prompt", "blue"]
@@ -207,9 +201,7 @@ def test_a_worker_draws_what_run_sd_draws(
     assert (painter.folder / "x.png").stat().st_mtime_ns == before, "drawn twice"
 
 
-def test_weights_exchanged_while_a_run_goes_on_are_refused(
-    batch: ModuleType, parse: Callable, tiny_sd_dir: Path, tmp_path: Path
-) -> None:
+def test_weights_exchanged_while_a_run_goes_on_are_refused(parse: Callable, tiny_sd_dir: Path, tmp_path: Path) -> None:
     model = shutil.copytree(tiny_sd_dir, tmp_path / "model")
     args = parse("--model_path", model)
     [[picture], []] = plan(batch, args, {"prompt": "a"})
@@ -219,7 +211,7 @@ def test_weights_exchanged_while_a_run_goes_on_are_refused(
     assert not list(worker.folder.glob("*.png"))
 
 
-def test_pictures_of_other_versions_are_counted(batch: ModuleType, parse: Callable, painter: Any) -> None:
+def test_pictures_of_other_versions_are_counted(parse: Callable, painter: Any) -> None:
     picture, row = row_of(batch, parse, id="x")
     painter(row)
     now = json.loads((painter.folder / "x.json").read_text())["versions"]
@@ -228,7 +220,7 @@ def test_pictures_of_other_versions_are_counted(batch: ModuleType, parse: Callab
     assert batch.drawn_otherwise([picture], painter.folder, later) == {f"diffusers {now['diffusers']}": 1}
 
 
-def test_what_a_rerun_draws_again(batch: ModuleType, parse: Callable, painter: Any) -> None:
+def test_what_a_rerun_draws_again(parse: Callable, painter: Any) -> None:
     picture, row = row_of(batch, parse, id="x")
     assert not batch.is_complete(picture, painter.folder)
     for damage in (
@@ -247,7 +239,7 @@ def test_what_a_rerun_draws_again(batch: ModuleType, parse: Callable, painter: A
         batch.is_complete(other, painter.folder)
 
 
-def test_a_failing_picture_is_an_outcome(batch: ModuleType, parse: Callable, painter: Any, monkeypatch: Any) -> None:
+def test_a_failing_picture_is_an_outcome(parse: Callable, painter: Any, monkeypatch: Any) -> None:
     _, row = row_of(batch, parse, id="x")
     for error, reason in ((MemoryError(), "out of memory"), (ValueError("no way"), "ValueError: no way")):
 
@@ -260,7 +252,7 @@ def test_a_failing_picture_is_an_outcome(batch: ModuleType, parse: Callable, pai
 
 
 def test_a_picture_whose_worker_dies_again_and_again_is_given_up(
-    batch: ModuleType, parse: Callable, painter: Any, monkeypatch: Any
+    parse: Callable, painter: Any, monkeypatch: Any
 ) -> None:
     class Death(BaseException):
         pass
@@ -278,7 +270,7 @@ def test_a_picture_whose_worker_dies_again_and_again_is_given_up(
         painter(row)
 
 
-def test_a_worker_that_cannot_work_says_so(batch: ModuleType, parse: Callable) -> None:
+def test_a_worker_that_cannot_work_says_so(parse: Callable) -> None:
     _, row = row_of(batch, parse)
     assert "has no effect: all 2 steps" in batch.Painter(parse("--cache_schedule", "0,1"), "cpu")(row)["refusal"]
     args = parse()
@@ -286,7 +278,7 @@ def test_a_worker_that_cannot_work_says_so(batch: ModuleType, parse: Callable) -
     assert "every machine must see the same --output_dir" in batch.Painter(args, "cpu")(row)["refusal"]
 
 
-def test_a_folder_belongs_to_one_run_which_removes_what_killed_ones_left(batch: ModuleType, tmp_path: Path) -> None:
+def test_a_folder_belongs_to_one_run_which_removes_what_killed_ones_left(tmp_path: Path) -> None:
     left = tmp_path / ".x.png.host.1.part"
     left.touch()
     with batch.locked(tmp_path):
@@ -311,7 +303,7 @@ def test_a_folder_belongs_to_one_run_which_removes_what_killed_ones_left(batch: 
     ],
 )
 def test_a_cluster_s_best_devices_are_chosen(
-    batch: ModuleType, parse: Callable, arguments: tuple, resources: dict, expected: tuple | None
+    parse: Callable, arguments: tuple, resources: dict, expected: tuple | None
 ) -> None:
     if expected is None:
         with pytest.raises(UserError, match="--device npu: the cluster has none"):
@@ -359,7 +351,7 @@ def test_a_file_that_is_no_parquet_is_one_line(run_batch: Callable, tmp_path: Pa
 
 
 def test_all_good_rows_are_drawn_on_ray_and_a_rerun_has_nothing_to_do(
-    batch: ModuleType, parse: Callable, tiny_sd_dir: Path, tmp_path: Path
+    parse: Callable, tiny_sd_dir: Path, tmp_path: Path
 ) -> None:
     pytest.importorskip("ray")
     rows = [{"prompt": "a red circle", "id": "x"}, {"prompt": " "}, {"prompt": "a blue square", "seed": 5, "id": "y"}]
@@ -411,7 +403,7 @@ def test_a_run_that_is_terminated_says_what_is_there(tiny_sd_dir: Path, tmp_path
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_killed_workers_and_a_killed_run_leave_each_picture_once(
-    batch: ModuleType, parse: Callable, tiny_sd_dir: Path, tmp_path: Path
+    parse: Callable, tiny_sd_dir: Path, tmp_path: Path
 ) -> None:
     pytest.importorskip("ray")
     rows = [{"prompt": f"circle {number}"} | ({"id": f"c{number}"} if number % 2 else {}) for number in range(16)]

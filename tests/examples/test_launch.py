@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[2]
-LAUNCH = ROOT / "examples/common/launch.py"
+from tests.programs import ROOT
+
+LAUNCH = ROOT / "examples/launch.py"
 RUN_SD = ROOT / "examples/sd2.1/run_sd.py"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 

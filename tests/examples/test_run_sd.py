@@ -10,16 +10,16 @@ import time
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from examples.common.cli import UserError
-from examples.common.report import Report
+from runners.cli import UserError
+from runners.report import Report
+from tests.programs import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 PROMPT = ("--prompt", "a red circle")
 
 
@@ -247,10 +247,9 @@ def test_the_script_starts_from_any_folder(tmp_path: Path) -> None:
     assert ended.stderr.splitlines()[-1].startswith("error: argument --steps: must be 1 or more, not 0")
 
 
-def test_an_unwritable_graph_cache_is_found_before_loading(run_sd_module: ModuleType, tiny_sd_dir: Path) -> None:
-    from pipeline import check_before_loading
-
-    from examples.common.model_dir import check_model_dir
+def test_an_unwritable_graph_cache_is_found_before_loading(tiny_sd_dir: Path) -> None:
+    from runners.model_dir import check_model_dir
+    from runners.stable_diffusion.pipeline import check_before_loading
 
     args = Namespace(dynamo=True, graph_cache=Path("/dev/null/graphs"))
     model = check_model_dir(tiny_sd_dir)

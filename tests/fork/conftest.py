@@ -1,10 +1,11 @@
 from pathlib import Path
 
-import fork
 import pytest
+
+from scripts.fork import fork_wheel
 
 
 @pytest.fixture(scope="session")
 def upstream_wheel() -> Path:
     """The wheel that the patches are for, which building the fork has left in the cache."""
-    return fork.upstream_wheel(fork.read_pin())
+    return fork_wheel.upstream_wheel(fork_wheel.read_pin())

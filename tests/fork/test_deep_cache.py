@@ -1,5 +1,6 @@
 """DeepCache in the fork: `UNet2DConditionModel` and `StableDiffusionPipeline`."""
 
+import os
 import subprocess
 import sys
 import zipfile
@@ -80,16 +81,15 @@ def test_interval_one_is_bit_identical_to_upstream(
 ) -> None:
     zipfile.ZipFile(upstream_wheel).extractall(tmp_path / "upstream")
     script = f"""
-import sys, torch
-sys.path.insert(0, {str(tmp_path / "upstream")!r})
-import diffusers
+import torch, diffusers
 assert diffusers.__version__ == "0.42.1", diffusers.__version__
 pipe = diffusers.StableDiffusionPipeline.from_pretrained({str(tiny_sd_dir)!r}, dtype=torch.float32)
 image = pipe("a red circle", generator=torch.Generator().manual_seed(0), num_inference_steps=7,
              height=64, width=64, output_type="latent").images
 torch.save(image, {str(tmp_path / "image.pt")!r})
 """
-    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "upstream")}
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True, env=environment)
     assert diffusers.__version__.startswith("0.42.1+npu.")
     assert torch.equal(draw(tiny_sd, cache_interval=1), torch.load(tmp_path / "image.pt"))
 

@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+from tests.programs import ROOT
 
 
 def move_to_npu(model: Path, offload: str) -> subprocess.CompletedProcess[str]:
@@ -20,7 +20,7 @@ def move_to_npu(model: Path, offload: str) -> subprocess.CompletedProcess[str]:
         "torch.utils.rename_privateuse1_backend('npu')\n"
         "pipe.to('npu')"
     )
-    return subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
 
 
 def test_moving_a_sequentially_offloaded_pipeline_to_npu_is_an_error(tiny_sd_dir: Path) -> None:

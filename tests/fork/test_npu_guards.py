@@ -9,7 +9,8 @@ import pytest
 import torch
 from diffusers import HiDreamImageTransformer2DModel, UNet2DConditionModel
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+from tests.programs import ROOT
+
 WITHOUT_CANN = "libhccl.so: cannot open shared object file: No such file or directory"
 WHEEL = pytest.param("wheel", marks=pytest.mark.slow)
 
@@ -19,7 +20,7 @@ def run_beside(site: Path, code: str) -> subprocess.CompletedProcess[str]:
     env = {name: value for name, value in os.environ.items() if not name.startswith(("ASCEND", "LD_LIBRARY_PATH"))}
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")]))
     env["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
-    return subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, env=env, capture_output=True, text=True)
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
 
 
 def install_torch_npu(site: Path, source: str) -> Path:

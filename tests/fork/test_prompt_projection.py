@@ -14,7 +14,7 @@ from diffusers.models.unets.prompt_projection import project_prompt
 from torch import nn
 
 from processors import enable_flash_attention, enable_token_merging
-from processors.attn_processor import AttnProcessor2_0
+from processors.models.attention_processor import AttnProcessor2_0
 from tests.tiny_models import CROSS_ATTENTION_DIM
 
 STEPS = 4

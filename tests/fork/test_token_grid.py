@@ -8,7 +8,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch.utils.checkpoint import checkpoint
 
-from processors.tome_processor import AttnProcessor2_0Tome
+from processors.merging.processor import AttnProcessor2_0Tome
 from tests.tiny_models import CROSS_ATTENTION_DIM, tiny_unet
 
 

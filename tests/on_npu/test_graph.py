@@ -19,15 +19,15 @@ import torch_npu
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from ascend.graph import compile_module
+from ascend.graphs.compile import compile_module
 from ascend.graphs.torchair import make_config
-from processors import npu_tome, tome
-from processors.tome import count_merged, match, partition
+from processors.merging import npu_tome, tome
+from processors.merging.tome import count_merged, match, partition
 from tests.on_npu.helpers import FLOATS, SATURATES, TOLERANCES, reference
 from tests.on_npu.inputs import numbers
+from tests.programs import environment
 from tests.tiny_models import tiny_unet
 
-ROOT = Path(__file__).resolve().parents[2]
 FRACTAL_NZ = 29
 HALF = torch.float16 if SATURATES else torch.bfloat16
 
@@ -292,8 +292,7 @@ def test_a_unet_is_one_graph_and_computes_what_eager_does(npu: torch.device, tmp
 def test_a_second_process_finds_the_compiled_graph(npu: torch.device, tmp_path: Path) -> None:
     program = textwrap.dedent(
         """
-        import sys, torch, torch_npu, torchair
-        sys.path.insert(0, {root!r})
+        import torch, torch_npu, torchair
         from ascend.device import DeviceManager
 
         class Model(torch.nn.Module):
@@ -311,11 +310,13 @@ def test_a_second_process_finds_the_compiled_graph(npu: torch.device, tmp_path: 
             print(model.graph(torch.ones(2, 8, device=device)).sum().item())
         print(torch._dynamo.utils.counters["stats"]["unique_graphs"])
         """
-    ).format(root=str(ROOT), cache=str(tmp_path))
+    ).format(cache=str(tmp_path))
     script = tmp_path / "model.py"
     script.write_text(program)
     runs = [
-        subprocess.run([sys.executable, script], check=True, capture_output=True, text=True).stdout.split()
+        subprocess.run(
+            [sys.executable, script], check=True, capture_output=True, text=True, env=environment()
+        ).stdout.split()
         for _ in range(2)
     ]
     assert [run[-1] for run in runs] == ["1", "0"]  # graphs that Dynamo traced
@@ -380,11 +381,10 @@ def test_weights_and_upsampling_are_not_taken_apart(npu: torch.device, tmp_path:
     """
     program = textwrap.dedent(
         """
-        import sys, torch
+        import torch
         from pathlib import Path
-        sys.path.insert(0, {root!r})
         from ascend.device import DeviceManager
-        from ascend.graph import compile_module
+        from ascend.graphs.compile import compile_module
         from tests.tiny_models import tiny_unet
 
         device = DeviceManager("npu").device
@@ -394,12 +394,12 @@ def test_weights_and_upsampling_are_not_taken_apart(npu: torch.device, tmp_path:
         with torch.no_grad():
             unet(latents, torch.tensor([10], device=device), text)
         """
-    ).format(root=str(ROOT), cache=str(tmp_path / "graphs"), dtype=torch.float16)
+    ).format(cache=str(tmp_path / "graphs"), dtype=torch.float16)
     script, trace = tmp_path / "model.py", tmp_path / "trace.jsonl"
     script.write_text(program)
     for _ in range(2):
         trace.unlink(missing_ok=True)
-        subprocess.run([sys.executable, script], check=True, env={**os.environ, "CANN_EMULATOR_TRACE": str(trace)})
+        subprocess.run([sys.executable, script], check=True, env=environment(CANN_EMULATOR_TRACE=str(trace)))
         events = [json.loads(line) for line in trace.read_text().splitlines()]
         launches = [event for event in events if event["event"] == "launch" and "graph" in event]
         stored = {(e["operator"], tensor["name"], tensor["format"]) for e in launches for tensor in e["tensors"]}

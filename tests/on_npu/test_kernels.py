@@ -1,4 +1,4 @@
-"""Which kernel `processors.kernels.attention` takes on a chip, with a gradient and without, and what it computes."""
+"""Which kernel `processors.attention` takes on a chip, with a gradient and without, and what it computes."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 import torch_npu  # noqa: F401
 
-from processors import kernels, resnet
-from processors.kernels import attention, check_kernels, explain, select_kernel
-from processors.text_encoder import exact_gelu
-from processors.unet_layout import largest_call
+from processors.kernels import select
+from processors.kernels.select import attention, check_kernels, explain, select_kernel
+from processors.models import resnet
+from processors.models.clip import exact_gelu
+from processors.models.unet import largest_call
 from tests.on_npu.helpers import FLOATS, SATURATES, assert_close
 from tests.on_npu.inputs import numbers
 from tests.tiny_models import tiny_unet
@@ -28,11 +29,11 @@ def some_mask(kind: str | None) -> torch.Tensor | None:
 def recorded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
 
-    def record(call: kernels.AttentionCall) -> kernels.Kernel:
+    def record(call: select.AttentionCall) -> select.Kernel:
         names.append(select_kernel(call).name)
         return select_kernel(call)
 
-    monkeypatch.setattr(kernels, "select_kernel", record)
+    monkeypatch.setattr(select, "select_kernel", record)
     return names
 
 

@@ -16,9 +16,10 @@ import pytest
 import torch
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.programs import ROOT
+
 RUN_SD = [ROOT / "examples/sd2.1/run_sd.py", "--device", "npu", "--prompt", "a red circle", "--num_images", "2"]
-LAUNCH = [ROOT / "examples/common/launch.py", "--device_list", "0,1", "--"]
+LAUNCH = [ROOT / "examples/launch.py", "--device_list", "0,1", "--"]
 
 
 def draw(command: list[object], model: Path, output_dir: Path) -> np.ndarray:

@@ -15,8 +15,8 @@ from diffusers import StableDiffusionPipeline
 from ascend.device import DeviceManager
 from processors import enable_flash_attention, enable_token_merging
 from tests.on_npu.helpers import FLOATS
+from tests.programs import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 DEMO_MODEL = ROOT / "examples/sd2.1/demo_model"
 PROMPT = "a large green cross at the top and a small purple circle at the bottom on a grey background"
 STEPS = 4

@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from examples.common.schedulers import SCHEDULERS, make_scheduler
+from runners.schedulers import SCHEDULERS, make_scheduler
 
 # Upstream's own waits in each step: DDPM looks for the timestep among those on the device, and UniPC copies the small
 # system that it solves on the host to the device.

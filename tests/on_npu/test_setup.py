@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-PROGRAM = Path(__file__).resolve().parents[2] / "scripts/test_npu_setup.py"
+PROGRAM = Path(__file__).resolve().parents[2] / "scripts/npu_setup/check_npu_setup.py"
 KERNELS = {"Ascend310P": "npu_prompt_flash_attention", "Ascend910B": "npu_fused_infer_attention_score"}
 
 

@@ -5,7 +5,6 @@ And the graphs on disk, which processes share: each is made once, and is of the 
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import textwrap
@@ -20,12 +19,12 @@ from peft import LoraConfig
 from PIL import Image
 from torch import nn
 
-from ascend.graph import compile_pipeline, decompile_pipeline
 from ascend.graphs import torchair as backend
+from ascend.graphs.compile import compile_pipeline, decompile_pipeline
 from processors import disable_token_merging, enable_flash_attention, enable_token_merging
 from tests.on_npu.helpers import SATURATES
+from tests.programs import ROOT, environment
 
-ROOT = Path(__file__).resolve().parents[2]
 HALF = torch.float16 if SATURATES else torch.bfloat16
 ND, FRACTAL_NZ = 2, 29
 PROMPTS = ("a red circle", "a blue square", "two green stars")
@@ -187,7 +186,7 @@ PROGRAM = textwrap.dedent(
     from torch import nn
 
     from ascend.device import DeviceManager
-    from ascend.graph import compile_module
+    from ascend.graphs.compile import compile_module
 
 
     class Scaled(nn.Module):
@@ -215,10 +214,6 @@ def start(program: Path, cache: Path, scale: int) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, program, cache, str(scale)], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True
     )
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
 
 
 def test_a_graph_is_of_the_module_that_was_called_not_of_the_one_that_was_wrapped(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.programs import ROOT
 
 # A Python that writes down what it is asked to install and lives in its own prefix.
 PYTHON = f"""#!/usr/bin/env bash

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "graph/runner.h"
-#include "operator.h"
+#include "ops/operator.h"
 
 namespace cann::graph {
 

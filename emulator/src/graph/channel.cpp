@@ -4,7 +4,7 @@
 #include <thread>
 
 #include "acl/acl_tdt.h"
-#include "runtime.h"
+#include "runtime/runtime.h"
 
 struct acltdtChannelHandle {};
 struct acltdtDataset {};

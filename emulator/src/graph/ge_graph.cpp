@@ -3,7 +3,7 @@
 
 #include "graph/ge_api.h"
 #include "graph/operation.h"
-#include "runtime.h"
+#include "runtime/runtime.h"
 
 namespace ge {
 

@@ -4,9 +4,9 @@
 #include "graph/ge_api.h"
 #include "graph/runner.h"
 #include "graph/hf32.h"
-#include "memory.h"
-#include "stream.h"
-#include "trace.h"
+#include "runtime/memory.h"
+#include "runtime/stream.h"
+#include "runtime/trace.h"
 
 namespace cann::graph {
 namespace {

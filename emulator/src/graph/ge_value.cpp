@@ -2,7 +2,7 @@
 #include <utility>
 
 #include "graph/ge_api.h"
-#include "tensor.h"
+#include "ops/tensor.h"
 
 namespace ge {
 

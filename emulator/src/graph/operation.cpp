@@ -2,7 +2,7 @@
 
 #include <unordered_map>
 
-#include "operator.h"
+#include "ops/operator.h"
 
 namespace cann::graph {
 namespace {

@@ -12,8 +12,8 @@
 #include <set>
 
 #include "graph/ir.h"
-#include "numerics.h"
-#include "tensor.h"
+#include "ops/numerics.h"
+#include "ops/tensor.h"
 
 namespace cann::graph {
 

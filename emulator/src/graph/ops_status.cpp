@@ -1,6 +1,6 @@
 // The overflow flag as eight floats, the first of which says whether a result overflowed. torch_npu asks through aclop.
 #include "graph/operation.h"
-#include "settings.h"
+#include "runtime/settings.h"
 
 namespace cann::graph {
 namespace {

@@ -1,7 +1,7 @@
 #include "graph/runner.h"
 
 #include "graph/calls.h"
-#include "stream.h"
+#include "runtime/stream.h"
 
 namespace cann::graph {
 namespace {

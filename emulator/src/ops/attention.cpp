@@ -1,9 +1,9 @@
 // Fused attention. Layouts, masks and defaults are those of the operators: True in a mask drops a score.
 #include <limits>
 
-#include "operator.h"
+#include "ops/operator.h"
 #include "ops/shared.h"
-#include "settings.h"
+#include "runtime/settings.h"
 
 namespace cann {
 namespace {

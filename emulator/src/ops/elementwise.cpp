@@ -1,5 +1,5 @@
 // Element by element: ATen computes 16-bit operands in float32 and rounds once, as the chip does.
-#include "operator.h"
+#include "ops/operator.h"
 
 // Integers enter functions that have no integer result as float32, as in torch.
 #define UNARY(NAME, F) BOTH(NAME, (Tensor self), F(self))

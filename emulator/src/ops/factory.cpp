@@ -1,5 +1,5 @@
 // Tensors made of nothing, and ways to fill one.
-#include "operator.h"
+#include "ops/operator.h"
 
 ACLNN(InplaceZero, (Tensor self) { self.zero_(); })
 ACLNN(InplaceOne, (Tensor self) { self.fill_(1); })

@@ -1,5 +1,5 @@
 // Changes of storage format: torch_npu asks for them through the old interface (see aclop.cpp).
-#include "operator.h"
+#include "ops/operator.h"
 
 namespace cann {
 void store(const Tensor& logical, const TensorArgument& target) {

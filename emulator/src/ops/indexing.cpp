@@ -1,5 +1,5 @@
 // Operators that move elements: nothing is rounded and nothing saturates.
-#include "operator.h"
+#include "ops/operator.h"
 
 #define MOVE(NAME, PARAMETERS, ...) ACLNN(NAME, (STRIP PARAMETERS, Tensor out) { move(out, __VA_ARGS__); })
 #define MOVE_INPLACE(NAME, PARAMETERS, ...) ACLNN(Inplace##NAME, PARAMETERS { move(self, __VA_ARGS__); })

@@ -1,5 +1,5 @@
 // Activations, normalisations, pooling and resizing. Statistics are float32.
-#include "operator.h"
+#include "ops/operator.h"
 #include "ops/shared.h"
 
 namespace cann {

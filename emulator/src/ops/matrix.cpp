@@ -1,5 +1,5 @@
 // The matrix unit: products and convolutions with float32 sums (numerics.h says what becomes of the operands).
-#include "operator.h"
+#include "ops/operator.h"
 
 namespace cann {
 namespace {

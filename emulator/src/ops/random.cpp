@@ -8,7 +8,7 @@
 #include <cmath>
 #include <numbers>
 
-#include "operator.h"
+#include "ops/operator.h"
 #include "ops/shared.h"
 
 namespace cann {

@@ -1,5 +1,5 @@
 // Sums, extremes, orders and searches. 16-bit operands are summed in float32.
-#include "operator.h"
+#include "ops/operator.h"
 
 namespace cann {
 namespace {

@@ -22,11 +22,12 @@ from peft import LoraConfig
 from PIL import Image
 from torch import nn
 
-from ascend import graph
-from ascend.graph import compile_module, compile_pipeline, decompile_pipeline
+from ascend.graphs import compile as graphs
+from ascend.graphs.compile import compile_module, compile_pipeline, decompile_pipeline
 from ascend.graphs.static import MOST_GRAPHS, Made, StaticGraphs
 from ascend.graphs.watch import Watch
-from ascend.parallel import shared_batch as parallel
+from ascend.parallel import Mesh, share_guidance, shared_batch, unshare_guidance
+from ascend.parallel.shared_batch import SharedBatch
 from processors import (
     disable_flash_attention,
     disable_token_merging,
@@ -60,8 +61,8 @@ class Tracer:
 
 @pytest.fixture(autouse=True)
 def traces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graph, "_make_backend", lambda *_: Tracer())
-    monkeypatch.setattr(graph, "COMPILED_BY_INDUCTOR", graph.COMPONENTS)
+    monkeypatch.setattr(graphs, "_make_backend", lambda *_: Tracer())
+    monkeypatch.setattr(graphs, "COMPILED_BY_INDUCTOR", graphs.COMPONENTS)
 
 
 def draw(pipe: StableDiffusionPipeline, width: int = 64, **options: Any) -> torch.Tensor:
@@ -226,7 +227,7 @@ def test_a_failure_while_compiling_leaves_the_pipeline_as_it_was(
     before, plain = state(tiny_sd), draw(tiny_sd)
     backends = [Tracer(), Tracer()]
     backends[1].fails = True
-    monkeypatch.setattr(graph, "_make_backend", lambda *_: backends.pop(0))
+    monkeypatch.setattr(graphs, "_make_backend", lambda *_: backends.pop(0))
     with pytest.raises(RuntimeError, match="no compiler"):
         compile_pipeline(tiny_sd)
     assert state(tiny_sd) == before
@@ -235,7 +236,7 @@ def test_a_failure_while_compiling_leaves_the_pipeline_as_it_was(
     def break_down(*_: Any) -> Made:
         raise RuntimeError("the compiler failed")
 
-    monkeypatch.setattr(graph, "_make_backend", lambda *_: Tracer())
+    monkeypatch.setattr(graphs, "_make_backend", lambda *_: Tracer())
     monkeypatch.setattr(Tracer, "make", break_down)
     compile_module(tiny_sd.unet)
     with pytest.raises(RuntimeError, match="the compiler failed"):
@@ -279,14 +280,14 @@ def test_offloading_after_compiling_is_refused(tiny_sd: StableDiffusionPipeline)
 def test_what_wraps_a_compiled_forward_must_go_first(tiny_sd: StableDiffusionPipeline) -> None:
     compile_pipeline(tiny_sd)
     graphs = tiny_sd.unet.forward
-    tiny_sd.unet.forward = parallel.SharedBatch.__new__(parallel.SharedBatch)
+    tiny_sd.unet.forward = SharedBatch.__new__(SharedBatch)
     tiny_sd.unet.forward.forward = graphs
     with pytest.raises(RuntimeError, match="unet was wrapped after it was compiled"):
         decompile_pipeline(tiny_sd)
     assert compile_module(tiny_sd.unet) == Tracer.name  # it is compiled already
     tiny_sd.unet.forward = graphs
     decompile_pipeline(tiny_sd)
-    tiny_sd.unet.forward = parallel.SharedBatch.__new__(parallel.SharedBatch)
+    tiny_sd.unet.forward = SharedBatch.__new__(SharedBatch)
     with pytest.raises(RuntimeError, match="cannot be compiled after its forward was replaced by .*SharedBatch"):
         compile_pipeline(tiny_sd)
     assert "forward" not in vars(tiny_sd.text_encoder)
@@ -296,17 +297,19 @@ def test_what_wraps_a_compiled_forward_must_go_first(tiny_sd: StableDiffusionPip
 def test_sharing_guidance_around_a_graph_leaves_the_graph(
     tiny_sd: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parallel, "all_gather", lambda everyone, mine, group: everyone.copy_(torch.cat([mine, mine])))
+    monkeypatch.setattr(
+        shared_batch, "all_gather", lambda everyone, mine, group: everyone.copy_(torch.cat([mine, mine]))
+    )
     latents, text = torch.ones(2, 4, 8, 8), torch.ones(2, 77, 32)
     compile_module(tiny_sd.unet)
     graphs = tiny_sd.unet.forward
     tiny_sd.unet(latents[:1], 10, text[:1])
-    parallel.share_guidance(tiny_sd, parallel.Mesh(rank=0, world_size=2, branch_size=2, group=object()))
+    share_guidance(tiny_sd, Mesh(rank=0, world_size=2, branch_size=2, group=object()))
     for prompt in (text, text * 2):  # what sharing remembers of a picture is another each time
         tiny_sd.unet(latents, torch.tensor(10), encoder_hidden_states=prompt)
         tiny_sd.unet(latents, torch.tensor(5), encoder_hidden_states=prompt)
     assert graphs.compilations == 2  # with the arguments by position, and by name
-    parallel.unshare_guidance(tiny_sd)
+    unshare_guidance(tiny_sd)
     tiny_sd.unet(latents[:1], 10, text[:1])
     assert tiny_sd.unet.forward is graphs and graphs.compilations == 2
 

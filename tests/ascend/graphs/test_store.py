@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from ascend.graphs.store import DAY, INDEX, PART, UNUSED_DAYS, GraphStore
+from tests.programs import ROOT
 
-ROOT = Path(__file__).resolve().parents[3]
 # Makes the entry "graph" unless it is there, and prints which of both it was. With a second argument it says that it
 # has written half, and waits to be killed.
 PROGRAM = textwrap.dedent(

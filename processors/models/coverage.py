@@ -1,0 +1,87 @@
+"""What of a model our kernels cover, and what not: the plan and the report of `enable_flash_attention`."""
+
+from collections import Counter
+from typing import NamedTuple, Self
+
+import torch
+from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D
+from transformers import PreTrainedModel
+from transformers.activations import GELUActivation
+from transformers.models.clip.modeling_clip import CLIPAttention, CLIPPreTrainedModel
+
+from processors.models import clip, resnet
+from processors.models.switched_attention import is_default, original_of
+
+
+class Coverage(NamedTuple):
+    """The layers of one model, those that ours can replace and the others by the name of what computes them."""
+
+    model: str
+    attentions: list[Attention]
+    foreign_attentions: Counter[str]  # of diffusers, by their processor's class
+    clip_models: list[CLIPPreTrainedModel]
+    clip_attentions: int
+    foreign_encoders: Counter[str]  # of transformers, by their implementation or class
+    residual_blocks: list[ResnetBlock2D]
+    foreign_blocks: int
+    activations: list[GELUActivation]
+
+    @classmethod
+    def of(cls, model: torch.nn.Module) -> Self:
+        """Describe `model` without changing it."""
+        modules = list(model.modules())
+        of_clip = [module for module in modules if isinstance(module, CLIPAttention)]
+        attentions, foreign = [], Counter[str]()
+        for module in modules:
+            if not (hasattr(module, "set_processor") and hasattr(module, "processor")):
+                continue  # as diffusers itself tells attentions, of which Flux and others have classes of their own
+            original = original_of(module, module.processor)
+            if isinstance(module, Attention) and is_default(module, original):
+                attentions.append(module)
+            else:
+                foreign[type(original).__name__] += 1
+        encoders = Counter(a.config._attn_implementation for a in of_clip if not clip.is_replaceable(a))
+        if isinstance(model, PreTrainedModel) and not of_clip:
+            encoders.update(_attention_classes(model))
+        blocks = [module for module in modules if isinstance(module, ResnetBlock2D)]
+        return cls(
+            model=type(model).__name__,
+            attentions=attentions,
+            foreign_attentions=foreign,
+            clip_models=[module for module in modules if isinstance(module, CLIPPreTrainedModel)],
+            clip_attentions=sum(map(clip.is_replaceable, of_clip)),
+            foreign_encoders=encoders,
+            residual_blocks=[block for block in blocks if resnet.is_fusable(block)],
+            foreign_blocks=sum(not resnet.is_fusable(block) for block in blocks),
+            activations=[module for module in modules if isinstance(module, GELUActivation)],
+        )
+
+    @property
+    def others(self) -> Counter[str]:
+        """The attentions that stay as they are, by the name of what computes them."""
+        return self.foreign_attentions + self.foreign_encoders
+
+    def words(self) -> str:
+        """The report: what is replaced, and after "not covered:" what is not."""
+        replaced = _count(len(self.attentions) + self.clip_attentions, "attention")
+        replaced += _count(len(self.residual_blocks), "residual block") + _count(len(self.activations), "GELU")
+        left = [_count(number, "attention")[0] + f" ({name})" for name, number in sorted(self.others.items())]
+        left += [f"{words} that scale, shift or resample" for words in _count(self.foreign_blocks, "residual block")]
+        if not replaced and not left:
+            return f"not covered: {self.model} has none of the layers that are replaced"
+        return "; ".join([", ".join(replaced)] * bool(replaced) + [f"not covered: {', '.join(left)}"] * bool(left))
+
+
+def _attention_classes(model: torch.nn.Module) -> list[str]:
+    """The class of each attention of a model that is not known here, told by its name; the inner of nested ones."""
+    found = []
+    for module in model.modules():
+        names = [type(part).__name__ for part in module.modules() if type(part).__name__.endswith("Attention")]
+        if names == [type(module).__name__]:
+            found += names
+    return found
+
+
+def _count(number: int, noun: str) -> list[str]:
+    return [f"{number} {noun}{'s' if number > 1 else ''}"] if number else []

@@ -1,0 +1,1 @@
+"""What command-line programs share: arguments, devices, models on disk, files, reports, several processes."""

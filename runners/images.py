@@ -1,0 +1,84 @@
+"""Pictures on disk with their settings inside, side-by-side grids, and how far two pictures are apart."""
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, PngImagePlugin
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+from runners.files import write_atomically
+from runners.fonts import default_font, readable, wrap
+
+LINE_HEIGHT = 18
+MARGIN = 8
+LEAST_CELL_WIDTH = 192  # so that captions of small pictures stay readable
+
+
+def save_png(image: Image.Image, path: Path, metadata: Mapping[str, str]) -> None:
+    """Save `image` with `metadata` as UTF-8 text chunks, which `Image.open(path).text` gives back."""
+    chunks = PngImagePlugin.PngInfo()
+    for key, value in metadata.items():
+        chunks.add_itxt(key, value)
+    data = io.BytesIO()
+    image.save(data, format="png", pnginfo=chunks)
+    write_atomically(path, data.getvalue())
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """How alike two pictures are; `psnr` is in dB, None for equal pictures (infinite), `ssim` at most 1."""
+
+    psnr: float | None
+    ssim: float
+
+
+def similarity(image: Image.Image, reference: Image.Image) -> Similarity:
+    """PSNR over all pixels and mean SSIM with scikit-image's 7 x 7 window (so at least 7 x 7 pixels), of uint8 RGB."""
+    pixels, expected = np.asarray(image.convert("RGB")), np.asarray(reference.convert("RGB"))
+    if np.array_equal(pixels, expected):
+        return Similarity(psnr=None, ssim=1.0)
+    return Similarity(
+        psnr=float(peak_signal_noise_ratio(expected, pixels, data_range=255)),
+        ssim=float(structural_similarity(expected, pixels, data_range=255, channel_axis=2)),
+    )
+
+
+@dataclass(frozen=True)
+class GridRow:
+    """One line of a grid: a caption above pictures of one size."""
+
+    caption: str
+    images: Sequence[Image.Image]
+
+
+def side_by_side(headings: Sequence[str], rows: Sequence[GridRow]) -> Image.Image:
+    """A white sheet: a heading over each column, then for each row its caption and its pictures."""
+    image_width = max(image.width for row in rows for image in row.images)
+    cell_width = max(image_width, LEAST_CELL_WIDTH)
+    sheet_width = MARGIN + len(headings) * (cell_width + MARGIN)
+    captions = []
+    for row in rows:
+        caption, font = readable(row.caption)
+        captions.append((wrap(caption, font, sheet_width - 2 * MARGIN), font))
+    heights = [
+        len(lines) * LINE_HEIGHT + max(image.height for image in row.images) + MARGIN
+        for (lines, _), row in zip(captions, rows, strict=True)
+    ]
+    sheet = Image.new("RGB", (sheet_width, 2 * MARGIN + LINE_HEIGHT + sum(heights)), "white")
+    draw = ImageDraw.Draw(sheet)
+    lefts = [MARGIN + column * (cell_width + MARGIN) for column in range(len(headings))]
+
+    y = MARGIN
+    for left, heading in zip(lefts, headings, strict=True):
+        draw.text((left, y), heading, fill="black", font=default_font())
+    y += LINE_HEIGHT
+    for (lines, font), row, height in zip(captions, rows, heights, strict=True):
+        for number, line in enumerate(lines):
+            draw.text((MARGIN, y + number * LINE_HEIGHT), line, fill="dimgray", font=font)
+        for left, image in zip(lefts, row.images, strict=True):
+            sheet.paste(image, (left, y + len(lines) * LINE_HEIGHT))
+        y += height
+    return sheet

@@ -1,0 +1,1 @@
+"""What the runners of Stable Diffusion share: their arguments, the pipeline, and what they draw."""

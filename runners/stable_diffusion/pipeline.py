@@ -1,0 +1,133 @@
+"""The pipeline that the arguments ask for, which run_sd.py and the workers of generate_batch.py draw with."""
+
+import argparse
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers import SchedulerMixin, StableDiffusionPipeline
+
+from ascend.device import DeviceManager
+from ascend.graphs.compile import compile_pipeline
+from ascend.graphs.store import default_graph_cache
+from processors import AttnProcessor2_0Tome, enable_flash_attention, enable_token_merging
+from processors.kernels.select import AttentionCall, explain, select_kernel
+from processors.models.unet import largest_call
+from runners.cache_options import count_full_steps
+from runners.cli import UserError
+from runners.devices import check_compiler
+from runners.files import make_output_dir
+from runners.model_dir import Model, load_pipeline
+from runners.report import Report
+from runners.schedulers import check_steps, make_scheduler
+
+SETTINGS = ("negative_prompt", "steps", "guidance_scale", "height", "width", "num_images", "seed", "warmup")
+
+
+def check_before_loading(
+    args: argparse.Namespace, model: Model, device: torch.device, report: Report
+) -> SchedulerMixin:
+    """What can be found wrong without weights. The result is the scheduler that draws.
+
+    Raises:
+        UserError: the steps, their cache, the size or the graphs' cache are impossible.
+    """
+    if args.dynamo:
+        check_compiler(device)
+        if device.type == "npu":
+            make_output_dir(args.graph_cache or default_graph_cache(), "the cache of graphs")
+        for name in ("graph_cache", "graph_cache_limit") if device.type != "npu" else ():
+            if getattr(args, name) is not None:
+                report.warn(f"--{name} has no effect on {device.type}: it is of the graphs of NPUs")
+    if model.configs["unet"].get("sample_size") is None and not (args.height and args.width):
+        raise UserError(f"{model.folder} does not say which size it draws: give --height and --width")
+    scheduler = model.load_scheduler()
+    if args.scheduler:
+        scheduler = make_scheduler(args.scheduler, like=scheduler)
+    check_steps(scheduler, args.steps)
+    if args.cache:
+        args.cache_steps = count_full_steps(scheduler, args.steps, args.cache)
+    return scheduler
+
+
+def make_pipeline(
+    args: argparse.Namespace, model: Model, scheduler: SchedulerMixin, manager: DeviceManager, dtype: torch.dtype
+) -> StableDiffusionPipeline:
+    """The pipeline on its device, without accelerations; fills in the size that `args` leave open."""
+    pipe = load_pipeline(StableDiffusionPipeline, args.model_path, dtype, model, scheduler=scheduler)
+    # choose_dtype says what float16 means on the CPU, once.
+    pipe.to(manager.device, silence_dtype_warnings=True)
+    choose_size(args, pipe)
+    return pipe
+
+
+def choose_size(args: argparse.Namespace, pipe: StableDiffusionPipeline) -> None:
+    """Fill in the size that the model was trained for, each side on its own; the pipeline would replace both."""
+    sample = pipe.unet.config.sample_size
+    height, width = sample if isinstance(sample, list | tuple) else (sample, sample)
+    args.height = args.height or height * pipe.vae_scale_factor
+    args.width = args.width or width * pipe.vae_scale_factor
+
+
+def warn_of_long_prompts(prompts: Iterable[str], pipe: StableDiffusionPipeline, report: Report) -> None:
+    limit = pipe.tokenizer.model_max_length
+    for prompt in prompts:
+        length = len(pipe.tokenizer(prompt).input_ids)
+        if length > limit:
+            report.warn(f"a prompt of {length} tokens is cut after {limit}: '{prompt[:60]}...'")
+
+
+def settings_in_use(args: argparse.Namespace, pipe: StableDiffusionPipeline) -> dict[str, Any]:
+    """The arguments that decide what the pictures look like, for the report and the pictures' metadata."""
+    return {name: getattr(args, name) for name in SETTINGS} | {
+        "model_path": str(args.model_path),
+        "scheduler": type(pipe.scheduler).__name__,
+    }
+
+
+def accelerate(pipe: StableDiffusionPipeline, args: argparse.Namespace, report: Report) -> dict[str, Any]:
+    """Switch on what the arguments ask for. The result says of each flag what it did, None for one that is off.
+
+    What a flag does not reach is warned of. Raises UserError where one can do nothing.
+    """
+    flags: dict[str, Any] = dict.fromkeys(("FA", "TOME", "DC", "dynamo"))
+    if args.FA:
+        with refusals_of("--FA"):
+            flags["FA"] = {"components": enable_flash_attention(pipe, kernels=args.kernels)}
+    if args.TOME:
+        with refusals_of("--TOME"):
+            components = enable_token_merging(pipe, ratio=args.TOME)
+        blocks = sum(isinstance(p, AttnProcessor2_0Tome) for p in pipe.unet.attn_processors.values())
+        flags["TOME"] = {"ratio": args.TOME, "blocks": blocks, "components": components}
+    for name in filter(flags.get, ("FA", "TOME")):
+        for component, what in flags[name]["components"].items():
+            if "not covered" in what:
+                report.warn(f"--{name}, {component}: {what}")
+    if args.FA:  # after token merging, which makes the calls smaller
+        call = largest_attention(pipe, args)
+        flags["FA"] |= {"kernel": select_kernel(call).name, "explain": explain(call).splitlines()}
+    if args.cache:
+        flags["DC"] = args.cache | args.cache_steps
+    if args.dynamo:
+        flags["dynamo"] = compile_pipeline(pipe, args.graph_cache, args.graph_cache_limit)
+        for component, backend in flags["dynamo"].items():
+            if backend == "eager" and (pipe.device.type == "npu" or component == "unet"):
+                report.warn(f"--dynamo, {component}: not compiled, as it is offloaded or not where the UNet is")
+    return flags
+
+
+@contextmanager
+def refusals_of(flag: str) -> Iterator[None]:
+    """A model that a switch is not for is the user's to change."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"{flag}: {error}") from error
+
+
+def largest_attention(pipe: StableDiffusionPipeline, args: argparse.Namespace) -> AttentionCall:
+    """The self-attention over the most tokens in a step of these pictures."""
+    batch = args.num_images * (2 if args.guidance_scale > 1 else 1)
+    scale = pipe.vae_scale_factor
+    return largest_call(pipe.unet, batch, args.height // scale, args.width // scale)

@@ -1,0 +1,267 @@
+"""Time the accelerations, one by one and together, against none and against the packages tomesd and DeepCache.
+
+    python scripts/benchmarks/benchmark.py                      the demo model, in about a minute for each round
+    python scripts/benchmarks/benchmark.py --model sd2.1-base   the true configuration with random weights, 512 x 512
+
+Each round runs every configuration once, so that a machine that slows down slows all of them; a speed-up is a ratio
+within a round, and its median over the rounds is reported. Only the denoising loop is timed: text encoder and VAE are
+the same for all. Writes benchmark.json and benchmark.png to --output_dir.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from ascend.device import DeviceManager
+from ascend.graphs.compile import compile_pipeline
+from processors import disable_flash_attention, disable_token_merging, enable_flash_attention, enable_token_merging
+from runners.cli import (
+    ArgumentParser,
+    UserError,
+    file_path,
+    image_size,
+    non_negative_int,
+    one_line_errors,
+    positive_int,
+)
+from runners.devices import add_device_arguments, check_compiler, choose_device, choose_dtype
+from runners.files import make_output_dir
+from runners.model_dir import load_pipeline, require_patched_diffusers
+from runners.report import Report, format_table
+
+BASELINE = "none"
+# Ours in capitals, as the runner's flags; the peers by the names of their packages.
+CONFIGURATIONS: dict[str, tuple[str, ...]] = {
+    BASELINE: (),
+    "FA": ("FA",),
+    "TOME": ("TOME",),
+    "DC": ("DC",),
+    "dynamo": ("dynamo",),
+    "TOME + DC": ("TOME", "DC"),
+    "all": ("FA", "TOME", "DC", "dynamo"),
+    "tomesd": ("tomesd",),
+    "DeepCache": ("DeepCache",),
+    "tomesd + DeepCache": ("tomesd", "DeepCache"),
+}
+SD21_BASE_UNET = {
+    "sample_size": 64,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+    "layers_per_block": 2,
+    "attention_head_dim": (5, 10, 20, 20),
+    "cross_attention_dim": 1024,
+    "use_linear_projection": True,
+}
+PROMPT_TOKENS = 77
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = ArgumentParser(
+        prog="benchmark.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument_group("what to time").add_argument
+    demo = ROOT / "examples/sd2.1/demo_model"
+    add("--model", default=str(demo), metavar="NAME", help="sd2.1-base, or a pipeline's directory (the demo model)")
+    add("--configs", nargs="+", choices=CONFIGURATIONS, metavar="NAME", help=f"of {', '.join(CONFIGURATIONS)} (all)")
+    add("--steps", type=positive_int, default=12, metavar="N", help="DDIM steps (12)")
+    add("--interval", type=positive_int, default=3, metavar="N", help="of full steps (3)")
+    add("--ratio", type=float, default=0.5, metavar="R", help="of merged tokens (0.5)")
+    add("--height", type=image_size, metavar="PIXELS", help="(the model's)")
+    add("--width", type=image_size, metavar="PIXELS", help="(the model's)")
+    add("--rounds", type=positive_int, default=3, metavar="N", help="(3)")
+    add("--seed", type=non_negative_int, default=0, metavar="N", help="of weights and latents (0)")
+    add_device_arguments(parser)
+    add("--output_dir", type=file_path, default=Path("outputs/benchmark"), metavar="DIR", help="(outputs/benchmark)")
+    args = parser.parse_args(arguments)
+    args.configs = [BASELINE, *(name for name in args.configs or CONFIGURATIONS if name != BASELINE)]
+    return args
+
+
+def make_pipeline(args: argparse.Namespace, manager: DeviceManager, dtype: torch.dtype) -> StableDiffusionPipeline:
+    """The pipeline on its device, with DDIM: there the DeepCache package runs the same full steps as the fork."""
+    if args.model == "sd2.1-base":
+        torch.manual_seed(args.seed)
+        pipe = StableDiffusionPipeline(
+            unet=UNet2DConditionModel(**SD21_BASE_UNET),
+            # The loop does not call them, but the pipeline reads the scale of its latents from the VAE.
+            vae=AutoencoderKL(
+                down_block_types=("DownEncoderBlock2D",) * 4,
+                up_block_types=("UpDecoderBlock2D",) * 4,
+                block_out_channels=(32,) * 4,
+            ),
+            text_encoder=None,
+            tokenizer=None,
+            scheduler=DDIMScheduler(
+                beta_start=0.00085,
+                beta_end=0.012,
+                beta_schedule="scaled_linear",
+                clip_sample=False,
+                set_alpha_to_one=False,
+                steps_offset=1,
+            ),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        ).to(dtype)
+    else:
+        pipe = load_pipeline(StableDiffusionPipeline, Path(args.model).expanduser(), dtype)
+        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(manager.device)
+
+
+def copy_with_same_weights(pipe: StableDiffusionPipeline) -> StableDiffusionPipeline:
+    """A pipeline of its own that takes no memory for weights."""
+    modules = [component for component in pipe.components.values() if isinstance(component, torch.nn.Module)]
+    weights = {id(tensor): tensor for module in modules for tensor in (*module.parameters(), *module.buffers())}
+    return copy.deepcopy(pipe, weights)
+
+
+@contextmanager
+def switched_on(pipe: StableDiffusionPipeline, flags: Sequence[str], args: argparse.Namespace) -> Iterator[dict]:
+    """Give the arguments that the pipeline's calls need beside, and leave the pipeline as it was."""
+    with ExitStack() as undo:
+        if "FA" in flags:
+            enable_flash_attention(pipe)
+            undo.callback(disable_flash_attention, pipe)
+        if "TOME" in flags:
+            enable_token_merging(pipe, ratio=args.ratio, max_downsample=1)  # the blocks that tomesd chooses
+            undo.callback(disable_token_merging, pipe)
+        if "tomesd" in flags:
+            import tomesd
+
+            tomesd.apply_patch(pipe, ratio=args.ratio, use_rand=False)
+            undo.callback(tomesd.remove_patch, pipe)
+        if "DeepCache" in flags:
+            from DeepCache import DeepCacheSDHelper
+
+            helper = DeepCacheSDHelper(pipe=pipe)
+            helper.set_params(cache_interval=args.interval, cache_branch_id=0)
+            helper.enable()
+            undo.callback(helper.disable)
+        yield {"cache_interval": args.interval} if "DC" in flags else {}
+
+
+def denoise(
+    pipe: StableDiffusionPipeline, args: argparse.Namespace, manager: DeviceManager, options: dict[str, Any]
+) -> tuple[float, torch.Tensor]:
+    """Seconds of one denoising loop with guidance, and its latents; `options` are those of `switched_on`."""
+    generator = torch.Generator().manual_seed(args.seed)
+    width = pipe.unet.config.cross_attention_dim
+    prompt, negative = torch.randn(2, 1, PROMPT_TOKENS, width, generator=generator).to(manager.device, pipe.unet.dtype)
+    manager.synchronize()
+    start = time.perf_counter()
+    latents = pipe(
+        prompt_embeds=prompt,
+        negative_prompt_embeds=negative,
+        height=args.height,
+        width=args.width,
+        num_inference_steps=args.steps,
+        generator=generator,
+        output_type="latent",
+        **options,
+    ).images
+    manager.synchronize()
+    return time.perf_counter() - start, latents
+
+
+def measure(args: argparse.Namespace, manager: DeviceManager, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
+    """Of each configuration the seconds of every round, the median speed-up and the distance to the plain latents."""
+    eager = make_pipeline(args, manager, dtype)
+    seconds: dict[str, list[float]] = {name: [] for name in args.configs}
+    latents: dict[str, torch.Tensor] = {}
+    with ExitStack() as undo:
+        compiled = {}
+        for name in args.configs:
+            flags = CONFIGURATIONS[name]
+            if "dynamo" in flags:
+                check_compiler(manager.device)
+                pipe = copy_with_same_weights(eager)  # switching one pipeline to and fro would drop its graphs
+                compiled[name] = pipe, undo.enter_context(switched_on(pipe, flags, args))
+                compile_pipeline(pipe)
+        # The first round warms up: it compiles, fills caches and is not counted.
+        for number in range(args.rounds + 1):
+            for name in tqdm(args.configs, desc=f"round {number}" if number else "warm-up"):
+                if name in compiled:
+                    taken, latents[name] = denoise(compiled[name][0], args, manager, compiled[name][1])
+                else:
+                    with switched_on(eager, CONFIGURATIONS[name], args) as options:
+                        taken, latents[name] = denoise(eager, args, manager, options)
+                if number:
+                    seconds[name].append(taken)
+
+    plain = latents[BASELINE].float()
+    return {
+        name: {
+            "seconds": times,
+            "speed_up": statistics.median(b / t for b, t in zip(seconds[BASELINE], times, strict=True)),
+            "relative_error": ((latents[name].float() - plain).norm() / plain.norm()).item(),
+        }
+        for name, times in seconds.items()
+    }
+
+
+def plot(results: dict[str, dict[str, Any]], title: str, path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    names = list(results)[::-1]
+    figure = Figure(figsize=(7, 0.4 * len(names) + 1.2), layout="constrained")
+    axes = figure.add_subplot()
+    colours = ["tab:gray" if name == BASELINE else "tab:blue" for name in names]
+    bars = axes.barh(names, [results[name]["speed_up"] for name in names], color=colours)
+    axes.bar_label(bars, fmt="%.2fx", padding=3)
+    axes.set(xlabel="speed-up of the denoising loop", title=title)
+    axes.margins(x=0.12)
+    partial = path.with_suffix(".partial.png")
+    figure.savefig(partial, dpi=120)
+    partial.replace(path)
+
+
+def run(args: argparse.Namespace) -> None:
+    require_patched_diffusers()
+    if args.model != "sd2.1-base" and not Path(args.model).is_dir():
+        raise UserError(f"--model {args.model}: there is no such directory; use sd2.1-base or a pipeline's directory")
+    report = Report()
+    output_dir = make_output_dir(args.output_dir)
+    manager = choose_device(args, report)
+    dtype = choose_dtype(args, manager, report)
+    results = measure(args, manager, dtype)
+    settings = {**vars(args), "output_dir": str(output_dir), "device": str(manager.device), "dtype": str(dtype)}
+    report.sections = {"settings": settings, "threads": torch.get_num_threads(), "results": results}
+    report.write(output_dir / "benchmark.json")
+    plot(
+        results,
+        f"{Path(args.model).name}, {args.steps} DDIM steps, {manager.device.type}",
+        output_dir / "benchmark.png",
+    )
+    rows = [
+        (name, [statistics.median(r["seconds"]), r["speed_up"], r["relative_error"]], ".3f")
+        for name, r in results.items()
+    ]
+    print(format_table(["seconds", "speed-up", "latents differ by"], rows))
+    print(f"benchmark.json and benchmark.png are in {output_dir}")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    with one_line_errors():
+        run(parse_arguments(arguments))
+
+
+if __name__ == "__main__":
+    main()

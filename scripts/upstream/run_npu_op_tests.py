@@ -1,0 +1,262 @@
+"""Runs Ascend's own operator tests with whatever NPU torch_npu sees: a card, or the emulator.
+
+    git clone https://github.com/Ascend/op-plugin && git -C op-plugin checkout 517f2e7d
+    git clone https://github.com/Ascend/pytorch && git -C pytorch checkout 9e73e708
+    pip install -r requirements-dev.txt -r scripts/upstream/requirements-npu-op-tests.txt
+    python -m emulator run --soc Ascend910B3 --devices 2 -- \\
+        python scripts/upstream/run_npu_op_tests.py --op_plugin op-plugin --pytorch pytorch --output Ascend910B3.json
+
+Which tests: the forward operators that Stable Diffusion and the basics of tensors need (SELECTION). A test
+that fails for a reason that is not the device's is "not applicable" (NOT_APPLICABLE says why); everything else that
+fails counts. Each file runs in a process of its own, in the mode that `ascend.device` sets: no operator is compiled at
+run time, private formats only where they are what is tested, and an operator that fails does so in the call itself.
+
+Exit codes: 0 every test that applies passes, 1 one does not or the tests could not run, 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from fnmatch import fnmatchcase
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from tqdm import tqdm
+
+from scripts.fork.fork_wheel import ArgumentParser, ForkError, run_command
+from scripts.upstream.run_diffusers_tests import Outcomes, read_report, write_json
+
+# <repository>, folder, and of test_<name>.py there the names
+SELECTION: tuple[tuple[str, str, str], ...] = (
+    (
+        "op_plugin",
+        "test/test_base_ops",
+        """
+    abs absolute acos acosh add addbmm addcdiv addcmul addmm addmm_activation_out addmv addr all angle any arange
+    arccosh arcsin arcsinh arctan arctan2 arctanh argmax argmin argsort as_strided asin asinh atan atan2 atanh
+    avg_pool2d baddbmm bernoulli bitwise_and bitwise_left_shift bitwise_not bitwise_or bitwise_right_shift
+    bitwisexor bmm bmm_compatible broadcast bucketize cast cat ceil channel_shuffle clamp clamp_max clamp_min clip
+    clone constant_pad_nd conv1d conv2d copy_ cos cosh cumprod cumsum div divide dot dropout dtype_cast embedding
+    empty_strided eq equal erf erfc erfinv exp exp2 expm1 eye fast_gelu fill fill_diagonal fix flip floatstatus
+    floor floordivide fmod format_cast frac from_numpy full gather ge gelu gelu_out ger glu greater greater_equal
+    group_norm gt index index_add index_copy index_fill index_put index_select indexing is_nonzero isclose isfinite
+    isinf layer_norm le leaky_relu lerp less less_equal linspace log log10 log1p log2 log_softmax logical_and
+    logical_not logical_or logical_xor logit logspace logsumexp lt masked_fill masked_scatter masked_select matmul
+    matmul_compatible max mean min minimum mm multinomial multiply mv nan_to_num ne neg negative nonzero norm
+    normal not_equal npu_linear one_hot ones ones_like polar pow prod prompt_flash_attention put random randperm
+    range reciprocal relu remainder repeat repeat_interleave reshape roll round rsqrt rsub
+    scaled_dot_product_attention scaled_masked_softmax scatter scatter_add scatter_reduce searchsorted sigmoid sign
+    silu sin sinc sinh slice softmax sort sort_without_indices sqrt stack std std_mean sub subtract take tan tanh
+    tensor_factories tile to topk trace transpose tril triu true_divide trunc uniform_ unique unique2
+    unique_consecutive upsample_nearest2d var where xor zero zeros
+        """,
+    ),
+    (
+        "op_plugin",
+        "test/test_custom_ops",
+        """
+    group_norm_silu npu_add_layer_norm npu_add_rms_norm npu_add_rms_norm_cast npu_add_rms_norm_v2 npu_addmm
+    npu_apply_rotary_pos_emb npu_clipped_swiglu npu_dropout_gen_mask npu_flash_attention npu_flash_attention_v2
+    npu_fused_infer_attention_score npu_fused_infer_attention_score_v2
+    npu_fused_infer_attention_score_v2_with_workspace npu_fused_infer_attention_score_with_workspace npu_gelu
+    npu_gelu_mul npu_gemma_rms_norm npu_group_norm_swish npu_indexing npu_layer_norm_eval npu_rms_norm
+    npu_rotary_mul npu_sim_exponential_ npu_swi_glu prompt_flash_attention
+        """,
+    ),
+    (
+        "pytorch",
+        "test/custom_ops",
+        """
+    fast_gelu float_status npu_confusion_transpose npu_dtype_cast npu_format_cast npu_geglu npu_reshape npu_rotary_mul
+    npu_scaled_masked_softmax npu_silu npu_transpose one_ prompt_flash_attention resize_
+        """,
+    ),
+)
+
+OTHER_WORDS = "is refused as the test wants, in other words than those of the torch_npu that the test was written for"
+BACKWARD = "ends in a backward pass, which the emulator does not have"
+NO_BFLOAT16 = "310P has no bfloat16"
+NO_CUSTOM_DTYPE = "torch_npu has customize_dtype on Ascend950 only"
+NO_PEER = "310P cannot copy between devices"
+
+# (chip, test, reason): both are patterns, and the first line that fits says why a failed test does not count.
+NOT_APPLICABLE: tuple[tuple[str, str, str], ...] = (
+    ("*", "*::test_2args_broadcast", "a helper that the file imports, not a test"),
+    ("*", "*::test_*_device_check", OTHER_WORDS),
+    ("*", "*::test_check_diff_device", OTHER_WORDS),
+    ("*", "*TestLerp::test_lerp_inplace_shape_format_910b", OTHER_WORDS),
+    ("*", "*TestAddmv::test_addmv_fp16_to_fp32", "torch 2.13 itself refuses operands of different dtypes"),
+    (
+        "*",
+        "*TestGelu::test_gelu_float32_1",
+        "draws a number below 3, where the chips' F.gelu, the tanh form, differs from erf",
+    ),
+    ("*", "*::test_npu_flash_attention*tnd*", BACKWARD),
+    ("*", "*TestNPUGroupNormSwish::test_npu_group_norm_swish", BACKWARD),
+    ("*", "*TestScaledDotProductAttention::test_sdpa_view_graph", BACKWARD),
+    ("*", "*::test_npu_flash_attention_tensor*_graph", "captures an NPU graph, not an operator"),
+    ("*", "*TestNpuFormatCast*c0_8*", NO_CUSTOM_DTYPE),
+    ("*", "*TestNpuFormatCast*customize_dtype*", NO_CUSTOM_DTYPE),
+    ("Ascend310P*", "*::test_matmul*bf16*", NO_BFLOAT16),
+    (
+        "Ascend310P*",
+        "*TestBmmCompatible::*",
+        "mixes in bfloat16, and wants more of float32 than float16 products, which 310P has",
+    ),
+    ("Ascend310P*", "*TestMatMulCompatible::*fp32", "wants more of float32 than float16 products, which 310P has"),
+    ("Ascend310P*", "*TestVar::test_var_mean_dim_correction", "wants infinity, which 310P does not have"),
+    ("Ascend310P*", "*::test_dtype_cast_multidevice", NO_PEER),
+    ("Ascend310P*", "*::test_npu_*_multinpu", NO_PEER),
+)
+
+SECONDS_PER_TEST = 600
+CONFTEST = """
+import pytest, random, numpy, torch, torch_npu
+
+@pytest.fixture(autouse=True)
+def fresh(request):
+    torch.npu.set_compile_mode(jit_compile=False)
+    torch.npu.config.allow_internal_format = "format_cast" in request.path.name
+    for seed in (random.seed, numpy.random.seed, torch.manual_seed):
+        seed(666)
+"""
+PROBE = "import torch, torch_npu; print(torch_npu.__version__, torch.npu.device_count(), torch.npu.get_device_name(0))"
+
+
+def find_npu() -> dict[str, Any]:
+    """Which torch_npu there is, and what it sees."""
+    result = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True)
+    if result.returncode:
+        reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise ForkError(f"torch_npu sees no NPU: {reason}\nWithout a card: python -m emulator run --help")
+    version, devices, chip = result.stdout.splitlines()[-1].split(maxsplit=2)
+    return {"torch_npu": version, "devices": int(devices), "chip": chip}
+
+
+def select(op_plugin: Path, pytorch: Path, only: list[str]) -> dict[str, Path]:
+    """The test files by the name that they get here, <repository>/<path>, whose name fits a pattern of `only`."""
+    checkouts = {"op_plugin": op_plugin, "pytorch": pytorch}
+    files: dict[str, Path] = {}
+    for repository, folder, operators in SELECTION:
+        paths = [f"{folder}/test_{operator}.py" for operator in operators.split()]
+        checkout = checkouts[repository]
+        missing = [path for path in paths if not (checkout / path).is_file()]
+        if missing:
+            problem = f"it lacks {len(missing)} of {len(paths)} files, as {missing[0]}"
+            raise ForkError(f"{checkout} is not the checkout that --help names: {problem}")
+        files |= {f"{repository}/{path}": checkout / path for path in paths}
+    selected = {name: path for name, path in files.items() if any(fnmatchcase(name, pattern) for pattern in only)}
+    if not selected:
+        raise ForkError(f"--only {' '.join(only)}: no file fits, of {', '.join(files)}")
+    return selected
+
+
+def run_pytest(name: str, scratch: Path, options: list[str]) -> None:
+    """The whole life of a test file's process; what it says goes to the file `output` in the folder `scratch`."""
+    import pytest
+
+    os.chdir(scratch)
+    output = os.open("output", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for stream in (sys.stdout.fileno(), sys.stderr.fileno()):
+        os.dup2(output, stream)
+    sys.exit(pytest.main([*options, name]))
+
+
+def run_file(server: ForkServerContext, name: str, scratch: Path) -> tuple[Outcomes, str]:
+    """How each test of the file `name` in the folder `scratch` ended, and what pytest said."""
+    report = scratch / "report.xml"
+    report.unlink(missing_ok=True)
+    options = ["--quiet", "--tb=short", "-p", "no:cacheprovider", f"--timeout={SECONDS_PER_TEST}"]
+    process = server.Process(target=run_pytest, args=(name, scratch, [*options, f"--junitxml={report}"]))
+    process.start()
+    process.join()
+    output = scratch.joinpath("output").read_text("utf-8", errors="replace")
+    if report.exists():
+        return read_report(report), output
+    reason = f"the process ended with exit code {process.exitcode}"
+    return {f"{name}::": {"outcome": "failed", "reason": reason}}, output
+
+
+def judge(tests: Outcomes, chip: str) -> Outcomes:
+    """`tests` with the failures that NOT_APPLICABLE explains as such."""
+    judged = {}
+    for name, test in tests.items():
+        lines = (line for line in NOT_APPLICABLE if fnmatchcase(chip, line[0]) and fnmatchcase(name, line[1]))
+        line = next(lines, None) if test["outcome"] == "failed" else None
+        judged[name] = {"outcome": "not applicable", "reason": line[2]} if line else test
+    return judged
+
+
+def run_all(files: dict[str, Path], chip: str) -> Iterator[tuple[Outcomes, str]]:
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        scratch.joinpath("conftest.py").write_text(CONFTEST, "utf-8")
+        # Importing takes longer than most files' tests, so all are forked from one process that has imported.
+        server = multiprocessing.get_context("forkserver")
+        server.set_forkserver_preload(["pytest", "torch_npu.testing.testcase"])
+        for name, path in files.items():
+            scratch.joinpath(name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, scratch / name)
+            tests, output = run_file(server, name, scratch)
+            yield judge(tests, chip), output
+
+
+def count(tests: Outcomes) -> dict[str, int]:
+    found = Counter(test["outcome"] for test in tests.values())
+    return {outcome: found[outcome] for outcome in ("passed", "failed", "not applicable", "skipped")}
+
+
+def names_of(tests: Outcomes, outcome: str) -> Iterable[tuple[str, str]]:
+    return ((name, test["reason"]) for name, test in tests.items() if test["outcome"] == outcome)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = ArgumentParser(
+        prog="run_npu_op_tests.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--op_plugin", metavar="DIR", type=Path, required=True, help="checkout of Ascend/op-plugin")
+    parser.add_argument("--pytorch", metavar="DIR", type=Path, required=True, help="checkout of Ascend/pytorch")
+    parser.add_argument("--output", metavar="FILE", type=Path, required=True, help="where the outcomes go, as JSON")
+    parser.add_argument(
+        "--only", metavar="PATTERN", nargs="+", default=["*"], help="run only the files that fit, as '*/test_add*'"
+    )
+    return parser.parse_args()
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    files = select(arguments.op_plugin, arguments.pytorch, arguments.only)
+    os.environ["TASK_QUEUE_ENABLE"] = "0"
+    npu = find_npu()
+    tests: Outcomes = {}
+    with tqdm(total=len(files), unit="file") as progress:
+        for outcomes, output in run_all(files, npu["chip"]):
+            tests |= outcomes
+            counts = count(tests)
+            if any(names_of(outcomes, "failed")):
+                progress.write(output)
+            progress.set_postfix_str(", ".join(f"{number} {outcome}" for outcome, number in counts.items()))
+            progress.update()
+    write_json(arguments.output, npu | {"counts": count(tests), "tests": tests})
+    for reason, number in Counter(reason for _, reason in names_of(tests, "not applicable")).items():
+        print(f"not applicable ({number}): {reason}")
+    for name, reason in names_of(tests, "failed"):
+        print(f"failed: {name}: {reason}")
+    print(f"torch_npu {npu['torch_npu']} with {npu['devices']} x {npu['chip']}: {count(tests)}")
+    return 1 if any(names_of(tests, "failed")) else 0
+
+
+if __name__ == "__main__":
+    run_command("run_npu_op_tests.py", main)
