@@ -8,7 +8,6 @@ Where torch_npu is installed and CANN is not, `import torch` itself fails, befor
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import os
 import random
@@ -19,8 +18,11 @@ from typing import Any
 
 import torch
 
+from ascend.chips import family_of
+from ascend.memory import give_back_memory, read_memory, reset_peak_memory
+from ascend.placement import load_safetensors, place_pipeline
+
 DEVICE_TYPES = ("npu", "cuda", "cpu")  # best first
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 VISIBLE_DEVICES = {"npu": "ASCEND_RT_VISIBLE_DEVICES", "cuda": "CUDA_VISIBLE_DEVICES"}
 
 
@@ -112,7 +114,7 @@ def get_device_info(device: torch.device | None = None) -> dict[str, Any]:
         "chip": get_chip(device),
         "dtype": best_dtype(device),
         "count": _device_count(device.type),
-        "total_memory": get_memory_info(device)["total"],
+        "total_memory": read_memory(device)["total"],
     }
 
 
@@ -120,6 +122,9 @@ def best_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where the device computes in it, float16 on other accelerators (Ascend 310P), float32 on the CPU."""
     if device.type == "cpu":
         return torch.float32
+    family = family_of(get_chip(device))
+    if family is not None:
+        return family.dtypes[0]
     module = torch.get_device_module(device)
     emulation = {"including_emulation": False} if device.type == "cuda" else {}  # which torch_npu 2.10 does not take
     has_bfloat16 = module.is_bf16_supported(**emulation)
@@ -127,60 +132,8 @@ def best_dtype(device: torch.device) -> torch.dtype:
 
 
 def get_memory_info(device: torch.device | None = None) -> dict[str, int]:
-    """Memory of `device` (default: the best) in bytes.
-
-    Returns:
-        `total` and `free` of the device; `allocated` by tensors and `reserved` by torch's allocator, of this process;
-        `peak`, the most that was allocated since `reset_peak_memory`. On the CPU `allocated` and `reserved` are the
-        process's resident memory and `peak` its high-water mark.
-    """
-    device = device or _best_device()
-    if device.type == "cpu":
-        return _host_memory_info()
-    module = torch.get_device_module(device)
-    free, total = module.mem_get_info(device)
-    return {
-        "total": total,
-        "free": free,
-        "allocated": module.memory_allocated(device),
-        "reserved": module.memory_reserved(device),
-        "peak": module.max_memory_allocated(device),
-    }
-
-
-def _host_memory_info() -> dict[str, int]:
-    import psutil
-
-    machine, resident = psutil.virtual_memory(), psutil.Process().memory_info().rss
-    return {
-        "total": machine.total,
-        "free": machine.available,
-        "allocated": resident,
-        "reserved": resident,
-        "peak": max(resident, _host_peak()),
-    }
-
-
-def _host_peak() -> int:
-    import resource
-
-    try:
-        with open("/proc/self/status", encoding="ascii") as status:
-            return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM:"))
-    except (OSError, StopIteration):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def reset_peak_memory(device: torch.device) -> None:
-    """Start `peak` of `get_memory_info` anew. On the CPU this works where Linux allows it, else `peak` goes on."""
-    if device.type != "cpu":
-        torch.get_device_module(device).reset_peak_memory_stats(device)
-        return
-    try:
-        with open("/proc/self/clear_refs", "w", encoding="ascii") as clear_refs:
-            clear_refs.write("5")  # the high-water mark, see proc(5)
-    except OSError:
-        return
+    """Memory of `device` (default: the best) in bytes, see `ascend.memory.read_memory`."""
+    return read_memory(device or _best_device())
 
 
 def set_seed(seed: int) -> None:
@@ -274,23 +227,6 @@ def _use_precompiled_kernels() -> None:
     npu.config.allow_internal_format = False
 
 
-def keep_freed_memory() -> None:
-    """Let glibc keep what tensors on the CPU free: pages given back and asked for again have to be zeroed each time.
-
-    That takes a tenth of a step of SD2.1 there. It holds for the whole process and has no inverse, so it is for
-    programs to choose, not for libraries. `DeviceManager.empty_cache` gives back what is free. Other C libraries are
-    left alone.
-    """
-    _call_libc("mallopt", _M_MMAP_MAX, 0)
-    _call_libc("mallopt", _M_TRIM_THRESHOLD, 2**31 - 1)  # bytes
-
-
-def _call_libc(name: str, *numbers: int) -> None:
-    function = getattr(ctypes.CDLL(None), name, None)
-    if function is not None:
-        function(*numbers)
-
-
 class DeviceManager:
     """The device that a program computes on, chosen once.
 
@@ -321,19 +257,16 @@ class DeviceManager:
         return torch.Generator().manual_seed(seed)
 
     def memory_stats(self) -> dict[str, int]:
-        """Bytes, see `get_memory_info`."""
-        return get_memory_info(self.device)
+        """Bytes, see `ascend.memory.read_memory`."""
+        return read_memory(self.device)
 
     def reset_peak_memory(self) -> None:
-        """See the function of that name."""
+        """See `ascend.memory.reset_peak_memory`."""
         reset_peak_memory(self.device)
 
     def empty_cache(self) -> None:
         """Return unused memory of the allocator to the device."""
-        if self.device.type == "cpu":
-            _call_libc("malloc_trim", 0)
-        else:
-            torch.get_device_module(self.device).empty_cache()
+        give_back_memory(self.device)
 
     def synchronize(self) -> None:
         """Wait until the device has done all it was given."""
@@ -341,13 +274,9 @@ class DeviceManager:
             torch.accelerator.synchronize(self.device)
 
     def load_safetensors(self, path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
-        """See `ascend.memory.load_safetensors`."""
-        from ascend.memory import load_safetensors
-
+        """See `ascend.placement.load_safetensors`."""
         return load_safetensors(path, self.device)
 
     def set_memory_efficient_mode(self, pipe: Any) -> list[str]:
-        """See `ascend.memory.place_pipeline`."""
-        from ascend.memory import place_pipeline
-
+        """See `ascend.placement.place_pipeline`."""
         return place_pipeline(pipe, self.device)

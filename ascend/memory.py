@@ -1,110 +1,90 @@
-"""Weights on their way to a device, without more memory than they need."""
+"""How much memory there is and is used, of a device and of the host, and what torch and the C library keep of it."""
 
 from __future__ import annotations
 
-import json
-import os
-from pathlib import Path
-from typing import Any
+import ctypes
 
 import torch
-from safetensors import safe_open
 
-from ascend.device import get_memory_info
-
-# What is left for activations when the weights stay on the device.
-ACTIVATION_SHARE = 0.3
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
-def load_safetensors(path: str | os.PathLike[str], device: torch.device) -> dict[str, torch.Tensor]:
-    """Read a .safetensors file, or a folder of them (sharded with an index, or a single file), onto `device`.
-
-    Tensors go one by one, so that host memory holds no second copy of them all.
-
-    Raises:
-        FileNotFoundError: the path, or a shard that the index names, does not exist.
-        ValueError: the folder holds no .safetensors file, or several and no index.
-    """
-    tensors = {}
-    for file in _shards(Path(path)):
-        with safe_open(file, framework="pt") as shard:
-            for name in shard.keys():  # noqa: SIM118  safe_open is not a dict
-                tensors[name] = shard.get_tensor(name).to(device)
-    return tensors
-
-
-def _shards(path: Path) -> list[Path]:
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist")
-    if path.is_file():
-        return [path]
-    files = sorted(path.glob("*.safetensors"))
-    indices = sorted(path.glob("*.safetensors.index.json"))
-    if len(indices) == 1:
-        files = [path / name for name in sorted(set(json.loads(indices[0].read_text())["weight_map"].values()))]
-    elif len(files) != 1:
-        raise ValueError(f"{path} holds {len(files)} .safetensors files and {len(indices)} indices; name the file")
-    missing = [file.name for file in files if not file.is_file()]
-    if missing:
-        raise FileNotFoundError(f"{path} lacks {', '.join(missing)}, which {indices[0].name} names")
-    return files
-
-
-def fits(weights: int, resident: int, memory: dict[str, int]) -> bool:
-    """Whether a model leaves its activations `ACTIVATION_SHARE` of the device memory that there is for both.
-
-    Args:
-        weights: bytes of all the parameters.
-        resident: bytes of those that are on the device already.
-        memory: of the device, from `get_memory_info`.
-    """
-    unused = memory["reserved"] - memory["allocated"]  # held by torch's allocator, as good as free
-    return weights <= (memory["free"] + unused + resident) * (1 - ACTIVATION_SHARE)
-
-
-def place_pipeline(pipe: Any, device: torch.device) -> list[str]:
-    """Bring a diffusers pipeline to `device` with as little memory as leaves the pictures as they are.
-
-    Pictures are decoded one at a time. Where the weights do not fit beside their activations, each component is on the
-    device only while it runs. Call it before `compile_pipeline`, which leaves components that move as they are, and as
-    often as you like: an earlier offloading is undone.
+def read_memory(device: torch.device) -> dict[str, int]:
+    """Memory of `device` in bytes.
 
     Returns:
-        What was done, in words.
-
-    Raises:
-        RuntimeError: the weights do not fit, and they cannot move, as the forward of a module was replaced.
+        `total` and `free` of the device; `allocated` by tensors and `reserved` by torch's allocator, of this process;
+        `peak`, the most that was allocated since `reset_peak_memory`. On the CPU `allocated` and `reserved` are the
+        process's resident memory and `peak` its high-water mark.
     """
-    done = []
-    if getattr(pipe, "vae", None) is not None:
-        pipe.vae.enable_slicing()
-        done.append("the VAE decodes one picture at a time")
-    modules = [component for component in pipe.components.values() if isinstance(component, torch.nn.Module)]
-    parameters = {parameter for module in modules for parameter in module.parameters()}
-    weights = sum(parameter.nbytes for parameter in parameters)
-    resident = sum(parameter.nbytes for parameter in parameters if parameter.device == device)
-    if device.type != "cpu" and not fits(weights, resident, get_memory_info(device)):
-        _require_own_forwards(pipe)
-        pipe.enable_model_cpu_offload(device=device)
-        done.append(f"components move to {device} in turn: {weights / 2**30:.1f} GiB do not fit at once")
+    if device.type == "cpu":
+        return _host_memory_info()
+    module = torch.get_device_module(device)
+    free, total = module.mem_get_info(device)
+    return {
+        "total": total,
+        "free": free,
+        "allocated": module.memory_allocated(device),
+        "reserved": module.memory_reserved(device),
+        "peak": module.max_memory_allocated(device),
+    }
+
+
+def _host_memory_info() -> dict[str, int]:
+    import psutil
+
+    machine, resident = psutil.virtual_memory(), psutil.Process().memory_info().rss
+    return {
+        "total": machine.total,
+        "free": machine.available,
+        "allocated": resident,
+        "reserved": resident,
+        "peak": max(resident, _host_peak()),
+    }
+
+
+def _host_peak() -> int:
+    import resource
+
+    try:
+        with open("/proc/self/status", encoding="ascii") as status:
+            return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Start `peak` of `read_memory` anew. On the CPU this works where Linux allows it, else `peak` goes on."""
+    if device.type != "cpu":
+        torch.get_device_module(device).reset_peak_memory_stats(device)
+        return
+    try:
+        with open("/proc/self/clear_refs", "w", encoding="ascii") as clear_refs:
+            clear_refs.write("5")  # the high-water mark, see proc(5)
+    except OSError:
+        return
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what tensors on the CPU free: pages given back and asked for again have to be zeroed each time.
+
+    That takes a tenth of a step of SD2.1 there. It holds for the whole process and has no inverse, so it is for
+    programs to choose, not for libraries. `give_back_memory` gives back what is free. Other C libraries are
+    left alone.
+    """
+    _call_libc("mallopt", _M_MMAP_MAX, 0)
+    _call_libc("mallopt", _M_TRIM_THRESHOLD, 2**31 - 1)  # bytes
+
+
+def give_back_memory(device: torch.device) -> None:
+    """Return to `device` what torch's allocator, or the C library, holds and does not use."""
+    if device.type == "cpu":
+        _call_libc("malloc_trim", 0)
     else:
-        pipe.remove_all_hooks()  # those of an earlier offloading would move the components again
-        pipe.to(device)
-        done.append(f"all components are on {device}")
-    return done
+        torch.get_device_module(device).empty_cache()
 
 
-def _require_own_forwards(pipe: Any) -> None:
-    """Graphs and shared batches replace a forward; accelerate's hooks do too, and are theirs to move."""
-    for name, component in pipe.components.items():
-        modules = component.modules() if isinstance(component, torch.nn.Module) else ()
-        if any(_has_other_forward(module) and not hasattr(module, "_hf_hook") for module in modules):
-            raise RuntimeError(
-                f"the weights do not fit on the device at once, and those of the {name} cannot move, as it is "
-                "compiled or shared: place the pipeline first, or undo that by decompile_pipeline or unshare_guidance"
-            )
-
-
-def _has_other_forward(module: torch.nn.Module) -> bool:
-    # accelerate leaves the method of the class behind as an attribute.
-    return getattr(module.forward, "__func__", None) is not type(module).forward
+def _call_libc(name: str, *numbers: int) -> None:
+    function = getattr(ctypes.CDLL(None), name, None)
+    if function is not None:
+        function(*numbers)

@@ -124,7 +124,7 @@ def _digest(site: Path) -> str:
     wheels = f"{torch_dir()} {importlib.metadata.version('torch')} {site}"
     digest = hashlib.sha256(f"{compiler}{wheels}{FLAGS}{THIN}".encode())
     for path in sorted([*SOURCES.rglob("*.*"), Path(stubs.__file__), Path(toolkit.__file__), Path(__file__)]):
-        digest.update(path.name.encode() + path.read_bytes())
+        digest.update(f"{path.parent.name}/{path.name}".encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
 
@@ -142,7 +142,7 @@ def _compile_all(site: Path, out: Path, jobs: int) -> list[Path]:
     sources = _sources()
 
     def compile_one(source: Path) -> Path:
-        target = out / f"{source.stem}.o"
+        target = out / f"{source.parent.name}.{source.stem}.o"
         _run(_compiler(), *options, "-c", source, "-o", target)
         progress.update()
         return target

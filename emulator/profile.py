@@ -38,7 +38,7 @@ def parse_size(text: str) -> int:
 
 
 def rule_lines(profile: dict[str, Any]) -> list[str]:
-    """What emulator/src/rules.cpp reads: a rule a line, of operator, parameter, check, its value and the error."""
+    """What emulator/src/ops/rules.cpp reads: a rule a line, of operator, parameter, check, its value and the error."""
     lines = [f"*\t\tdtype\t{dtype}\t-" for dtype in profile["dtypes"]["supported"]]
     for rule in profile["rules"]:
         for operator in rule["operators"]:
@@ -59,7 +59,7 @@ def write_rules(profile: dict[str, Any], directory: Path) -> Path:
 
 
 def environment(profile: dict[str, Any], devices: int, memory: int | None, rules: Path) -> dict[str, str]:
-    """The variables that emulator/src/chip.cpp and rules.cpp read."""
+    """The variables that emulator/src/runtime/chip.cpp and ops/rules.cpp read."""
     values = {
         "SOC": profile["soc"],
         "VERSION": CANN_VERSION,

@@ -1,21 +1,31 @@
-"""Attention processors of diffusers for Ascend NPUs, and token merging."""
+"""What replaces parts of a model: kernels of the device, and token merging."""
 
-from processors.kernels.select import attention
+from processors.kernels.attention import attention
+from processors.kernels.call import AttentionCall
+from processors.kernels.select import check_kernels, explain, kernel_names
 from processors.merging.processor import AttnProcessor2_0Tome
 from processors.models.attention_processor import AttnProcessor2_0
 from processors.switches import (
     disable_flash_attention,
+    disable_fused_kernels,
     disable_token_merging,
     enable_flash_attention,
+    enable_fused_kernels,
     enable_token_merging,
 )
 
 __all__ = [
+    "AttentionCall",
     "AttnProcessor2_0",
     "AttnProcessor2_0Tome",
     "attention",
+    "check_kernels",
     "disable_flash_attention",
+    "disable_fused_kernels",
     "disable_token_merging",
     "enable_flash_attention",
+    "enable_fused_kernels",
     "enable_token_merging",
+    "explain",
+    "kernel_names",
 ]

@@ -26,7 +26,7 @@ from processors.models.unet import self_attentions
 logger = logging.getLogger(__name__)
 
 
-def enable_flash_attention(
+def enable_fused_kernels(
     pipe: DiffusionPipeline | torch.nn.Module, kernels: Sequence[str] | None = None
 ) -> dict[str, str]:
     """Let every model of `pipe` attend through `processors.kernels`, and use the exact fused kernels of an NPU.
@@ -80,8 +80,8 @@ def enable_flash_attention(
     return {name: coverage.words() for name, coverage in found.items()}
 
 
-def disable_flash_attention(pipe: DiffusionPipeline | torch.nn.Module) -> None:
-    """Undo `enable_flash_attention`; does nothing where it was not enabled."""
+def disable_fused_kernels(pipe: DiffusionPipeline | torch.nn.Module) -> None:
+    """Undo `enable_fused_kernels`; does nothing where it was not enabled."""
     for attn in _attentions(pipe):
         switch(attn, flash=False, kernels=None)
     _forget_processors(pipe)
@@ -92,6 +92,10 @@ def disable_flash_attention(pipe: DiffusionPipeline | torch.nn.Module) -> None:
             clip.use_default(module)
         elif isinstance(module, GELUActivation):
             clip.use_default_gelu(module)
+
+
+# By the flag --FA of the runners.
+enable_flash_attention, disable_flash_attention = enable_fused_kernels, disable_fused_kernels
 
 
 def enable_token_merging(

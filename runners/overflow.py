@@ -30,6 +30,7 @@ def overflow_warning(images: Sequence[Image.Image], device: torch.device) -> str
 def saturates(device: torch.device) -> bool:
     """Whether overflow gives the largest number and not infinity: Ascend 310P and 910A, and no other device.
 
-    Source: INF_NAN_MODE_ENABLE in the environment variables of the Ascend extension for PyTorch.
+    Source: INF_NAN_MODE_ENABLE in the environment variables of the Ascend extension for PyTorch. It may be switched,
+    so torch_npu is asked.
     """
     return device.type == "npu" and not torch.get_device_module(device).utils.is_support_inf_nan()

@@ -92,7 +92,7 @@ def compile_module(
     forward = vars(module).get("forward")
     if forward is not None and getattr(forward, "__func__", None) is not type(module).forward:
         raise RuntimeError(f"{name} cannot be compiled after its forward was replaced by {forward!r:.100}")
-    backend = _make_backend(next(module.parameters()).device, graph_cache, graph_cache_limit)
+    backend = make_backend(next(module.parameters()).device, graph_cache, graph_cache_limit)
     StaticGraphs(module, backend, name)
     return backend.name
 
@@ -130,7 +130,7 @@ def _find_graphs(module: nn.Module) -> StaticGraphs | None:
     return forward
 
 
-def _make_backend(device: torch.device, graph_cache: Path | None, graph_cache_limit: int | None) -> Backend:
+def make_backend(device: torch.device, graph_cache: Path | None, graph_cache_limit: int | None) -> Backend:
     if device.type != "npu":
         return Inductor(device)
     from ascend.graphs.torchair import Torchair

@@ -38,8 +38,8 @@ def describe(module: nn.Module) -> str:
     """
     device = next(module.parameters()).device
     digest = hashlib.sha256(platform(device).encode())
-    for file in sorted(_source_files(module)):
-        digest.update(_digest_of(file))
+    for file in sorted(source_files(module)):
+        digest.update(digest_of(file))
     for name, submodule in module.named_modules():
         hooks = [*submodule._forward_pre_hooks.values(), *submodule._forward_hooks.values()]
         settings = "; ".join([*_settings(submodule, DEPTH), *(_text(hook, DEPTH) for hook in hooks)])
@@ -135,7 +135,7 @@ def _name(code: Any) -> str:
     return f"{getattr(code, '__module__', None)}.{getattr(code, '__qualname__', None)}"
 
 
-def _source_files(module: nn.Module) -> set[Path]:
+def source_files(module: nn.Module) -> set[Path]:
     """Our code, that of the submodules and of the objects and functions that they hold, and the files beside it, which
     may help it."""
     holders: set[Any] = set()
@@ -167,5 +167,5 @@ def _registered_functions(module: nn.Module) -> set[Callable[..., Any]]:
 
 
 @functools.cache
-def _digest_of(file: Path) -> bytes:
+def digest_of(file: Path) -> bytes:
     return hashlib.sha256(file.name.encode() + file.read_bytes()).digest()

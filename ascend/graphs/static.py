@@ -70,7 +70,7 @@ class StaticGraphs:
         self._forward = module.forward
         self._own_forward = vars(module).get("forward")
         self._undo = ExitStack()
-        self._graphs: OrderedDict[Any, Graph] = OrderedDict()
+        self.graphs: OrderedDict[Any, Graph] = OrderedDict()
         from diffusers.models.unets.change_watch import current_loop  # of the fork, whose absence runners report
 
         self._current_loop = current_loop
@@ -90,10 +90,10 @@ class StaticGraphs:
             raise RuntimeError(f"{self.name} is compiled for inference and gives no gradients: decompile it first")
         key = structure, tuple(map(kind_of, leaves)), ambient(self._device.type)
         with torch.no_grad():
-            graph = self._graphs.get(key)
+            graph = self.graphs.get(key)
             if graph is None:
                 return self._make(key, leaves, tensors)
-            self._graphs.move_to_end(key)
+            self.graphs.move_to_end(key)
             return _restore(*graph(*tensors))
 
     def remove(self) -> None:
@@ -108,7 +108,7 @@ class StaticGraphs:
             del self.module.forward
         else:
             self.module.forward = self._own_forward
-        self._graphs.clear()
+        self.graphs.clear()
         self._undo.close()
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
@@ -138,40 +138,40 @@ class StaticGraphs:
                 f"{self.name} left {self._device}, where it was compiled: decompile_pipeline(pipe), move it, then "
                 "compile it again"
             )
-        if self._graphs:
+        if self.graphs:
             watch = Watch(self.module)
             if watch.has_same_tensors(self._watch) and self._description == describe(self.module):
                 self._watch = watch
                 return
             logger.warning("%s has changed since it was compiled: its graphs are made anew", self.name)
-            self._graphs.clear()
+            self.graphs.clear()
         self._undo.close()
         self._prepare()
 
     def _make(self, key: Any, leaves: list[Any], tensors: list[torch.Tensor]) -> Any:
-        if not self._graphs:
+        if not self.graphs:
             self._watch = Watch(self.module)
             self._description = describe(self.module)
         digest = hashlib.sha256(repr((self._description, key)).encode()).hexdigest()[:32]
         call = Call(self.module, self._forward, key[0], leaves)
         # dynamo and torchair tell compiled methods apart by their code, which all instances of a class share.
         code = Call.forward.__code__.replace(co_name=f"forward_{digest}")
-        number = len(self._graphs) + 1
+        number = len(self.graphs) + 1
         logger.info("compiling %s, graph %d ...", self.name, number)
         start = time.perf_counter()
         try:
             forward = types.MethodType(types.FunctionType(code, globals()), call)
             made = self.backend.make(forward, digest, tensors)
         except BaseException:
-            if not self._graphs and vars(self.module).get("forward") is self:
+            if not self.graphs and vars(self.module).get("forward") is self:
                 self.remove()
             raise
         how = "compiled" if made.is_new else "found on disk"
         logger.info("... %s in %.1f s", how, time.perf_counter() - start)
         self.compilations += made.is_new
-        self._graphs[key] = made.graph
-        if len(self._graphs) > MOST_GRAPHS:
-            self._graphs.popitem(last=False)
+        self.graphs[key] = made.graph
+        if len(self.graphs) > MOST_GRAPHS:
+            self.graphs.popitem(last=False)
         return _restore(*made.results)
 
 

@@ -2,30 +2,22 @@
 
 import torch
 
+from processors.kernels.call import AttentionInputs
+
 # Scores of one slice, in bytes. Softmax holds two such tensors and the copy in the model's dtype at a time.
 SCORE_BYTES = 128 * 2**20
 
 
-def sliced_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    heads: int,
-    attention_mask: torch.Tensor | None = None,
-    is_causal: bool = False,
-    scale: float | None = None,
-    score_bytes: int = SCORE_BYTES,
-) -> torch.Tensor:
+def sliced_attention(inputs: AttentionInputs, score_bytes: int = SCORE_BYTES) -> torch.Tensor:
     """Same result as `F.scaled_dot_product_attention`, a slice of the queries at a time.
 
-    Arguments and result are those of `processors.attention`. Scores and softmax are float32 or better,
-    whatever the dtype of `query`. A slice of scores takes at most `score_bytes`, or one query's scores if these are
-    more.
+    Scores and softmax are float32 or better, whatever the dtype of `query`. A slice of scores takes at most
+    `score_bytes`, or one query's scores if these are more.
     """
-    batch, query_length, _ = query.shape
+    query, key, value = inputs.split_heads()
+    scale = inputs.factor()
+    batch, heads, query_length, _ = query.shape
     scores_dtype = torch.promote_types(query.dtype, torch.float32)
-    query, key, value = (tensor.unflatten(-1, (heads, -1)).transpose(1, 2) for tensor in (query, key, value))
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
     key = key.to(scores_dtype).transpose(-1, -2)
     rows = max(1, score_bytes // (batch * heads * key.shape[-1] * scores_dtype.itemsize))
 
@@ -33,19 +25,16 @@ def sliced_attention(
     for start in range(0, query_length, rows):
         stop = min(start + rows, query_length)
         scores = (query[:, :, start:stop].to(scores_dtype) * scale) @ key
-        mask = _mask_of_rows(attention_mask, is_causal, start, stop, key.shape[-1], query.device)
+        mask = _mask_of_rows(inputs, start, stop)
         outputs.append(_softmax(scores, mask).to(value.dtype) @ value)
     return torch.cat(outputs, dim=2).transpose(1, 2).flatten(2)
 
 
-def _mask_of_rows(
-    attention_mask: torch.Tensor | None, is_causal: bool, start: int, stop: int, key_length: int, device: torch.device
-) -> torch.Tensor | None:
-    if is_causal:
-        return torch.arange(start, stop, device=device)[:, None] >= torch.arange(key_length, device=device)
-    if attention_mask is None or attention_mask.shape[-2] == 1:
-        return attention_mask
-    return attention_mask[..., start:stop, :]
+def _mask_of_rows(inputs: AttentionInputs, start: int, stop: int) -> torch.Tensor | None:
+    mask, device = inputs.attention_mask, inputs.query.device
+    if inputs.is_causal:
+        return torch.arange(start, stop, device=device)[:, None] >= torch.arange(inputs.key.shape[1], device=device)
+    return mask if mask is None or mask.shape[-2] == 1 else mask[..., start:stop, :]
 
 
 def _softmax(scores: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

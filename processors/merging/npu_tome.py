@@ -8,7 +8,8 @@ Huawei's stable_diffusion sample.
 
 import torch
 
-from ascend.device import get_chip
+from ascend.chips import TOKEN_MERGING, has_operator
+from processors.kernels.call import chip_of
 from processors.merging.tome import Matching
 
 COPIES = 8  # of the destinations, which the operator's cores sum into; each takes an equal share of what merges
@@ -24,7 +25,7 @@ def is_fused(tokens: torch.Tensor, merged: int) -> bool:
         and tokens.dtype == torch.float16
         and merged == int(tokens.shape[1] * RATE)
         and merged % COPIES == 0
-        and _is_310p(tokens.device)
+        and has_operator(chip_of(tokens.device), TOKEN_MERGING)
     )
 
 
@@ -44,8 +45,3 @@ def unmerge(merged: torch.Tensor, matching: Matching) -> torch.Tensor:
     return torch.ops.npu_inference.npu_tome_unmerge(
         merged, sources, destinations, matching.order, matching.nearest, RATE
     )
-
-
-@torch.compiler.assume_constant_result
-def _is_310p(device: torch.device) -> bool:
-    return (get_chip(device) or "").startswith("Ascend310P")

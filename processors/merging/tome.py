@@ -77,7 +77,7 @@ def merge(tokens: torch.Tensor, matching: Matching) -> torch.Tensor:
     Equal runs give equal bits on every device, which a scatter does not. A CPU is short of arithmetic and sums each
     row's tokens; the matrix units of a GPU or NPU make a product with the weights of the mean the cheaper way.
     """
-    return _mean_by_lookup(tokens, matching) if tokens.device.type == "cpu" else _mean_by_product(tokens, matching)
+    return _mean_by_lookup(tokens, matching) if tokens.device.type == "cpu" else mean_by_product(tokens, matching)
 
 
 def unmerge(merged: torch.Tensor, matching: Matching) -> torch.Tensor:
@@ -106,7 +106,8 @@ def _mean_by_lookup(tokens: torch.Tensor, matching: Matching) -> torch.Tensor:
     return means.to(tokens.dtype).unflatten(0, (batch, rows))
 
 
-def _mean_by_product(tokens: torch.Tensor, matching: Matching) -> torch.Tensor:
+def mean_by_product(tokens: torch.Tensor, matching: Matching) -> torch.Tensor:
+    """As `merge`, as a product with the weights of the mean."""
     destinations = tokens.index_select(1, matching.cells.destinations)
     partners = torch.arange(destinations.shape[1], device=tokens.device)[:, None] == matching.partners[:, None, :]
     # The share of each token in its mean, and not a division of the sum: that may be out of range in float16.

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from diffusers.models.attention_processor import Attention
 
-from processors.kernels.select import attention, check_kernels
+from processors.kernels.attention import attention
+from processors.kernels.select import check_kernels
 
 
 class AttnProcessor2_0:

@@ -7,7 +7,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.clip.modeling_clip import CLIPAttention, CLIPPreTrainedModel
 
-from processors.kernels.select import attention
+from processors.kernels.attention import attention
 
 IMPLEMENTATION = "diffusers_npu"
 

@@ -7,7 +7,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
-from processors.kernels.select import AttentionCall, chip_of
+from processors.kernels.call import AttentionCall, chip_of
 from processors.merging.processor import AttnProcessor2_0Tome
 from processors.merging.tome import count_merged
 from processors.models.attention_processor import AttnProcessor2_0

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from ascend.device import DeviceError, DeviceManager, get_device_info, keep_freed_memory
+from ascend.device import DeviceError, DeviceManager, get_device_info
+from ascend.memory import keep_freed_memory
 from runners.cli import FAILED, UserError, is_out_of_memory
 from runners.devices import choose_dtype
 from runners.files import SCRATCH, write_json

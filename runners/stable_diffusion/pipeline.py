@@ -12,7 +12,8 @@ from ascend.device import DeviceManager
 from ascend.graphs.compile import compile_pipeline
 from ascend.graphs.store import default_graph_cache
 from processors import AttnProcessor2_0Tome, enable_flash_attention, enable_token_merging
-from processors.kernels.select import AttentionCall, explain, select_kernel
+from processors.kernels.call import AttentionCall
+from processors.kernels.select import explain, select_kernel
 from processors.models.unet import largest_call
 from runners.cache_options import count_full_steps
 from runners.cli import UserError

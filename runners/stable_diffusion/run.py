@@ -9,7 +9,8 @@ from typing import Any
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from ascend.device import DeviceManager, get_device_info, keep_freed_memory
+from ascend.device import DeviceManager, get_device_info
+from ascend.memory import keep_freed_memory
 from ascend.parallel import Mesh, choose_branch_size, process_group, share_guidance, world_size
 from runners.cli import UserError, one_line_errors
 from runners.devices import choose_device, choose_dtype

@@ -33,8 +33,9 @@ from scripts.benchmarks.benchmark import PROMPT_TOKENS, denoise, make_pipeline, 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from ascend.device import DeviceManager, keep_freed_memory
+from ascend.device import DeviceManager
 from ascend.graphs.compile import compile_pipeline
+from ascend.memory import keep_freed_memory
 from ascend.parallel import Mesh, process_group, share_guidance, unshare_guidance
 from ascend.parallel.mesh import wait_for_all
 from runners.cli import ArgumentParser, image_size, one_line_errors, positive_int

@@ -41,7 +41,8 @@ sys.path.insert(0, str(ROOT))
 
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 
-from ascend.device import DeviceManager, keep_freed_memory
+from ascend.device import DeviceManager
+from ascend.memory import keep_freed_memory
 from runners.cli import ArgumentParser, UserError, file_path, non_negative_int, one_line_errors, positive_int
 from runners.files import make_output_dir, write_json
 from runners.model_dir import DEFAULTS

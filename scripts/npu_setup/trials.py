@@ -38,7 +38,7 @@ def make_trials() -> dict[str, Trial]:
     import torch
     import torch.nn.functional as F
 
-    from processors.kernels.select import attention
+    from processors import attention
     from processors.models.clip import exact_gelu
     from processors.models.resnet import group_norm_silu
 
@@ -112,12 +112,16 @@ def try_operator(manager: DeviceManager, function: Callable[..., torch.Tensor], 
 
 def explain_kernel(function: Callable[..., torch.Tensor], inputs: Sequence[torch.Tensor]) -> str:
     """Which kernel computes an attention, and what ruled out the better ones; nothing for other functions."""
-    from processors.kernels.select import attention, describe, explain
+    from processors import attention
+    from processors.kernels.call import AttentionInputs, describe
+    from processors.kernels.select import explain
 
     if not isinstance(function, functools.partial) or function.func is not attention:
         return ""
     options = function.keywords
-    return explain(describe(inputs[0], inputs[1], options["heads"], None, options.get("is_causal", False)))
+    query, key, value = inputs
+    is_causal = options.get("is_causal", False)
+    return explain(describe(AttentionInputs(query, key, value, options["heads"], None, is_causal, None)))
 
 
 def compare(actual: torch.Tensor, expected: torch.Tensor, seconds: float) -> Result:

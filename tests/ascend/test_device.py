@@ -25,7 +25,7 @@ from ascend.device import (
     narrow_visible_devices,
     set_seed,
 )
-from ascend.memory import fits, place_pipeline
+from ascend.placement import fits, place_pipeline
 
 CPU = torch.device("cpu")
 
@@ -260,7 +260,8 @@ def test_a_pipeline_without_a_vae_is_placed_too(tiny_sd: StableDiffusionPipeline
 def test_freed_memory_is_kept_once_a_program_asks_for_it_until_the_cache_is_emptied() -> None:
     code = """
 import resource, torch
-from ascend.device import DeviceManager, keep_freed_memory
+from ascend.device import DeviceManager
+from ascend.memory import keep_freed_memory
 
 def new_pages():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -105,7 +105,7 @@ def test_rows_come_from_parquet(parse: Callable, tmp_path: Path) -> None:
     ],
 )
 def test_a_bad_row_is_a_failure_and_the_others_are_drawn(parse: Callable, row: object, reason: str) -> None:
-    pictures, [failure] = plan(batch, parse(), {"prompt": "first"}, row, {"prompt": "third", "id": "\u5706-3"})
+    pictures, [failure] = plan(parse(), {"prompt": "first"}, row, {"prompt": "third", "id": "\u5706-3"})
     assert [picture.seed for picture in pictures] == [0, 2]
     assert failure.row == "line 2" and reason in failure.reason
 
@@ -165,7 +165,7 @@ def test_a_name_is_the_id_or_hangs_on_all_that_decides_the_picture(
 )
 def test_two_rows_of_one_name_are_an_error(parse: Callable, rows: list, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        plan(batch, parse(), *rows)
+        plan(parse(), *rows)
 
 
 @pytest.fixture
@@ -175,12 +175,12 @@ def painter(parse: Callable) -> Any:
 
 
 def row_of(parse: Callable, **row: object) -> tuple[Any, dict[str, Any]]:
-    [[picture], []] = plan(batch, parse("--scheduler", "euler_a", "--TOME"), {"prompt": "a red circle", **row})
+    [[picture], []] = plan(parse("--scheduler", "euler_a", "--TOME"), {"prompt": "a red circle", **row})
     return picture, batch.asdict(picture)
 
 
 def test_a_worker_draws_what_run_sd_draws(parse: Callable, painter: Any, run_sd: Callable, tmp_path: Path) -> None:
-    picture, row = row_of(batch, parse, id="x", seed=5, negative_prompt="blue")
+    picture, row = row_of(parse, id="x", seed=5, negative_prompt="blue")
     assert painter(row) == {"name": "x", "refusal": "", "error": "", "warning": ""}
     alone = ["--prompt", "a red circle", "--seed", 5, "--negative_prompt", "blue"]
     assert run_sd(*alone, "--scheduler", "euler_a", "--TOME").code == 0
@@ -204,7 +204,7 @@ def test_a_worker_draws_what_run_sd_draws(parse: Callable, painter: Any, run_sd:
 def test_weights_exchanged_while_a_run_goes_on_are_refused(parse: Callable, tiny_sd_dir: Path, tmp_path: Path) -> None:
     model = shutil.copytree(tiny_sd_dir, tmp_path / "model")
     args = parse("--model_path", model)
-    [[picture], []] = plan(batch, args, {"prompt": "a"})
+    [[picture], []] = plan(args, {"prompt": "a"})
     exchange_weights(model)
     worker = batch.Painter(args, "cpu")
     assert "has not the files that the run began with" in worker(batch.asdict(picture))["refusal"]
@@ -212,7 +212,7 @@ def test_weights_exchanged_while_a_run_goes_on_are_refused(parse: Callable, tiny
 
 
 def test_pictures_of_other_versions_are_counted(parse: Callable, painter: Any) -> None:
-    picture, row = row_of(batch, parse, id="x")
+    picture, row = row_of(parse, id="x")
     painter(row)
     now = json.loads((painter.folder / "x.json").read_text())["versions"]
     assert batch.drawn_otherwise([picture], painter.folder, now) == {}
@@ -221,7 +221,7 @@ def test_pictures_of_other_versions_are_counted(parse: Callable, painter: Any) -
 
 
 def test_what_a_rerun_draws_again(parse: Callable, painter: Any) -> None:
-    picture, row = row_of(batch, parse, id="x")
+    picture, row = row_of(parse, id="x")
     assert not batch.is_complete(picture, painter.folder)
     for damage in (
         lambda: (painter.folder / "x.png").unlink(),
@@ -234,13 +234,13 @@ def test_what_a_rerun_draws_again(parse: Callable, painter: Any) -> None:
         damage()
         assert not batch.is_complete(picture, painter.folder)
     painter(row)
-    other, _ = row_of(batch, parse, id="x", seed=1)
+    other, _ = row_of(parse, id="x", seed=1)
     with pytest.raises(UserError, match="line 1: .* has a picture 'x' of another prompt, seed, model or setting"):
         batch.is_complete(other, painter.folder)
 
 
 def test_a_failing_picture_is_an_outcome(parse: Callable, painter: Any, monkeypatch: Any) -> None:
-    _, row = row_of(batch, parse, id="x")
+    _, row = row_of(parse, id="x")
     for error, reason in ((MemoryError(), "out of memory"), (ValueError("no way"), "ValueError: no way")):
 
         def draw(picture: object, error: Exception = error) -> list[str]:
@@ -260,7 +260,7 @@ def test_a_picture_whose_worker_dies_again_and_again_is_given_up(
     def die(picture: object) -> list[str]:
         raise Death
 
-    _, row = row_of(batch, parse, id="x")
+    _, row = row_of(parse, id="x")
     monkeypatch.setattr(painter, "draw", die)
     for _ in range(4):  # --retries is 3
         with pytest.raises(Death):
@@ -271,7 +271,7 @@ def test_a_picture_whose_worker_dies_again_and_again_is_given_up(
 
 
 def test_a_worker_that_cannot_work_says_so(parse: Callable) -> None:
-    _, row = row_of(batch, parse)
+    _, row = row_of(parse)
     assert "has no effect: all 2 steps" in batch.Painter(parse("--cache_schedule", "0,1"), "cpu")(row)["refusal"]
     args = parse()
     (args.output_dir / "images").rmdir()

@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 import torch_npu  # noqa: F401
 
-from processors.kernels import select
-from processors.kernels.select import attention, check_kernels, explain, select_kernel
+from processors import attention
+from processors.kernels import attention as module
+from processors.kernels.call import AttentionCall
+from processors.kernels.select import Kernel, check_kernels, explain, select_kernel
 from processors.models import resnet
 from processors.models.clip import exact_gelu
 from processors.models.unet import largest_call
@@ -29,11 +31,11 @@ def some_mask(kind: str | None) -> torch.Tensor | None:
 def recorded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
 
-    def record(call: select.AttentionCall) -> select.Kernel:
+    def record(call: AttentionCall) -> Kernel:
         names.append(select_kernel(call).name)
         return select_kernel(call)
 
-    monkeypatch.setattr(select, "select_kernel", record)
+    monkeypatch.setattr(module, "select_kernel", record)
     return names
 
 

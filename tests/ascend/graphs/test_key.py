@@ -84,7 +84,7 @@ def test_the_code_of_a_registered_attention_is_part_of_the_key(
     monkeypatch.setattr(tiny_sd.text_encoder.config, "_attn_implementation_internal", "theirs")
     before = describe(tiny_sd.text_encoder)
     source.write_text("def attention(*args, **kwargs): return 1\n")
-    key._digest_of.cache_clear()  # as a new process has it
+    key.digest_of.cache_clear()  # as a new process has it
     assert describe(tiny_sd.text_encoder) != before
 
 
@@ -92,7 +92,7 @@ def test_our_own_code_and_the_versions_are_part_of_the_key(
     tiny_sd: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ours = {file for package in key.OUR_PACKAGES for file in package.rglob("*.py")}
-    assert ours <= key._source_files(tiny_sd.text_encoder)
+    assert ours <= key.source_files(tiny_sd.text_encoder)
     assert any(file.name == "kernels.py" or file.parent.name == "kernels" for file in ours)
     before = describe(tiny_sd.unet)
     monkeypatch.setattr(key, "platform", lambda device: "another CANN")

@@ -61,7 +61,7 @@ class Tracer:
 
 @pytest.fixture(autouse=True)
 def traces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graphs, "_make_backend", lambda *_: Tracer())
+    monkeypatch.setattr(graphs, "make_backend", lambda *_: Tracer())
     monkeypatch.setattr(graphs, "COMPILED_BY_INDUCTOR", graphs.COMPONENTS)
 
 
@@ -193,7 +193,7 @@ def test_many_sizes_have_a_graph_each(tiny_sd: StableDiffusionPipeline) -> None:
         assert tiny_sd.vae.decoder.forward.compilations == len(sizes)
         tiny_sd.vae.decoder(torch.ones(1, 4, 1, sizes[0]))  # the longest unused were dropped
     assert tiny_sd.vae.decoder.forward.compilations == len(sizes) + 1
-    assert len(tiny_sd.vae.decoder.forward._graphs) == MOST_GRAPHS
+    assert len(tiny_sd.vae.decoder.forward.graphs) == MOST_GRAPHS
 
 
 def state(pipe: StableDiffusionPipeline) -> list[Any]:
@@ -227,7 +227,7 @@ def test_a_failure_while_compiling_leaves_the_pipeline_as_it_was(
     before, plain = state(tiny_sd), draw(tiny_sd)
     backends = [Tracer(), Tracer()]
     backends[1].fails = True
-    monkeypatch.setattr(graphs, "_make_backend", lambda *_: backends.pop(0))
+    monkeypatch.setattr(graphs, "make_backend", lambda *_: backends.pop(0))
     with pytest.raises(RuntimeError, match="no compiler"):
         compile_pipeline(tiny_sd)
     assert state(tiny_sd) == before
@@ -236,7 +236,7 @@ def test_a_failure_while_compiling_leaves_the_pipeline_as_it_was(
     def break_down(*_: Any) -> Made:
         raise RuntimeError("the compiler failed")
 
-    monkeypatch.setattr(graphs, "_make_backend", lambda *_: Tracer())
+    monkeypatch.setattr(graphs, "make_backend", lambda *_: Tracer())
     monkeypatch.setattr(Tracer, "make", break_down)
     compile_module(tiny_sd.unet)
     with pytest.raises(RuntimeError, match="the compiler failed"):

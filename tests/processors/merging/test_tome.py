@@ -50,7 +50,7 @@ def test_merge_and_unmerge_equal_tomesd(h: int, w: int, batch: int, sy: int, sx:
 def test_both_ways_to_average_agree(dtype: torch.dtype) -> None:
     metric, tokens = torch.randn(2, 2, 63, 6, generator=torch.Generator().manual_seed(0)).to(dtype).unbind()
     matching, looked_up = merged_and_back(metric, tokens, 7, 9, 2, 2, 0.5)
-    product = tome._mean_by_product(tokens, matching)
+    product = tome.mean_by_product(tokens, matching)
     assert product.dtype == looked_up.dtype == dtype
     torch.testing.assert_close(product, looked_up, rtol=8 * torch.finfo(dtype).eps, atol=8 * torch.finfo(dtype).eps)
 
@@ -58,7 +58,7 @@ def test_both_ways_to_average_agree(dtype: torch.dtype) -> None:
 def test_mean_of_many_large_half_precision_tokens_does_not_overflow() -> None:
     tokens = torch.full((1, 64, 4), 30000.0, dtype=torch.float16)
     matching, looked_up = merged_and_back(tokens, tokens, 8, 8, 2, 2, 0.75)
-    for merged in (looked_up, tome._mean_by_product(tokens, matching)):
+    for merged in (looked_up, tome.mean_by_product(tokens, matching)):
         torch.testing.assert_close(merged, torch.full_like(merged, 30000.0), rtol=2e-3, atol=0)
 
 

@@ -21,7 +21,8 @@ from processors import (
     enable_token_merging,
     kernels,
 )
-from processors.kernels.select import AttentionCall, explain, select_kernel
+from processors.kernels.call import AttentionCall
+from processors.kernels.select import explain, select_kernel
 from processors.models.unet import largest_call
 from tests.processors.test_switches import modules, outputs, same, state
 from tests.tiny_models import CROSS_ATTENTION_DIM, tiny_vae

@@ -8,9 +8,9 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from ascend import memory
+from ascend import placement
 from ascend.graphs.compile import compile_pipeline
-from ascend.memory import place_pipeline
+from ascend.placement import place_pipeline
 
 IN_TURN = "components move to npu:0 in turn: 0.0 GiB do not fit at once"
 
@@ -36,7 +36,7 @@ def test_a_pipeline_is_placed_anew_whatever_was_done_before(
         (npu, False, IN_TURN, {"cpu"}),
         (host, True, "all components are on cpu", {"cpu"}),
     ):
-        monkeypatch.setattr(memory, "fits", lambda *_, fits=fits: fits)
+        monkeypatch.setattr(placement, "fits", lambda *_, fits=fits: fits)
         assert place_pipeline(tiny_sd, device)[1] == report
         assert devices(tiny_sd) == resting
         picture = draw(tiny_sd)
@@ -50,7 +50,7 @@ def test_a_compiled_pipeline_is_not_moved_away_from_its_graphs(
     tiny_sd.to(npu, torch.float16)
     compile_pipeline(tiny_sd, tmp_path)
     assert place_pipeline(tiny_sd, npu)[1] == "all components are on npu:0"
-    monkeypatch.setattr(memory, "fits", lambda *_: False)
+    monkeypatch.setattr(placement, "fits", lambda *_: False)
     with pytest.raises(
         RuntimeError, match="those of the .* cannot move, as it is compiled or shared: place the pipeline"
     ):

@@ -3,17 +3,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from processors import attention
 from processors.kernels import npu_attention
-from processors.kernels.select import (
-    KERNELS,
-    AttentionCall,
-    attention,
-    check_kernels,
-    describe,
-    explain,
-    kernel_names,
-    select_kernel,
-)
+from processors.kernels.call import AttentionCall, AttentionInputs, describe
+from processors.kernels.select import KERNELS, check_kernels, explain, kernel_names, select_kernel
 from processors.kernels.sliced import sliced_attention
 
 PROMPT, INFER, FUSION, TORCH, SLICED = (kernel.name for kernel in KERNELS)
@@ -145,7 +138,7 @@ def test_names_of_kernels_are_checked_and_put_into_the_tables_order() -> None:
 def test_a_gradient_is_needed_where_grad_mode_is_on_and_an_input_requires_one(monkeypatch) -> None:
     seen: list[AttentionCall] = []
     monkeypatch.setattr(
-        "processors.kernels.select.select_kernel", lambda call: seen.append(call) or select_kernel(call)
+        "processors.kernels.attention.select_kernel", lambda call: seen.append(call) or select_kernel(call)
     )
     plain = torch.randn(1, 4, 8)
     for position in range(3):
@@ -172,7 +165,7 @@ def test_kernels_asked_for_are_those_that_run() -> None:
 def test_call_is_described_by_shapes_alone() -> None:
     query, key = torch.empty(2, 10, 24, device="meta"), torch.empty(2, 7, 24, device="meta")
     mask = torch.empty(2, 3, 1, 7, device="meta")
-    assert describe(query, key, 3, mask, False) == AttentionCall(
+    assert describe(AttentionInputs(query, key, key, 3, mask, False, None)) == AttentionCall(
         "meta", None, torch.float32, 2, 3, 10, 7, 8, "float", 3
     )
 
@@ -234,9 +227,8 @@ def test_attention_equals_float64_math(mask: str | None, queries: int, keys: int
         actual = attention(query, key, value, heads, tensor, causal, scale=0.3)
     else:
         four_dimensional = tensor if tensor is None or tensor.ndim == 4 else tensor[None, None]
-        actual = sliced_attention(
-            query, key, value, heads, four_dimensional, causal, 0.3, score_bytes=rows * batch * heads * keys * 4
-        )
+        inputs = AttentionInputs(query, key, value, heads, four_dimensional, causal, 0.3)
+        actual = sliced_attention(inputs, score_bytes=rows * batch * heads * keys * 4)
     torch.testing.assert_close(actual, expected.float(), rtol=1e-5, atol=1e-6)
 
 
@@ -244,7 +236,7 @@ def test_sliced_attention_in_half_precision_keeps_scores_that_half_precision_can
     query = torch.full((1, 2, 16), 100.0, dtype=torch.float16)  # scores of 16 * 100 * 100 exceed float16's 65504
     key = torch.stack([query[0, 0], query[0, 0] * 1.01])[None]
     value = torch.tensor([[[0.0] * 16, [1.0] * 16]], dtype=torch.float16)
-    output = sliced_attention(query, key, value, 1)
+    output = attention(query, key, value, 1, kernels=(SLICED,))
     assert output.dtype == torch.float16
     torch.testing.assert_close(output, torch.ones_like(output))
 
@@ -268,7 +260,8 @@ def test_sliced_attention_never_holds_more_scores_than_its_budget(mask: str) -> 
     keys = torch.rand(2, 1, 1, 512) > 0.5 if mask == "keys" else None
     all_scores = 2 * 2 * 512 * 512 * 4
     with LargestTensor() as memory:
-        output = sliced_attention(query, key, value, 2, keys, mask == "causal", score_bytes=all_scores // 16)
+        inputs = AttentionInputs(query, key, value, 2, keys, mask == "causal", None)
+        output = sliced_attention(inputs, score_bytes=all_scores // 16)
     assert memory.largest <= all_scores // 16
     torch.testing.assert_close(output, attention(query, key, value, 2, keys, mask == "causal"), rtol=1e-5, atol=1e-6)
 
@@ -288,16 +281,16 @@ def test_npu_mask_of_causal_attention_hides_what_lies_above_the_diagonal() -> No
 def test_padding_to_80_tokens_leaves_masked_attention_as_it_was(shape: tuple[int, ...]) -> None:
     keep = torch.rand(shape, generator=torch.Generator().manual_seed(0)) > 0.4
     query, key, value = torch.randn(3, 2, 77, 12, generator=torch.Generator().manual_seed(1)).unbind()
-    hidden = npu_attention._hide_padding(npu_attention._hidden(keep, 77, 77), 3)
+    hidden = npu_attention.hide_padding(npu_attention.hidden_of(keep, 77, 77), 3)
     assert hidden.shape == (shape[0], 1, 80, 80) and hidden.is_contiguous()
-    padded = [npu_attention._pad_tokens(tensor, 3) for tensor in (query, key, value)]
+    padded = [npu_attention.pad_tokens(tensor, 3) for tensor in (query, key, value)]
     actual = reference(*padded, heads=3, mask=~hidden)[:, :77]
     torch.testing.assert_close(actual, reference(query, key, value, 3, keep))
 
 
 def test_padding_to_80_tokens_leaves_causal_attention_as_it_was() -> None:
     query, key, value = torch.randn(3, 2, 77, 12, generator=torch.Generator().manual_seed(1)).unbind()
-    padded = [npu_attention._pad_tokens(tensor, 3) for tensor in (query, key, value)]
+    padded = [npu_attention.pad_tokens(tensor, 3) for tensor in (query, key, value)]
     hidden = npu_attention.causal_mask(80, 80, torch.device("cpu"))
     actual = reference(*padded, heads=3, mask=~hidden)[:, :77]
     torch.testing.assert_close(actual, reference(query, key, value, 3, is_causal=True))
