@@ -1,10 +1,9 @@
-"""Graph compilation of a Stable Diffusion pipeline, and its inverse: torchair on NPU, inductor elsewhere."""
+"""Graph compilation of a pipeline or a model, and its inverse: torchair on NPU, inductor elsewhere."""
 
 from __future__ import annotations
 
 import logging
 from contextlib import ExitStack
-from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,23 +13,22 @@ from torch import nn
 from ascend.graphs.inductor import Inductor
 from ascend.graphs.static import Backend, StaticGraphs, is_moved_by_hooks
 from ascend.graphs.store import GraphStore, default_graph_cache
+from ascend.pipelines import Parts, models_at, owner_of, parts_of
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
+    from diffusers import DiffusionPipeline
 
 logger = logging.getLogger(__name__)
 
-COMPONENTS = ("text_encoder", "unet", "vae.decoder")
-# Inductor compiles for longer than a text encoder or decoder saves in hundreds of pictures: each runs once a picture.
-COMPILED_BY_INDUCTOR = ("unet",)
-
 
 def compile_pipeline(
-    pipe: StableDiffusionPipeline, graph_cache: Path | None = None, graph_cache_limit: int | None = None
+    pipe: DiffusionPipeline, graph_cache: Path | None = None, graph_cache_limit: int | None = None
 ) -> dict[str, str]:
-    """Compile the UNet, and on an NPU text encoder and VAE decoder, too, in place, as static graphs without a break.
+    """Compile in place what runs in every step, and on an NPU what runs once a picture, too, as graphs without a break.
 
-    Graphs are made when a component is first called in a new way, from what it is then. The UNet becomes one graph
+    Which that is says the pipeline's row in `ascend.pipelines`: the UNet and a ControlNet; text encoders and the VAE's
+    encoder and decoder, for which inductor would compile for longer than they save in hundreds of pictures. Graphs
+    are made when a component is first called in a new way, from what it is then. The UNet becomes one graph
     for each kind of call: with DeepCache a full and a shallow one, and as many for another batch or picture size.
     Weights are constants of a graph, in the layout that the matrix kernels read. A component that changes afterwards
     (attention processors, token merging, adapters, weights) gets new graphs at its next call. What is compiled
@@ -43,21 +41,23 @@ def compile_pipeline(
 
     Returns:
         The components' names and how each runs: `"torchair"`, `"inductor"`, or `"eager"` where compiling would not
-        pay, hooks offload it or it is on another device than the UNet, so that its parameters are no constants.
+        pay, hooks offload it, it is on another device than the UNet, or the pipeline casts it in each call (the VAE of
+        SDXL in float16), so that its parameters are no constants.
 
     Raises:
+        ValueError: the pipeline has no row; `compile_module` compiles a model alone.
         RuntimeError: a backend lacks what it needs, such as a C++ compiler, or the forward of a component was
             replaced, as `share_guidance` does. The pipeline is then as it was before.
     """
-    device = next(pipe.unet.parameters()).device
+    parts = parts_of(pipe)
+    device = next(getattr(pipe, parts.each_step[0]).parameters()).device
     done = {}
     with ExitStack() as undo:
-        for name, module in _components(pipe):
-            if _moves(pipe, name, device):
-                logger.warning("%s is not compiled: it is offloaded, or not on %s", name, device)
-                done[name] = "eager"
-                continue
-            if device.type != "npu" and name not in COMPILED_BY_INDUCTOR:
+        for name, module in models_at(pipe, parts.each_picture + parts.each_step):
+            reason = _why_eager(pipe, parts, name, device)
+            if reason:
+                logger.warning("%s is not compiled: %s", name, reason)
+            if reason or (device.type != "npu" and name in parts.each_picture):
                 done[name] = "eager"
                 continue
             if _find_graphs(module) is None:
@@ -67,13 +67,14 @@ def compile_pipeline(
     return done
 
 
-def decompile_pipeline(pipe: StableDiffusionPipeline) -> None:
+def decompile_pipeline(pipe: DiffusionPipeline) -> None:
     """Undo `compile_pipeline`; does nothing where it was not called.
 
     Raises:
         RuntimeError: the forward of a component has been wrapped since, by offload hooks or `share_guidance`.
     """
-    for _, module in _components(pipe):
+    parts = parts_of(pipe)
+    for _, module in models_at(pipe, parts.each_picture + parts.each_step):
         decompile_module(module)
 
 
@@ -108,18 +109,15 @@ def decompile_module(module: nn.Module) -> None:
         graphs.remove()
 
 
-def _components(pipe: StableDiffusionPipeline) -> list[tuple[str, nn.Module]]:
-    there = [name for name in COMPONENTS if getattr(pipe, _owner(name), None) is not None]
-    return [(name, attrgetter(name)(pipe)) for name in there]
-
-
-def _owner(component: str) -> str:
-    return component.partition(".")[0]
-
-
-def _moves(pipe: StableDiffusionPipeline, component: str, device: torch.device) -> bool:
-    owner: nn.Module = getattr(pipe, _owner(component))  # its hooks move its parts, too
-    return any(map(is_moved_by_hooks, owner.modules())) or next(owner.parameters()).device != device
+def _why_eager(pipe: DiffusionPipeline, parts: Parts, path: str, device: torch.device) -> str | None:
+    """Why the parameters of the model at `path` are no constants, if they are not."""
+    owner: nn.Module = getattr(pipe, owner_of(path))  # its hooks move its parts, too
+    parameter = next(owner.parameters())
+    if any(map(is_moved_by_hooks, owner.modules())) or parameter.device != device:
+        return f"it is offloaded, or not on {device}"
+    if owner_of(path) == "vae" and parameter.dtype in parts.casts_vae and pipe.vae.config.force_upcast:
+        return "the pipeline casts it to float32 and back in each call"
+    return None
 
 
 def _find_graphs(module: nn.Module) -> StaticGraphs | None:

@@ -14,21 +14,26 @@ from torch.utils import _pytree as pytree
 PICKED = 256  # numbers of a tensor, evenly from all of it
 MOST_DIMENSIONS = 6
 TOLERANCE = 0.05  # of the largest; bfloat16 and sums of another order stay far below
-PARTS = ("latents", "prompts", "timesteps")
+PARTS = ("latents", "prompts", "conditions", "timesteps")
 
 
-def fingerprint(latents: torch.Tensor, timestep: torch.Tensor | float, prompt: Any) -> torch.Tensor:
+def fingerprint(
+    latents: torch.Tensor, timestep: torch.Tensor | float, prompt: Any, condition: Any = None
+) -> torch.Tensor:
     """The numbers to compare, as one float32 vector of always the same length on the device of `latents`.
 
     Args:
         latents: [batch, channels, height, width].
         timestep: of all samples or of each.
         prompt: [batch, tokens, width], or any structure of tensors, the first of which stands for all.
+        condition: a ControlNet's picture, or any structure of such.
     """
-    tensors = [leaf for leaf in pytree.tree_leaves(prompt) if isinstance(leaf, torch.Tensor)]
-    encoded = tensors[0] if tensors else latents.new_zeros(0)
-    time = torch.as_tensor(timestep, dtype=torch.float32, device=latents.device)
-    return torch.cat([_pick(part) for part in (latents, encoded.to(latents.device), time)])
+    parts = [latents]
+    for structure in (prompt, condition):
+        tensors = [leaf for leaf in pytree.tree_leaves(structure) if isinstance(leaf, torch.Tensor)]
+        parts.append(tensors[0].to(latents.device) if tensors else latents.new_zeros(0))
+    parts.append(torch.as_tensor(timestep, dtype=torch.float32, device=latents.device))
+    return torch.cat([_pick(part) for part in parts])
 
 
 def _pick(tensor: torch.Tensor) -> torch.Tensor:

@@ -13,13 +13,14 @@ from torch import nn
 
 from ascend.parallel.mesh import Mesh, ParallelError
 from ascend.parallel.shared_batch import SharedBatch, batched_arguments
+from ascend.pipelines import models_at, parts_of
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
+    from diffusers import DiffusionPipeline
 
 
-def share_guidance(pipe: StableDiffusionPipeline, mesh: Mesh) -> None:
-    """Let the ranks of a group compute a share of each batch of the UNet and of the VAE decoder of `pipe`.
+def share_guidance(pipe: DiffusionPipeline, mesh: Mesh) -> None:
+    """Let the ranks of a group compute a share of each batch of the models of `pipe` that `ascend.pipelines` names.
 
     Install attention processors, token merging and graphs before. DeepCache works: each rank keeps the cached
     feature of its own samples. All ranks return all pictures. The text encoder runs on every rank, which takes as
@@ -42,11 +43,11 @@ def share_guidance(pipe: StableDiffusionPipeline, mesh: Mesh) -> None:
             raise ParallelError(f"the {name} is a {type(module).__name__}, and it is not known how to share its batch")
     for name, module in modules.items():
         if _shared_batch(name, module) is None:
-            shared = SharedBatch(module, mesh, must_split=name == "unet")
+            shared = SharedBatch(module, mesh, must_split=name == parts_of(pipe).each_step[0])
             vars(module).update(forward=shared, _shared_batch=shared)
 
 
-def unshare_guidance(pipe: StableDiffusionPipeline) -> None:
+def unshare_guidance(pipe: DiffusionPipeline) -> None:
     """Undo `share_guidance`: each rank computes whole batches again. Does nothing where nothing is shared.
 
     Raises:
@@ -58,8 +59,8 @@ def unshare_guidance(pipe: StableDiffusionPipeline) -> None:
             batch.restore(module)
 
 
-def _shared_modules(pipe: StableDiffusionPipeline) -> dict[str, nn.Module]:
-    return {"unet": pipe.unet, "vae.decoder": pipe.vae.decoder}
+def _shared_modules(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
+    return dict(models_at(pipe, parts_of(pipe).shared))
 
 
 def _shared_batch(name: str, module: nn.Module) -> SharedBatch | None:

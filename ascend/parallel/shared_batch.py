@@ -19,6 +19,16 @@ from ascend.parallel.mesh import Mesh, ParallelError, all_gather
 PROMPT = "encoder_hidden_states"  # as the UNet calls it
 
 # The arguments of forward with a row for each sample, or one for all, by the class of the module.
+_CONTROLNET = {
+    "sample",
+    "timestep",
+    PROMPT,
+    "controlnet_cond",
+    "class_labels",
+    "timestep_cond",
+    "attention_mask",
+    "added_cond_kwargs",
+}
 BATCHED_ARGUMENTS = {
     "UNet2DConditionModel": {
         "sample",
@@ -37,9 +47,12 @@ BATCHED_ARGUMENTS = {
         "cached_feature",
     },
     "Decoder": {"sample", "latent_embeds"},
+    **dict.fromkeys(("ControlNetModel", "MultiControlNetModel"), _CONTROLNET),
 }
+# What these give goes to a model that is shared too, and stays with its rank.
+LOCAL_RESULTS = ("ControlNetModel", "MultiControlNetModel")
 WHOLE_ARGUMENTS = {"cross_attention_kwargs[ip_adapter_masks]"}  # a row for each adapter
-CONSTANT_ARGUMENTS = (PROMPT, "projected_prompt")  # the same objects in all steps of a picture
+CONSTANT_ARGUMENTS = (PROMPT, "projected_prompt", "controlnet_cond")  # the same objects in all steps of a picture
 
 
 def batched_arguments(module: nn.Module) -> set[str]:
@@ -53,14 +66,16 @@ class SharedBatch:
 
     The batch is the first argument's first dimension. Which other arguments have a row for each sample is declared in
     `BATCHED_ARGUMENTS`; these are split alike, in tuples, lists and dicts too, but for scalars and a single row, which
-    is for all samples. Rows are dealt out as evenly as possible, the first ranks get one more.
+    is for all samples. Rows are dealt out as evenly as possible, the first ranks get one more. A ControlNet's results
+    are not gathered, as the UNet wants this rank's rows of them.
 
     Args:
         module: its forward returns a tensor, or a tuple or an output class of one and of tensors that stay with their
             rank.
-        must_split: raise ParallelError for fewer rows than ranks; otherwise each rank computes all of them. Such a
-            module begins a picture when its prompt is another object than before, and the ranks then compare what
-            they were given.
+        must_split: raise ParallelError for fewer rows than ranks; otherwise each rank computes all of them.
+
+    A module that takes a prompt begins a picture when that is another object than before, and the ranks then compare
+    what they were given.
     """
 
     def __init__(self, module: nn.Module, mesh: Mesh, must_split: bool) -> None:
@@ -68,6 +83,7 @@ class SharedBatch:
         self.forward: Callable[..., Any] = module.forward
         self.signature = inspect.signature(types.MethodType(type(module).forward, module))
         self.batched = batched_arguments(module)
+        self.is_local = type(module).__name__ in LOCAL_RESULTS
         self.mesh = mesh
         self.must_split = must_split
         self.constant: dict[str, tuple[Any, Any]] = {}  # what is the same in all steps, and this rank's rows of it
@@ -81,14 +97,16 @@ class SharedBatch:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         arguments = self.signature.bind(*args, **kwargs).arguments
         batch = next(iter(arguments.values()))
-        if self.must_split:
+        if PROMPT in self.signature.parameters:
             self._require_agreement(batch, arguments)
         rows, ranks = len(batch), self.mesh.branch_size
-        if rows < ranks:
-            if self.must_split:
-                raise ParallelError(f"{ranks} devices cannot share a batch of {rows}: there is no guidance to split")
+        if rows < ranks and self.must_split:
+            raise ParallelError(f"{ranks} devices cannot share a batch of {rows}: there is no guidance to split")
+        if rows < ranks or arguments.get("guess_mode"):  # whose results are filled up with rows of zeros
             return self.forward(**arguments)
         results = self.forward(**{name: self._share(name, value, rows) for name, value in arguments.items()})
+        if self.is_local:
+            return pytree.tree_map(lambda mine: LocalRows(mine, rows), results)
         if isinstance(results, torch.Tensor):
             return self._gather(results, rows)
         first, *others = results.values() if isinstance(results, dict) else results
@@ -97,12 +115,13 @@ class SharedBatch:
         return type(results)(**dict(zip(results, gathered, strict=True))) if isinstance(results, dict) else gathered
 
     def _require_agreement(self, batch: torch.Tensor, arguments: dict[str, Any]) -> None:
-        prompts = [arguments.get(name) for name in CONSTANT_ARGUMENTS]
+        given = [arguments.get(name) for name in CONSTANT_ARGUMENTS]
         known = [self.constant.get(name, (None, None))[0] for name in CONSTANT_ARGUMENTS]
-        if all(prompt is before for prompt, before in zip(prompts, known, strict=True)):
+        if all(value is before for value, before in zip(given, known, strict=True)):
             return
         self.constant.clear()
-        mine = fingerprint(batch, arguments["timestep"], prompts)
+        *prompts, condition = given
+        mine = fingerprint(batch, arguments["timestep"], prompts, condition)
         everyone = mine.new_empty(self.mesh.branch_size * len(mine))
         all_gather(everyone, mine, self.mesh.group)
         first = self.mesh.rank - self.mesh.branch
@@ -153,7 +172,8 @@ class SharedBatch:
 
 @dataclass
 class LocalRows:
-    """A tensor of this rank's rows, as long as the whole batch: what DeepCache hands from one step to the next."""
+    """A tensor of this rank's rows, as long as the whole batch: what DeepCache hands from one step to the next, and a
+    ControlNet to the UNet."""
 
     tensor: torch.Tensor
     rows: int

@@ -9,11 +9,11 @@ import pytest
 import torch
 from diffusers import (
     DiffusionPipeline,
-    StableDiffusionControlNetPipeline,
-    StableDiffusionImg2ImgPipeline,
-    StableDiffusionInpaintPipeline,
+    StableDiffusionControlNetInpaintPipeline,
     StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
+    StableDiffusionUpscalePipeline,
+    StableDiffusionXLControlNetPipeline,
+    StableDiffusionXLInpaintPipeline,
 )
 
 PIPELINES = Path(inspect.getfile(diffusers)).parent / "pipelines"
@@ -22,10 +22,10 @@ PIPELINES = Path(inspect.getfile(diffusers)).parent / "pipelines"
 @pytest.mark.parametrize(
     "sister",
     [
-        StableDiffusionImg2ImgPipeline,
-        StableDiffusionInpaintPipeline,
-        StableDiffusionControlNetPipeline,
-        StableDiffusionXLPipeline,
+        StableDiffusionControlNetInpaintPipeline,
+        StableDiffusionUpscalePipeline,
+        StableDiffusionXLControlNetPipeline,
+        StableDiffusionXLInpaintPipeline,
     ],
 )
 def test_a_pipeline_without_caching_refuses_its_arguments(sister: type[DiffusionPipeline]) -> None:

@@ -28,6 +28,7 @@ from ascend.graphs.static import MOST_GRAPHS, Made, StaticGraphs
 from ascend.graphs.watch import Watch
 from ascend.parallel import Mesh, share_guidance, shared_batch, unshare_guidance
 from ascend.parallel.shared_batch import SharedBatch
+from ascend.pipelines import PIPELINES
 from processors import (
     disable_flash_attention,
     disable_token_merging,
@@ -62,7 +63,9 @@ class Tracer:
 @pytest.fixture(autouse=True)
 def traces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs, "make_backend", lambda *_: Tracer())
-    monkeypatch.setattr(graphs, "COMPILED_BY_INDUCTOR", graphs.COMPONENTS)
+    parts = PIPELINES["StableDiffusionPipeline"]
+    everything = parts._replace(each_step=parts.each_step + parts.each_picture, each_picture=())
+    monkeypatch.setitem(PIPELINES, "StableDiffusionPipeline", everything)
 
 
 def draw(pipe: StableDiffusionPipeline, width: int = 64, **options: Any) -> torch.Tensor:

@@ -56,7 +56,8 @@ def project_prompt(
 
 def _is_projectable(unet: "UNet2DConditionModel", blocks: list[BasicTransformerBlock]) -> bool:
     config = unet.config
-    if config.encoder_hid_dim_type is not None or config.addition_embed_type is not None:
+    # "text_time", of SDXL, embeds the pooled prompt, which the UNet gets apart.
+    if config.encoder_hid_dim_type is not None or config.addition_embed_type not in (None, "text_time"):
         return False
     if any(_has_hooks(module) or ("forward" in vars(module) and module is not unet) for module in unet.modules()):
         return False
