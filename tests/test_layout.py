@@ -24,8 +24,9 @@ DOORS = {
 INNER_DOORS = {
     "ascend.chips": set(),
     "ascend.memory": set(),
-    "ascend.graphs": set(),
-    "ascend.parallel": set(),
+    "ascend.pipelines": set(),
+    "ascend.graphs": {"ascend.pipelines"},
+    "ascend.parallel": {"ascend.pipelines"},
     "processors.kernels": set(),
     "processors.models": {"processors.kernels", "processors.merging"},
     "processors.merging": {"processors.kernels", "processors.models"},

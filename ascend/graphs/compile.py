@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 def compile_pipeline(
     pipe: DiffusionPipeline, graph_cache: Path | None = None, graph_cache_limit: int | None = None
 ) -> dict[str, str]:
-    """Compile in place what runs in every step, and on an NPU what runs once a picture, too, as graphs without a break.
+    """Compile in place what runs in every step, and on an NPU what runs once a picture, as graphs without a break.
 
     Which that is says the pipeline's row in `ascend.pipelines`: the UNet and a ControlNet; text encoders and the VAE's
     encoder and decoder, for which inductor would compile for longer than they save in hundreds of pictures. Graphs
@@ -54,13 +54,13 @@ def compile_pipeline(
     done = {}
     with ExitStack() as undo:
         for name, module in models_at(pipe, parts.each_picture + parts.each_step):
-            reason = _why_eager(pipe, parts, name, device)
-            if reason:
-                logger.warning("%s is not compiled: %s", name, reason)
-            if reason or (device.type != "npu" and name in parts.each_picture):
-                done[name] = "eager"
-                continue
             if _find_graphs(module) is None:
+                reason = _why_eager(pipe, parts, name, device)
+                if reason:
+                    logger.warning("%s is not compiled: %s", name, reason)
+                if reason or (device.type != "npu" and name in parts.each_picture):
+                    done[name] = "eager"
+                    continue
                 undo.callback(decompile_module, module)
             done[name] = compile_module(module, graph_cache, graph_cache_limit, name)
         undo.pop_all()

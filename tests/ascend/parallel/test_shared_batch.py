@@ -15,7 +15,7 @@ from diffusers import StableDiffusionPipeline
 from torch import nn
 
 from ascend.parallel import Mesh, ParallelError, choose_branch_size, share_guidance, shared_batch, unshare_guidance
-from ascend.parallel.agreement import MOST_DIMENSIONS, PICKED, differences, fingerprint
+from ascend.parallel.agreement import MOST_DIMENSIONS, PARTS, PICKED, differences, fingerprint
 from ascend.parallel.shared_batch import LocalRows, SharedBatch, rows_of
 from tests.programs import ROOT, environment
 
@@ -78,7 +78,7 @@ def unet_of_rank(rank: int, shares: list[torch.Tensor], monkeypatch: pytest.Monk
     """A UNet shared by two ranks, the second of which is not there; the ranks agree, and give `shares`."""
 
     def gather(everyone: torch.Tensor, mine: torch.Tensor, group: Any) -> None:
-        if len(mine) == 3 * (MOST_DIMENSIONS + PICKED):
+        if len(mine) == len(PARTS) * (MOST_DIMENSIONS + PICKED):
             everyone.copy_(torch.cat([mine, mine]))
         else:
             everyone.copy_(torch.cat(shares))
