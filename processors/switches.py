@@ -16,6 +16,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from transformers.activations import GELUActivation
 from transformers.models.clip.modeling_clip import CLIPPreTrainedModel
 
+from processors.kernels import dispatch
 from processors.kernels.select import check_kernels
 from processors.merging.processor import check_ratio
 from processors.models import clip, resnet
@@ -32,7 +33,8 @@ def enable_fused_kernels(
     """Let every model of `pipe` attend through `processors.kernels`, and use the exact fused kernels of an NPU.
 
     Replaces diffusers' default attention processor, with fused projections or without, in the UNet, the VAE and
-    whatever else has one, torch's attention in CLIP models, GroupNorm followed by SiLU in residual blocks, and the
+    whatever else has one, the backend of processors that attend through diffusers' dispatcher (Flux, Stable Diffusion
+    3 and other transformers), torch's attention in CLIP models, GroupNorm followed by SiLU in residual blocks, and the
     GELU of transformers. Which kernel runs is decided at each call by the device of its tensors, so the pipeline may
     be moved afterwards; off the NPU, results do not change by a bit. Other processors stay, with a warning. Called
     again, it replaces the old choice of kernels.
@@ -52,7 +54,7 @@ def enable_fused_kernels(
     """
     names = check_kernels(kernels)
     found = {name: Coverage.of(model) for name, model in _components(pipe).items()}
-    covered = any(coverage.attentions for coverage in found.values())
+    covered = any(coverage.attentions or coverage.dispatching for coverage in found.values())
     foreign = any(coverage.foreign_attentions for coverage in found.values())
     has_clip = any(coverage.clip_attentions for coverage in found.values())
     if not covered and (foreign or not has_clip):
@@ -71,6 +73,8 @@ def enable_fused_kernels(
             )
         for attn in coverage.attentions:
             switch(attn, flash=True, kernels=names)
+        for processor in coverage.dispatching:
+            dispatch.use_kernels(processor, names)
         for block in coverage.residual_blocks:
             resnet.fuse(block)
         for clip_model in coverage.clip_models:
@@ -86,6 +90,7 @@ def disable_fused_kernels(pipe: DiffusionPipeline | torch.nn.Module) -> None:
         switch(attn, flash=False, kernels=None)
     _forget_processors(pipe)
     for module in _modules(pipe):
+        dispatch.use_default(getattr(module, "processor", None))
         if isinstance(module, resnet.FusedResnetBlock2D):
             resnet.unfuse(module)
         elif isinstance(module, CLIPPreTrainedModel):

@@ -1,7 +1,7 @@
 """What of a model our kernels cover, and what not: the plan and the report of `enable_flash_attention`."""
 
 from collections import Counter
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from diffusers.models.attention_processor import Attention
@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.activations import GELUActivation
 from transformers.models.clip.modeling_clip import CLIPAttention, CLIPPreTrainedModel
 
+from processors.kernels import dispatch
 from processors.models import clip, resnet
 from processors.models.switched_attention import is_default, original_of
 
@@ -19,6 +20,7 @@ class Coverage(NamedTuple):
 
     model: str
     attentions: list[Attention]
+    dispatching: list[Any]  # processors of other attentions, that attend through diffusers' dispatcher
     foreign_attentions: Counter[str]  # of diffusers, by their processor's class
     clip_models: list[CLIPPreTrainedModel]
     clip_attentions: int
@@ -32,13 +34,15 @@ class Coverage(NamedTuple):
         """Describe `model` without changing it."""
         modules = list(model.modules())
         of_clip = [module for module in modules if isinstance(module, CLIPAttention)]
-        attentions, foreign = [], Counter[str]()
+        attentions, dispatching, foreign = [], [], Counter[str]()
         for module in modules:
             if not (hasattr(module, "set_processor") and hasattr(module, "processor")):
                 continue  # as diffusers itself tells attentions, of which Flux and others have classes of their own
             original = original_of(module, module.processor)
             if isinstance(module, Attention) and is_default(module, original):
                 attentions.append(module)
+            elif dispatch.dispatches(original):
+                dispatching.append(original)
             else:
                 foreign[type(original).__name__] += 1
         encoders = Counter(a.config._attn_implementation for a in of_clip if not clip.is_replaceable(a))
@@ -48,6 +52,7 @@ class Coverage(NamedTuple):
         return cls(
             model=type(model).__name__,
             attentions=attentions,
+            dispatching=dispatching,
             foreign_attentions=foreign,
             clip_models=[module for module in modules if isinstance(module, CLIPPreTrainedModel)],
             clip_attentions=sum(map(clip.is_replaceable, of_clip)),
@@ -64,7 +69,7 @@ class Coverage(NamedTuple):
 
     def words(self) -> str:
         """The report: what is replaced, and after "not covered:" what is not."""
-        replaced = _count(len(self.attentions) + self.clip_attentions, "attention")
+        replaced = _count(len(self.attentions) + len(self.dispatching) + self.clip_attentions, "attention")
         replaced += _count(len(self.residual_blocks), "residual block") + _count(len(self.activations), "GELU")
         left = [_count(number, "attention")[0] + f" ({name})" for name, number in sorted(self.others.items())]
         left += [f"{words} that scale, shift or resample" for words in _count(self.foreign_blocks, "residual block")]

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-PROGRAM = Path(__file__).resolve().parents[2] / "scripts/npu_setup/check_npu_setup.py"
+from tests.programs import ROOT
+
+PROGRAM = ROOT / "scripts/npu_setup/check_npu_setup.py"
 KERNELS = {"Ascend310P": "npu_prompt_flash_attention", "Ascend910B": "npu_fused_infer_attention_score"}
 
 
@@ -31,4 +33,7 @@ def test_every_operator_a_graph_and_a_collective_agree_with_the_cpu(
     devices = min(2, torch.npu.device_count())
     assert checks["collective"]["found"].startswith(f"all_gather between {devices} devices")
     written = json.loads(bundle.read_text())["results"]
-    assert [(check["name"], check["status"]) for check in written] == [(name, "ok") for name in checks]
+    statuses = dict.fromkeys(checks, "ok")
+    if torch.version.cuda:
+        statuses["torch"] = "warning"  # a CUDA build beside torch_npu
+    assert [(check["name"], check["status"]) for check in written] == list(statuses.items())

@@ -19,10 +19,9 @@ from processors import (
     disable_token_merging,
     enable_flash_attention,
     enable_token_merging,
-    kernels,
 )
 from processors.kernels.call import AttentionCall
-from processors.kernels.select import explain, select_kernel
+from processors.kernels.select import Kernel, explain, select_kernel
 from processors.models.unet import largest_call
 from tests.processors.test_switches import modules, outputs, same, state
 from tests.tiny_models import CROSS_ATTENTION_DIM, tiny_vae
@@ -92,19 +91,23 @@ def test_report_tells_what_was_done_in_each_model(tiny_sd: StableDiffusionPipeli
     assert again == {"UNet2DConditionModel": "16 of 16 self-attentions merge 25% of their tokens"}
 
 
-def test_denoisers_that_are_not_covered_are_reported_and_warned_of_and_the_rest_is_done(caplog) -> None:
+def test_attentions_that_are_not_covered_are_reported_and_warned_of_and_the_rest_is_done(caplog) -> None:
     pipe = tiny_flux()
     report = enable_flash_attention(pipe)
     assert report == {
         "vae": "2 attentions, 16 residual blocks",
         "text_encoder": "2 attentions, 2 GELUs",
         "text_encoder_2": "not covered: 1 attention (T5Attention)",
-        "transformer": "not covered: 3 attentions (FluxAttnProcessor)",
+        "transformer": "3 attentions",
     }
-    assert "leaves these attention processors as they are: FluxAttnProcessor (of transformer)" in caplog.text
     disable_flash_attention(pipe)
+    pipe.transformer.set_attention_backend("_native_math")  # what the user chose stays
+    report = enable_flash_attention(pipe)
+    assert report["transformer"] == "not covered: 3 attentions (FluxAttnProcessor)"
+    assert "leaves these attention processors as they are: FluxAttnProcessor (of transformer)" in caplog.text
+    pipe.transformer.reset_attention_backend()
     report = enable_flash_attention(tiny_sd3())
-    assert report["transformer"] == "not covered: 1 attention (JointAttnProcessor2_0)"
+    assert report["transformer"] == "1 attention"
     assert report["vae"].startswith("2 attentions")
 
 
@@ -144,7 +147,6 @@ def test_token_merging_takes_a_bare_unet(tiny_sd: StableDiffusionPipeline) -> No
 @pytest.mark.parametrize(
     ("make", "found"),
     [
-        (lambda: tiny_flux().transformer, "FluxTransformer2DModel .*: found FluxAttnProcessor"),
         (tiny_t5, "T5EncoderModel .*: found T5Attention"),
         (lambda: tiny_clip("eager"), "CLIPTextModel .*: found eager"),
         (lambda: torch.nn.Linear(2, 2), "Linear .*: found no attention at all"),
@@ -167,12 +169,12 @@ def calls_of(pipe: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch) -> 
     """Each call of attention while the models run once, and the name of its kernel."""
     seen: list[tuple[AttentionCall, str]] = []
 
-    def record(call: AttentionCall) -> kernels.Kernel:
+    def record(call: AttentionCall) -> Kernel:
         seen.append((call, select_kernel(call).name))
         return select_kernel(call)
 
     with monkeypatch.context() as patch:
-        patch.setattr(kernels, "select_kernel", record)
+        patch.setattr("processors.kernels.attention.select_kernel", record)
         outputs(pipe)
     return seen
 
@@ -265,7 +267,9 @@ def test_largest_call_is_the_one_over_the_most_tokens_that_the_unet_makes(monkey
     if ratio:
         enable_token_merging(model, ratio=ratio)
     seen: list[AttentionCall] = []
-    monkeypatch.setattr(kernels, "select_kernel", lambda call: seen.append(call) or select_kernel(call))
+    monkeypatch.setattr(
+        "processors.kernels.attention.select_kernel", lambda call: seen.append(call) or select_kernel(call)
+    )
     model(torch.randn(2, 4, height, width), torch.tensor(10), torch.randn(2, 7, CROSS_ATTENTION_DIM))
     largest = largest_call(model, 2, height, width)
     assert largest in seen and largest.query_length == max(call.query_length for call in seen)
