@@ -121,7 +121,7 @@ def inputs_of(name: str, size: int = SIZE) -> dict[str, Any]:
     return {"height": size, "width": size}
 
 
-def draw(pipe: DiffusionPipeline, name: str, **kwargs: Any) -> torch.Tensor:
-    """The latents of one picture `[1, 4, height / 8, width / 8]`, from seven steps unless told otherwise."""
+def draw(pipe: DiffusionPipeline, name: str, **kwargs: Any) -> Any:
+    """The latents of one picture `[1, 4, height / 8, width / 8]`, from seven steps; `kwargs` are the pipeline's."""
     options = {"num_inference_steps": 7, "output_type": "latent", "guidance_scale": 5.0, **inputs_of(name), **kwargs}
     return pipe("a red circle", generator=torch.Generator().manual_seed(0), **options).images
