@@ -54,15 +54,21 @@ def cache_options(interval: int | None, schedule: dict[str, Any] | None) -> dict
     return {"cache_interval": interval or DEFAULT_INTERVAL, **schedule}
 
 
-def count_full_steps(scheduler: SchedulerMixin, steps: int, options: dict[str, Any]) -> dict[str, int]:
+def count_full_steps(
+    scheduler: SchedulerMixin, steps: int, options: dict[str, Any], skipped: int = 0
+) -> dict[str, int]:
     """How many calls of the UNet run it whole and how many not, with `options` from `cache_options`.
 
-    Raises UserError for a schedule that does not fit `steps` or saves nothing.
+    `skipped` are the first of the `steps`, which are not taken where a picture is changed.
+
+    Raises:
+        UserError: the schedule does not fit `steps` or saves nothing.
     """
     from diffusers.models.unets.deep_cache import get_full_steps  # which the patches add
 
     scheduler.set_timesteps(steps)
-    calls = len(scheduler.timesteps)  # some schedulers call once more than there are steps, or twice as often
+    # Some schedulers call once more than there are steps, or twice as often.
+    calls = len(scheduler.timesteps) - skipped * scheduler.order
     try:
         full_steps = len(get_full_steps(calls, **options))
     except ValueError as error:

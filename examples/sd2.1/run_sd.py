@@ -1,6 +1,7 @@
-"""Pictures from text with Stable Diffusion 2.1, on an Ascend NPU, a GPU or the CPU.
+"""Pictures from text, or from text and a picture, with Stable Diffusion 2.1, on an Ascend NPU, a GPU or the CPU.
 
     python examples/sd2.1/run_sd.py --prompt "a large red circle in the centre, white background" --FA --TOME --DC
+    python examples/sd2.1/run_sd.py --prompt "a blue circle" --image photo.png --mask mask.png --lora style.safetensors
 
 Writes each picture to --output_dir as it is drawn, and at the end, also when it is interrupted, report.json and, with
 --compare, comparison.png.

@@ -22,11 +22,13 @@ from runners.cli import (
 from runners.devices import add_device_arguments
 from runners.model_dir import DEFAULTS, GUIDANCE_SCALE, guidance_scale_of
 from runners.schedulers import SCHEDULERS
+from runners.stable_diffusion.adapters import Lora
 
 # In the folder of the runners:
 DEMO_MODEL = "demo_model"
 DEMO_PROMPTS = "prompts.txt"
 MAX_SEED = 2**63 - 1
+STRENGTH, STRENGTH_IN_MASK = 0.8, 1.0  # diffusers' own defaults
 
 
 def parse_arguments(description: str | None, folder: Path, arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -40,6 +42,17 @@ def parse_arguments(description: str | None, folder: Path, arguments: Sequence[s
     add("--prompt_file", type=file_path, metavar="FILE", help="UTF-8 text, a prompt on each line")
     add("--negative_prompt", type=text, default="", metavar="TEXT", help="what the pictures should not show")
     add_step_and_size_arguments(add)
+    add("--image", type=file_path, metavar="FILE", help="change this picture instead of drawing from noise")
+    add("--mask", type=file_path, metavar="FILE", help="of --image only what is white here; the rest stays")
+    add("--strength", type=strength, metavar="S", help="how much of --image goes, up to 1 (0.8, with --mask 1)")
+    add(
+        "--lora",
+        type=lora,
+        action="append",
+        default=[],
+        metavar="FILE[:SCALE]",
+        help="an adapter in .safetensors; repeat it for several (scale 1)",
+    )
     add("--num_images", type=positive_int, default=1, metavar="N", help="pictures of each prompt, made together (1)")
     add("--seed", type=non_negative_int, default=0, metavar="N", help="of the first picture, the next has N+1 ... (0)")
 
@@ -70,7 +83,28 @@ def parse_arguments(description: str | None, folder: Path, arguments: Sequence[s
         parser.error("--explain has no effect without --FA: diffusers' own attention chooses no kernel")
     if args.warmup is None:
         args.warmup = 1 if args.dynamo else 0
+    if not args.image:
+        for name in ("mask", "strength"):
+            if getattr(args, name) is not None:
+                parser.error(f"--{name} has no effect without --image, which it is about")
+    elif args.strength is None:
+        args.strength = STRENGTH_IN_MASK if args.mask else STRENGTH
     return args
+
+
+def strength(argument: str) -> float:
+    share = finite_float(argument)
+    if not 0 < share <= 1:
+        raise argparse.ArgumentTypeError(f"must be more than 0 and at most 1, not {argument}")
+    return share
+
+
+def lora(argument: str) -> Lora:
+    """FILE or FILE:SCALE; a name that ends in .safetensors is a file whatever is in it."""
+    name, _, scale = argument.rpartition(":")
+    if not name or argument.endswith(".safetensors"):
+        return Lora(file_path(argument), 1.0)
+    return Lora(file_path(name), finite_float(scale))
 
 
 def add_model_argument(add: Callable[..., object], default: Path) -> None:

@@ -69,6 +69,7 @@ def parse_arguments(description: str | None, folder: Path, arguments: Sequence[s
     add = parser.add_argument_group("what to draw").add_argument
     add("--prompts", type=file_path, required=True, metavar="FILE", help=".jsonl or .parquet, see above")
     add_model_argument(add, folder / DEMO_MODEL)
+    parser.set_defaults(image=None, mask=None, strength=None, lora=[])
     add(
         "--negative_prompt",
         type=text,

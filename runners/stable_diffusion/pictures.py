@@ -15,6 +15,7 @@ from PIL import Image
 from ascend.device import DeviceManager
 from runners.messages import shown
 from runners.overflow import clear_overflow_flag, overflow_warning
+from runners.stable_diffusion.inputs import call_arguments
 
 COMPILING = (
     "the first picture compiles a graph for each kind of step: about a minute for the demo model, several for SD2.1, "
@@ -114,9 +115,8 @@ def call_pipeline(
     drawn = pipe(
         args.prompts[number],
         negative_prompt=args.negative_prompt,
-        height=args.height,
-        width=args.width,
         num_inference_steps=args.steps,
+        **call_arguments(args),
         guidance_scale=args.guidance_scale,
         num_images_per_prompt=args.num_images,
         generator=[manager.create_generator(seed) for seed in seeds_of(args, number)],

@@ -22,6 +22,8 @@ from runners.files import make_output_dir
 from runners.model_dir import Model, load_pipeline
 from runners.report import Report
 from runners.schedulers import check_steps, make_scheduler
+from runners.stable_diffusion.adapters import check_loras, load_loras
+from runners.stable_diffusion.inputs import pipeline_class, read_inputs, steps_drawn
 
 SETTINGS = ("negative_prompt", "steps", "guidance_scale", "height", "width", "num_images", "seed", "warmup")
 
@@ -41,14 +43,19 @@ def check_before_loading(
         for name in ("graph_cache", "graph_cache_limit") if device.type != "npu" else ():
             if getattr(args, name) is not None:
                 report.warn(f"--{name} has no effect on {device.type}: it is of the graphs of NPUs")
+    check_loras(args.lora)
+    read_inputs(args)
     if model.configs["unet"].get("sample_size") is None and not (args.height and args.width):
         raise UserError(f"{model.folder} does not say which size it draws: give --height and --width")
     scheduler = model.load_scheduler()
     if args.scheduler:
         scheduler = make_scheduler(args.scheduler, like=scheduler)
     check_steps(scheduler, args.steps)
+    skipped = args.steps - steps_drawn(args)
+    if skipped == args.steps:
+        raise UserError(f"--strength {args.strength:g} of --steps {args.steps} leaves no step: take more of either")
     if args.cache:
-        args.cache_steps = count_full_steps(scheduler, args.steps, args.cache)
+        args.cache_steps = count_full_steps(scheduler, args.steps, args.cache, skipped)
     return scheduler
 
 
@@ -56,7 +63,8 @@ def make_pipeline(
     args: argparse.Namespace, model: Model, scheduler: SchedulerMixin, manager: DeviceManager, dtype: torch.dtype
 ) -> StableDiffusionPipeline:
     """The pipeline on its device, without accelerations; fills in the size that `args` leave open."""
-    pipe = load_pipeline(StableDiffusionPipeline, args.model_path, dtype, model, scheduler=scheduler)
+    pipe = load_pipeline(pipeline_class(args), args.model_path, dtype, model, scheduler=scheduler)
+    load_loras(pipe, args.lora)
     # choose_dtype says what float16 means on the CPU, once.
     pipe.to(manager.device, silence_dtype_warnings=True)
     choose_size(args, pipe)
@@ -81,10 +89,19 @@ def warn_of_long_prompts(prompts: Iterable[str], pipe: StableDiffusionPipeline, 
 
 def settings_in_use(args: argparse.Namespace, pipe: StableDiffusionPipeline) -> dict[str, Any]:
     """The arguments that decide what the pictures look like, for the report and the pictures' metadata."""
-    return {name: getattr(args, name) for name in SETTINGS} | {
-        "model_path": str(args.model_path),
-        "scheduler": type(pipe.scheduler).__name__,
-    }
+    given: dict[str, Any] = {name: str(getattr(args, name)) for name in ("image", "mask") if getattr(args, name)}
+    if args.image:
+        given["strength"] = args.strength
+    if args.lora:
+        given["lora"] = {str(lora.path): lora.scale for lora in args.lora}
+    return (
+        {name: getattr(args, name) for name in SETTINGS}
+        | given
+        | {
+            "model_path": str(args.model_path),
+            "scheduler": type(pipe.scheduler).__name__,
+        }
+    )
 
 
 def accelerate(pipe: StableDiffusionPipeline, args: argparse.Namespace, report: Report) -> dict[str, Any]:

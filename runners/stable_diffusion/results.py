@@ -11,6 +11,7 @@ from PIL import Image
 
 from runners.images import GridRow, save_png, side_by_side, similarity
 from runners.report import format_table, versions
+from runners.stable_diffusion.inputs import steps_drawn
 from runners.stable_diffusion.pictures import Call, Costs, seeds_of
 
 
@@ -56,7 +57,7 @@ def list_costs(costs: Costs, args: argparse.Namespace, compiled: bool) -> dict[s
     return {
         "compile_seconds": costs.seconds_to_compile() if compiled else None,
         "seconds_per_image": costs.seconds_per_image(),
-        "seconds_per_step": costs.seconds_per_step(args.steps),
+        "seconds_per_step": costs.seconds_per_step(steps_drawn(args)),
         "peak_memory_bytes": costs.peak_memory,
     }
 

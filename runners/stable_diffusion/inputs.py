@@ -1,0 +1,76 @@
+"""The picture that is changed, and the mask of what changes: --image, --mask and --strength."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from diffusers import (
+    DiffusionPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+)
+from PIL import Image, UnidentifiedImageError
+
+from runners.cli import UserError
+
+MULTIPLE = 8  # of a side, in pixels: the latents have an eighth of it
+
+
+def pipeline_class(args: argparse.Namespace) -> type[DiffusionPipeline]:
+    """What draws: text alone, with a picture, or within a mask."""
+    if args.image is None:
+        return StableDiffusionPipeline
+    return StableDiffusionInpaintPipeline if args.mask else StableDiffusionImg2ImgPipeline
+
+
+def read_inputs(args: argparse.Namespace) -> None:
+    """Put the pictures themselves in the place of their paths, in the size that is drawn.
+
+    Without --height and --width that is the picture's own, down to the next multiple of 8.
+
+    Raises:
+        UserError: there is no such file, or it is no picture.
+    """
+    args.picture = args.mask_picture = None
+    if args.image is None:
+        return
+    picture = read_picture("--image", args.image)
+    args.height = args.height or max(MULTIPLE, picture.height // MULTIPLE * MULTIPLE)
+    args.width = args.width or max(MULTIPLE, picture.width // MULTIPLE * MULTIPLE)
+    args.picture = resized(picture.convert("RGB"), args)
+    if args.mask:
+        args.mask_picture = resized(read_picture("--mask", args.mask).convert("L"), args)
+        if args.mask_picture.getbbox() is None:
+            raise UserError(f"--mask {args.mask} is all black: nothing would change")
+
+
+def read_picture(flag: str, path: Path) -> Image.Image:
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+            return picture
+    except UnidentifiedImageError:
+        raise UserError(f"{flag} {path} is no picture that can be read: take a PNG or JPEG file") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{flag} {path}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def resized(picture: Image.Image, args: argparse.Namespace) -> Image.Image:
+    size = args.width, args.height
+    return picture if picture.size == size else picture.resize(size, Image.Resampling.LANCZOS)
+
+
+def call_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """What a call of the pipeline takes of pictures and sizes."""
+    size = {"height": args.height, "width": args.width}
+    if args.picture is None:
+        return size
+    if args.mask_picture is None:
+        return {"image": args.picture, "strength": args.strength}
+    return {"image": args.picture, "mask_image": args.mask_picture, "strength": args.strength, **size}
+
+
+def steps_drawn(args: argparse.Namespace) -> int:
+    """Of --steps those that are taken: a picture that keeps something of --image skips the first ones."""
+    return args.steps if args.image is None else min(int(args.steps * args.strength), args.steps)

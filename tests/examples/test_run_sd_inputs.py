@@ -1,0 +1,136 @@
+"""run_sd.py with a picture to change, a mask, and adapters."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from PIL import Image
+
+PROMPT = ("--prompt", "a red circle")
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    """72 x 64 pixels in many colours."""
+    ramp = np.arange(72 * 64 * 3).reshape(64, 72, 3) % 251
+    Image.fromarray(ramp.astype(np.uint8)).save(tmp_path / "picture.png")
+    return tmp_path / "picture.png"
+
+
+@pytest.fixture
+def mask(tmp_path: Path) -> Path:
+    """White in its left half."""
+    mask = Image.new("L", (72, 64))
+    mask.paste(255, (0, 0, 36, 64))
+    mask.save(tmp_path / "mask.png")
+    return tmp_path / "mask.png"
+
+
+@pytest.fixture
+def adapter(tiny_sd: StableDiffusionPipeline, tmp_path: Path) -> Path:
+    """A LoRA of the UNet with random weights."""
+    torch.manual_seed(0)
+    tiny_sd.unet.add_adapter(LoraConfig(r=4, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    layers = get_peft_model_state_dict(tiny_sd.unet)
+    StableDiffusionPipeline.save_lora_weights(tmp_path, unet_lora_layers=layers, weight_name="style.safetensors")
+    return tmp_path / "style.safetensors"
+
+
+def read_report(folder: Path) -> dict:
+    return json.loads((folder / "report.json").read_text())
+
+
+def drawn(folder: Path) -> np.ndarray:
+    [entry] = read_report(folder)["images"]
+    return np.asarray(Image.open(folder / entry["file"]).convert("RGB")).astype(int)
+
+
+def test_a_picture_is_changed_as_far_as_the_strength_says(run_sd: Callable, tmp_path: Path, picture: Path) -> None:
+    before = np.asarray(Image.open(picture)).astype(int)
+    distances = []
+    for strength in (0.25, 1.0):
+        outcome = run_sd(*PROMPT, "--image", picture, "--strength", strength, "--steps", 4)
+        assert outcome.code == 0, outcome.err
+        after = drawn(tmp_path / "out")
+        assert after.shape == before.shape
+        distances.append(np.abs(after - before).mean())
+    settings = read_report(tmp_path / "out")["settings"]
+    assert (settings["image"], settings["strength"]) == (str(picture), 1.0)
+    assert (settings["height"], settings["width"]) == (64, 72)
+    assert distances[0] != distances[1]
+
+
+def test_a_mask_keeps_what_is_black(run_sd: Callable, tmp_path: Path, picture: Path, mask: Path) -> None:
+    for strength in (0.5, 1.0):
+        outcome = run_sd(*PROMPT, "--image", picture, "--mask", mask, "--strength", strength, "--steps", 4)
+        assert outcome.code == 0, outcome.err
+        masked = drawn(tmp_path / "out")
+        if strength == 0.5:
+            first = masked
+    # The random autoencoder keeps no picture, but its decoder sees the same latents on the right.
+    changed = np.abs(masked - first).mean(axis=(0, 2))
+    assert changed[:24].mean() > 2 * changed[60:].mean()
+
+
+def test_pictures_go_with_the_accelerations(run_sd: Callable, tmp_path: Path, picture: Path) -> None:
+    outcome = run_sd(
+        *PROMPT, "--image", picture, "--strength", 0.8, "--steps", 10, "--FA", "--TOME", "--DC", 2, "--compare"
+    )
+    assert outcome.code == 0, outcome.err
+    report = read_report(tmp_path / "out")
+    assert (report["flags"]["DC"]["full_steps"], report["flags"]["DC"]["shallow_steps"]) == (4, 4)
+    assert (tmp_path / "out/comparison.png").exists()
+
+
+def test_a_size_resizes_the_picture(run_sd: Callable, tmp_path: Path, picture: Path) -> None:
+    assert run_sd(*PROMPT, "--image", picture, "--height", 128, "--width", 96).code == 0
+    assert drawn(tmp_path / "out").shape == (128, 96, 3)
+
+
+def test_adapters_change_the_picture_by_their_scale(run_sd: Callable, tmp_path: Path, adapter: Path) -> None:
+    pictures = {}
+    for lora in ((), ("--lora", adapter), ("--lora", f"{adapter}:0"), ("--lora", f"{adapter}:0.5")):
+        outcome = run_sd(*PROMPT, "--FA", *lora)
+        assert outcome.code == 0, outcome.err
+        pictures[str(lora[-1:])] = drawn(tmp_path / "out")
+    plain, whole, none, half = pictures.values()
+    assert np.array_equal(plain, none) and not np.array_equal(plain, whole) and not np.array_equal(whole, half)
+    assert read_report(tmp_path / "out")["settings"]["lora"] == {str(adapter): 0.5}
+    both = run_sd(*PROMPT, "--lora", f"{adapter}:0.25", "--lora", f"{adapter}:0.25")
+    assert both.code == 0, both.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--mask", "mask.png"], "--mask has no effect without --image"),
+        (["--strength", "0.5"], "--strength has no effect without --image"),
+        (["--image", "absent.png"], "--image absent.png: No such file or directory"),
+        (["--image", __file__], "is no picture that can be read"),
+        (["--image", "PICTURE", "--strength", "0"], "must be more than 0 and at most 1, not 0"),
+        (["--image", "PICTURE", "--strength", "0.1"], "--strength 0.1 of --steps 2 leaves no step"),
+        (["--image", "PICTURE", "--mask", "BLACK"], "is all black: nothing would change"),
+        (["--lora", "absent.safetensors"], "--lora absent.safetensors does not exist"),
+        (["--lora", __file__], "must be a .safetensors file"),
+        (["--lora", "OTHER"], "does not fit this model"),
+    ],
+)
+def test_what_cannot_be_drawn_is_one_line(
+    run_sd: Callable, tmp_path: Path, picture: Path, tiny_sd_dir: Path, arguments: list[str], message: str
+) -> None:
+    Image.new("L", (72, 64)).save(tmp_path / "black.png")
+    paths = {
+        "PICTURE": picture,
+        "BLACK": tmp_path / "black.png",
+        "OTHER": tiny_sd_dir / "vae/diffusion_pytorch_model.safetensors",
+    }
+    outcome = run_sd(*PROMPT, *(paths.get(argument, argument) for argument in arguments))
+    assert outcome.code == 2 and message in outcome.err.splitlines()[-1], outcome.err
