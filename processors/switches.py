@@ -36,8 +36,9 @@ def enable_fused_kernels(
     whatever else has one, the backend of processors that attend through diffusers' dispatcher (Flux, Stable Diffusion
     3 and other transformers), torch's attention in CLIP models, GroupNorm followed by SiLU in residual blocks, and the
     GELU of transformers. Which kernel runs is decided at each call by the device of its tensors, so the pipeline may
-    be moved afterwards; off the NPU, results do not change by a bit. Other processors stay, with a warning. Called
-    again, it replaces the old choice of kernels.
+    be moved afterwards; off the NPU, results do not change by a bit. Other processors stay, with a warning, and so
+    does a backend of the dispatcher that `set_attention_backend` chose; one that the context manager
+    `attention_backend` chooses is overruled. Called again, it replaces the old choice of kernels.
 
     Args:
         pipe: a pipeline, or a model such as a UNet, a VAE or a CLIP model.
@@ -89,8 +90,8 @@ def disable_fused_kernels(pipe: DiffusionPipeline | torch.nn.Module) -> None:
     for attn in _attentions(pipe):
         switch(attn, flash=False, kernels=None)
     _forget_processors(pipe)
+    _forget_backends(pipe)
     for module in _modules(pipe):
-        dispatch.use_default(getattr(module, "processor", None))
         if isinstance(module, resnet.FusedResnetBlock2D):
             resnet.unfuse(module)
         elif isinstance(module, CLIPPreTrainedModel):
@@ -157,6 +158,14 @@ def _forget_processors(pipe: DiffusionPipeline | torch.nn.Module) -> None:
     for module in _modules(pipe):
         kept = vars(module).get("original_attn_processors") or {}
         kept.update({name: stripped(processor) for name, processor in kept.items()})
+
+
+def _forget_backends(pipe: DiffusionPipeline | torch.nn.Module) -> None:
+    """Those of processors in use, and of those that diffusers would put back."""
+    for module in _modules(pipe):
+        kept = vars(module).get("original_attn_processors") or {}
+        for processor in (getattr(module, "processor", None), *kept.values()):
+            dispatch.use_default(processor)
 
 
 def _components(pipe: Any) -> dict[str, torch.nn.Module]:

@@ -29,7 +29,8 @@ def compile_pipeline(
     Which that is says the pipeline's row in `ascend.pipelines`: the UNet and a ControlNet; text encoders and the VAE's
     encoder and decoder, for which inductor would compile for longer than they save in hundreds of pictures. Graphs
     are made when a component is first called in a new way, from what it is then. The UNet becomes one graph
-    for each kind of call: with DeepCache a full and a shallow one, and as many for another batch or picture size.
+    for each kind of call: with DeepCache a full and a shallow one, and as many for another batch or picture size; a
+    ControlNet one for each scale, which is a constant of it.
     Weights are constants of a graph, in the layout that the matrix kernels read. A component that changes afterwards
     (attention processors, token merging, adapters, weights) gets new graphs at its next call. What is compiled
     already stays so.

@@ -123,7 +123,8 @@ def _text(value: Any, depth: int) -> str:
     if depth and isinstance(value, dict):
         items = sorted(f"{key}={_text(item, depth - 1)}" for key, item in value.items() if key not in NO_SETTINGS)
         return f"{_name(type(value))}{items}"
-    if depth and isinstance(value, list | tuple | set | frozenset):
+    is_leaf = isinstance(value, list | tuple | set | frozenset) and all(isinstance(item, PLAIN) for item in value)
+    if (depth or is_leaf) and isinstance(value, list | tuple | set | frozenset):
         texts = [_text(item, depth - 1) for item in value]
         return f"{_name(type(value))}{texts if isinstance(value, list | tuple) else sorted(texts)}"
     if depth and is_plain_object(value):

@@ -83,7 +83,7 @@ class SharedBatch:
         self.forward: Callable[..., Any] = module.forward
         self.signature = inspect.signature(types.MethodType(type(module).forward, module))
         self.batched = batched_arguments(module)
-        self.is_local = type(module).__name__ in LOCAL_RESULTS
+        self.is_local = any(kind.__name__ in LOCAL_RESULTS for kind in type(module).__mro__)
         self.mesh = mesh
         self.must_split = must_split
         self.constant: dict[str, tuple[Any, Any]] = {}  # what is the same in all steps, and this rank's rows of it
@@ -97,12 +97,13 @@ class SharedBatch:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         arguments = self.signature.bind(*args, **kwargs).arguments
         batch = next(iter(arguments.values()))
-        if PROMPT in self.signature.parameters:
+        is_whole = bool(arguments.get("guess_mode"))  # whose results are filled up with rows of zeros
+        if PROMPT in self.signature.parameters and not is_whole:
             self._require_agreement(batch, arguments)
         rows, ranks = len(batch), self.mesh.branch_size
         if rows < ranks and self.must_split:
             raise ParallelError(f"{ranks} devices cannot share a batch of {rows}: there is no guidance to split")
-        if rows < ranks or arguments.get("guess_mode"):  # whose results are filled up with rows of zeros
+        if rows < ranks or is_whole:
             return self.forward(**arguments)
         results = self.forward(**{name: self._share(name, value, rows) for name, value in arguments.items()})
         if self.is_local:

@@ -27,6 +27,7 @@ def dispatched_attention(
     """A backend of `dispatch_attention_fn`, `[batch, tokens, heads, head_dim]` to the same.
 
     Args:
+        attn_mask: as `processors.attention` takes it, or `[batch, keys]`.
         enable_gqa: several heads of `query` share one of `key` and `value`.
         kernels: what `check_kernels` made of the user's choice.
 
@@ -39,6 +40,8 @@ def dispatched_attention(
         raise ValueError(
             f"the kernels of enable_fused_kernels do not offer {' and '.join(asked)}: call disable_fused_kernels first"
         )
+    if attn_mask is not None and attn_mask.shape == (len(query), key.shape[1]):
+        attn_mask = attn_mask[:, None, None, :]  # of the keys, as the default backend reads it
     heads = query.shape[2]
     if enable_gqa:
         key, value = (tensor.repeat_interleave(heads // tensor.shape[2], dim=2) for tensor in (key, value))

@@ -19,7 +19,7 @@ def sliced_attention(inputs: AttentionInputs, score_bytes: int = SCORE_BYTES) ->
     batch, heads, query_length, _ = query.shape
     scores_dtype = torch.promote_types(query.dtype, torch.float32)
     key = key.to(scores_dtype).transpose(-1, -2)
-    rows = max(1, score_bytes // (batch * heads * key.shape[-1] * scores_dtype.itemsize))
+    rows = max(1, score_bytes // max(1, batch * heads * key.shape[-1] * scores_dtype.itemsize))
 
     outputs = []
     for start in range(0, query_length, rows):

@@ -28,8 +28,6 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from scripts.benchmarks.benchmark import PROMPT_TOKENS, denoise, make_pipeline, switched_on
-
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
@@ -41,6 +39,7 @@ from ascend.parallel.mesh import wait_for_all
 from runners.cli import ArgumentParser, image_size, one_line_errors, positive_int
 from runners.launch import launch
 from runners.report import format_table
+from scripts.benchmarks.benchmark import PROMPT_TOKENS, denoise, make_pipeline, switched_on
 
 FLAGS = ("FA", "TOME", "DC", "dynamo")
 SD21_TEXT = {

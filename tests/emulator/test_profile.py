@@ -29,7 +29,8 @@ def parameters_of_operators() -> dict[str, set[str]]:
     for name in ("Mm", "Matmul", "MatmulWeightNz", "BatchMatMul"):
         found[name] = set(KERNEL_FAMILIES["PRODUCT"])
     found["Foreach"] = set()  # all operators of graphs on lists of tensors
-    for name in re.findall(r"CANN_API HcclResult (\w+)\(", (SOURCES.parent / "hccl.cpp").read_text(encoding="utf-8")):
+    hccl = (SOURCES.parent / "hccl/hccl.cpp").read_text(encoding="utf-8")
+    for name in re.findall(r"CANN_API HcclResult (\w+)\(", hccl):
         found[name] = HCCL_PARAMETERS
     return found
 

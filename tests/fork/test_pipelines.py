@@ -13,9 +13,10 @@ import diffusers
 import pytest
 import torch
 from DeepCache import DeepCacheSDHelper
+from diffusers import MultiControlNetModel
 
 from tests.programs import ROOT
-from tests.tiny_pipelines import PIPELINES, draw, make_pipeline
+from tests.tiny_pipelines import PIPELINES, draw, inputs_of, make_pipeline
 
 
 def count(module: torch.nn.Module) -> list[int]:
@@ -32,7 +33,7 @@ def upstream_latents(upstream_wheel: Path, tmp_path_factory: pytest.TempPathFact
     zipfile.ZipFile(upstream_wheel).extractall(folder / "site")
     program = (
         "import diffusers, sys, torch\n"
-        "from tests.tiny_pipelines import PIPELINES, draw, make_pipeline\n"
+        "from tests.tiny_pipelines import PIPELINES, draw, inputs_of, make_pipeline\n"
         "assert diffusers.__version__ == '0.42.1'\n"
         "torch.save({name: draw(make_pipeline(name), name) for name in PIPELINES}, sys.argv[1])\n"
     )
@@ -118,6 +119,23 @@ def test_a_changed_controlnet_ends_the_reuse() -> None:
     middle = count(pipe.unet.mid_block)
     draw(pipe, "ControlNet", cache_interval=7, callback_on_step_end=other_weights)
     assert len(middle) == 2
+
+
+def test_several_controlnets_hand_their_pictures_to_callbacks() -> None:
+    """Their pictures are a list."""
+    pipe = make_pipeline("ControlNet")
+    pipe.controlnet = MultiControlNetModel([pipe.controlnet, pipe.controlnet])
+    inputs = {"image": [inputs_of("ControlNet")["image"]] * 2, "controlnet_conditioning_scale": [0.5, 0.5]}
+    options = {"callback_on_step_end": lambda *_: {}, "callback_on_step_end_tensor_inputs": ["image"]}
+    once = draw(make_pipeline("ControlNet"), "ControlNet")
+    torch.testing.assert_close(draw(pipe, "ControlNet", **inputs, **options), once, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_no_names_of_tensors_are_no_tensors(name: str) -> None:
+    options = {"num_inference_steps": 2, "callback_on_step_end_tensor_inputs": None}
+    plain = draw(make_pipeline(name), name, num_inference_steps=2)
+    assert torch.equal(draw(make_pipeline(name), name, **options), plain)
 
 
 @pytest.mark.parametrize("name", PIPELINES)

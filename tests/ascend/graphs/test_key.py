@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import StableDiffusionPipeline
+from diffusers import SD3Transformer2DModel, StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor2_0
 from peft import LoraConfig
 from transformers.activations import ACT2FN
@@ -17,6 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ascend.graphs import key
 from ascend.graphs.key import ambient, describe, kind_of
 from processors import enable_flash_attention, enable_token_merging
+from tests.tiny_transformers import make_transformer
 
 
 def test_the_same_module_loaded_again_is_described_the_same(
@@ -25,6 +26,16 @@ def test_the_same_module_loaded_again_is_described_the_same(
     again = StableDiffusionPipeline.from_pretrained(tiny_sd_dir)
     for name in ("text_encoder", "unet", "vae"):
         assert describe(getattr(tiny_sd, name)) == describe(getattr(again, name))
+
+
+def test_the_choice_of_kernels_of_a_transformer_is_part_of_its_description() -> None:
+    """It lies deep: in the arguments of the backend of a processor."""
+    model = make_transformer(SD3Transformer2DModel)
+    seen = {describe(model)}
+    for kernels in (None, ["sliced"], ["sdpa"], ["sdpa", "sliced"]):
+        enable_flash_attention(model, kernels=kernels)
+        seen.add(describe(model))
+    assert len(seen) == 5
 
 
 def test_a_model_in_another_folder_is_described_the_same(tiny_sd: StableDiffusionPipeline) -> None:

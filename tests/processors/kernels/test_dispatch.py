@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel, ModelMixin, SD3Transformer2DModel
+from diffusers.models.attention_dispatch import dispatch_attention_fn
 
 from processors import AttentionCall, disable_fused_kernels, enable_fused_kernels
 from processors.kernels.dispatch import dispatched_attention
@@ -69,6 +70,34 @@ def test_heads_may_share_keys_and_values() -> None:
     heads = [tensor.transpose(1, 2) for tensor in (query, key, key)]
     expected: Any = torch.nn.functional.scaled_dot_product_attention(*heads, enable_gqa=True)
     torch.testing.assert_close(shared, expected.transpose(1, 2))
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(2, 8), (4, 9), (8, 8)])
+def test_a_mask_of_two_dimensions_is_of_the_keys_as_by_default(queries: int, keys: int) -> None:
+    query, key = torch.randn(2, queries, 2, 8), torch.randn(2, keys, 2, 8)
+    mask = torch.arange(keys) < torch.tensor([[3], [keys]])
+    expected = dispatch_attention_fn(query, key, key, attn_mask=mask, backend="native")
+    torch.testing.assert_close(dispatched_attention(query, key, key, attn_mask=mask), expected)
+
+
+@torch.no_grad()
+def test_new_processors_keep_the_kernels_until_they_are_disabled(calls: list[AttentionCall]) -> None:
+    """Fusing projections makes new processors, and taking it back puts the old ones in place."""
+    model = make_transformer(SD3Transformer2DModel)
+    plain = call(model)
+    enable_fused_kernels(model)
+    for switch in (model.fuse_qkv_projections, model.unfuse_qkv_projections):
+        switch()
+        calls.clear()
+        torch.testing.assert_close(call(model), plain)
+        assert calls
+    model.fuse_qkv_projections()
+    disable_fused_kernels(model)
+    calls.clear()
+    call(model)
+    model.unfuse_qkv_projections()
+    call(model)
+    assert not calls
 
 
 def test_both_kinds_are_tried() -> None:

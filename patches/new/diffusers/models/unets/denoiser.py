@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from .change_watch import ChangeWatch, denoising_loop
 from .deep_cache import get_full_steps
@@ -51,7 +52,7 @@ class Denoiser:
         callbacks (sequence):
             What is called between the steps; None for none.
         callback_tensor_inputs (sequence of `str`):
-            The names of the tensors that they are given.
+            The names of the tensors that they are given, None for none.
 
     Attributes:
         host_timesteps (`torch.Tensor`):
@@ -72,17 +73,17 @@ class Denoiser:
         cache_center: int | None = None,
         cache_power: float = 1.4,
         callbacks: Sequence[Any] = (),
-        callback_tensor_inputs: Sequence[str] = (),
+        callback_tensor_inputs: Sequence[str] | None = (),
     ) -> None:
         self._pipe = pipe
         self.host_timesteps = timesteps.cpu()
         self._full_steps = get_full_steps(len(timesteps), cache_interval, cache_schedule, cache_center, cache_power)
         is_cached = len(self._full_steps) < len(timesteps)
         self._branch = (cache_block_id, cache_layer_id) if is_cached else None
-        self._feature = self._condition = None
+        self._feature = self._condition = self._shape = None
         self._watch = ChangeWatch() if any(callback is not None for callback in callbacks) else None
         self._models: nn.ModuleList | None = None
-        self._callback_tensor_inputs = frozenset(callback_tensor_inputs)
+        self._callback_tensor_inputs = frozenset(callback_tensor_inputs or ())
         self._project(prompt_embeds)
 
     def loop(self) -> AbstractContextManager[None]:
@@ -100,9 +101,9 @@ class Denoiser:
         """
         cache_kwargs = {}
         if self._branch is not None:
-            # A callback may have changed the batch, by ending classifier free guidance for example.
-            is_stale = self._feature is not None and len(self._feature) != len(sample)
-            is_full = step in self._full_steps or is_stale or condition != self._condition
+            # A callback may have changed the batch, by ending classifier free guidance for example, or the size.
+            is_stale = sample.shape != self._shape or condition != self._condition
+            is_full = step in self._full_steps or is_stale
             cache_kwargs = {"cache_branch": self._branch, "cached_feature": None if is_full else self._feature}
         output = self._pipe.unet(
             sample,
@@ -114,10 +115,10 @@ class Denoiser:
             **kwargs,
         )
         if len(output) > 1:
-            self._feature, self._condition = output[1], condition
+            self._feature, self._condition, self._shape = output[1], condition, sample.shape
         return output[0]
 
-    def before_callbacks(self, prompt_embeds: torch.Tensor, **inputs: torch.Tensor | None) -> None:
+    def before_callbacks(self, prompt_embeds: torch.Tensor, **inputs: Any) -> None:
         """
         Looks at the models, the prompt and further `inputs` that decide the deep features, before callbacks may change
         them. What a model has changed itself, by compiling for example, is no change for what was computed.
@@ -125,20 +126,22 @@ class Denoiser:
         if self._watch is not None:
             self._look(prompt_embeds, inputs)
 
-    def after_callbacks(self, prompt_embeds: torch.Tensor, **inputs: torch.Tensor | None) -> None:
+    def after_callbacks(self, prompt_embeds: torch.Tensor, **inputs: Any) -> None:
         """Looks again, at the same inputs, and lets go of what was computed from anything that has changed."""
         if self._watch is None:
             return
         has_changed = self._look(prompt_embeds, inputs)
         # torch does not count what is written into an inference tensor.
-        given = self._callback_tensor_inputs & {"prompt_embeds", *inputs}
-        tensors = {"prompt_embeds": prompt_embeds, **inputs}
-        is_rewritable = any(tensors[name] is not None and tensors[name].is_inference() for name in given)
+        given = {name: value for name, value in inputs.items() if name in self._callback_tensor_inputs}
+        if "prompt_embeds" in self._callback_tensor_inputs:
+            given["prompt_embeds"] = prompt_embeds
+        leaves = pytree.tree_leaves(given)  # several ControlNets have a list of pictures
+        is_rewritable = any(isinstance(leaf, torch.Tensor) and leaf.is_inference() for leaf in leaves)
         if has_changed or is_rewritable:
             self._project(prompt_embeds)
             self._feature = None
 
-    def _look(self, prompt_embeds: torch.Tensor, inputs: dict[str, torch.Tensor | None]) -> bool:
+    def _look(self, prompt_embeds: torch.Tensor, inputs: dict[str, Any]) -> bool:
         models = [getattr(self._pipe, name, None) for name in ("unet", "controlnet")]
         models = [model for model in models if model is not None]
         if self._models is None or list(self._models) != models:
