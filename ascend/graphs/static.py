@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import itertools
 import logging
 import time
 import types
@@ -27,6 +28,8 @@ from ascend.graphs.watch import Watch
 logger = logging.getLogger(__name__)
 
 MOST_GRAPHS = 16  # of a module: more kinds of calls take turns
+
+_made = itertools.count(1)  # the graphs of this process
 
 Graph = Callable[..., Any]
 
@@ -154,8 +157,10 @@ class StaticGraphs:
             self._description = describe(self.module)
         digest = hashlib.sha256(repr((self._description, key)).encode()).hexdigest()[:32]
         call = Call(self.module, self._forward, key[0], leaves)
-        # dynamo and torchair tell compiled methods apart by their code, which all instances of a class share.
-        code = Call.forward.__code__.replace(co_name=f"forward_{digest}")
+        # dynamo and torchair tell compiled methods apart by their code, which all instances of a class share: torchair
+        # by the name, where graphs are kept, and within a process by the code's value. A constant makes that another.
+        own = Call.forward.__code__
+        code = own.replace(co_name=f"forward_{digest}", co_consts=(*own.co_consts, next(_made)))
         number = len(self.graphs) + 1
         logger.info("compiling %s, graph %d ...", self.name, number)
         start = time.perf_counter()

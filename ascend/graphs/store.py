@@ -79,6 +79,8 @@ class GraphStore:
     def make(self, name: str, about: dict[str, Any]) -> Iterator[Path]:
         """A folder to write the entry into, which takes its name when the block ends well. Wants the lock.
 
+        A block that removes the folder makes no entry.
+
         Args:
             about: what the entry is of, for a person who looks into it.
         """
@@ -87,6 +89,8 @@ class GraphStore:
         part.mkdir(mode=0o700)
         try:
             yield part
+            if not part.exists():
+                return
             index = about | {"files": _checksums(part)}
             (part / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
             part.rename(self.folder / name)

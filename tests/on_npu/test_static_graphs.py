@@ -20,7 +20,7 @@ from PIL import Image
 from torch import nn
 
 from ascend.graphs import torchair as backend
-from ascend.graphs.compile import compile_pipeline, decompile_pipeline
+from ascend.graphs.compile import compile_module, compile_pipeline, decompile_pipeline
 from processors import disable_token_merging, enable_flash_attention, enable_token_merging
 from tests.on_npu.helpers import SATURATES
 from tests.programs import ROOT, environment
@@ -222,6 +222,19 @@ def test_a_graph_is_of_the_module_that_was_called_not_of_the_one_that_was_wrappe
     program.write_text(PROGRAM)
     said = [start(program, tmp_path / "graphs", scale).communicate()[0].split() for scale in (2, 1, 2)]
     assert said == [["1", "32"], ["1", "16"], ["0", "32"]]
+
+
+def test_the_same_module_is_kept_in_each_folder_it_is_compiled_into(npu: torch.device, tmp_path: Path) -> None:
+    """In one process; with other weights, of which a graph on disk knows nothing."""
+    x = torch.ones(1, 8, device=npu)
+    for seed, folder in ((0, "first"), (1, "second"), (2, "second")):
+        torch.manual_seed(seed)
+        module = torch.nn.Linear(8, 8).to(npu).eval()
+        with torch.no_grad():
+            expected = module(x).cpu()
+            compile_module(module, tmp_path / folder)
+            torch.testing.assert_close(module(x).cpu(), expected, rtol=1e-3, atol=1e-3)
+        assert list((tmp_path / folder).rglob("compiled_module"))
 
 
 def test_of_four_processes_that_start_together_one_compiles(tmp_path: Path) -> None:

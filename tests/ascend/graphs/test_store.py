@@ -72,6 +72,14 @@ def test_a_process_that_is_killed_while_it_writes_leaves_no_half_graph(tmp_path:
     assert not list(tmp_path.glob(f"*{PART}"))
 
 
+def test_an_entry_whose_folder_is_removed_while_it_is_made_is_not_there(tmp_path: Path) -> None:
+    store = GraphStore(tmp_path)
+    with store.locked("graph"), store.make("graph", {}) as folder:
+        folder.rmdir()  # as of a graph that torchair cannot keep
+    with store.locked("graph"):
+        assert store.find("graph") is None
+
+
 def test_an_entry_that_fails_is_not_there(tmp_path: Path) -> None:
     store = GraphStore(tmp_path)
     with pytest.raises(ZeroDivisionError), store.locked("a"), store.make("a", {}) as folder:
