@@ -155,17 +155,20 @@ def disable_token_merging(pipe: DiffusionPipeline | torch.nn.Module) -> None:
 
 def _forget_processors(pipe: DiffusionPipeline | torch.nn.Module) -> None:
     """Where diffusers fused the projections it kept our processors, and would put them back."""
-    for module in _modules(pipe):
-        kept = vars(module).get("original_attn_processors") or {}
+    for kept in _kept_processors(pipe):
         kept.update({name: stripped(processor) for name, processor in kept.items()})
 
 
 def _forget_backends(pipe: DiffusionPipeline | torch.nn.Module) -> None:
     """Those of processors in use, and of those that diffusers would put back."""
-    for module in _modules(pipe):
-        kept = vars(module).get("original_attn_processors") or {}
-        for processor in (getattr(module, "processor", None), *kept.values()):
-            dispatch.use_default(processor)
+    kept = [processor for processors in _kept_processors(pipe) for processor in processors.values()]
+    for processor in (*(getattr(module, "processor", None) for module in _modules(pipe)), *kept):
+        dispatch.use_default(processor)
+
+
+def _kept_processors(pipe: DiffusionPipeline | torch.nn.Module) -> list[dict[str, Any]]:
+    """What `fuse_qkv_projections` keeps in each model, by the names of the attentions."""
+    return [vars(module).get("original_attn_processors") or {} for module in _modules(pipe)]
 
 
 def _components(pipe: Any) -> dict[str, torch.nn.Module]:

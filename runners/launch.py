@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
 import sys
+import tempfile
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,6 +86,18 @@ def launch(devices: list[int], log_dir: Path, command: list[str], machines: Mach
             f"--rdzv_endpoint {machines.endpoint}: the ranks cannot meet there, as the port is taken or a machine did "
             f"not come: {error.__cause__ or error}"
         ) from error
+
+
+def result_of_ranks(devices: list[int], command: list[str]) -> Any:
+    """Run `command` on all `devices`, a thread each unless the environment says another number.
+
+    It gets `--output FILE` as well. The result is the JSON that rank 0 has written there. Raises as `launch` does.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder, "result.json")
+        launch(devices, Path(folder), [*command, "--output", str(output)])
+        return json.loads(output.read_text())
 
 
 def describe(rank: int, failure: ProcessFailure, log_dir: Path) -> str:

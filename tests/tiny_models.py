@@ -68,6 +68,17 @@ def tiny_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     )
 
 
+def tiny_scheduler() -> DDIMScheduler:
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+
+
 def save_tiny_sd(folder: Path, seed: int = 0) -> Path:
     """Save a whole tiny pipeline (128 x 128 pixels) to `folder` and return `folder`."""
     with torch.random.fork_rng(devices=[]):
@@ -78,14 +89,7 @@ def save_tiny_sd(folder: Path, seed: int = 0) -> Path:
             text_encoder=tiny_text_encoder(tokenizer),
             tokenizer=tokenizer,
             unet=tiny_unet(),
-            scheduler=DDIMScheduler(
-                beta_start=0.00085,
-                beta_end=0.012,
-                beta_schedule="scaled_linear",
-                clip_sample=False,
-                set_alpha_to_one=False,
-                steps_offset=1,
-            ),
+            scheduler=tiny_scheduler(),
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from diffusers import (
     ControlNetModel,
-    DDIMScheduler,
     DiffusionPipeline,
     StableDiffusionControlNetPipeline,
     StableDiffusionImg2ImgPipeline,
@@ -25,7 +24,14 @@ from diffusers import (
 from PIL import Image
 from transformers import CLIPTextModelWithProjection
 
-from tests.tiny_models import CROSS_ATTENTION_DIM, tiny_text_encoder, tiny_tokenizer, tiny_unet, tiny_vae
+from tests.tiny_models import (
+    CROSS_ATTENTION_DIM,
+    tiny_scheduler,
+    tiny_text_encoder,
+    tiny_tokenizer,
+    tiny_unet,
+    tiny_vae,
+)
 
 PIPELINES: dict[str, type[DiffusionPipeline]] = {
     "text-to-image": StableDiffusionPipeline,
@@ -74,17 +80,6 @@ def make_pipeline(name: str, seed: int = 0) -> DiffusionPipeline:
             component.eval()
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def tiny_scheduler() -> DDIMScheduler:
-    return DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    )
 
 
 def tiny_xl_unet() -> UNet2DConditionModel:

@@ -16,7 +16,6 @@ import json
 import os
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -37,7 +36,7 @@ from ascend.memory import keep_freed_memory
 from ascend.parallel import Mesh, process_group, share_guidance, unshare_guidance
 from ascend.parallel.mesh import wait_for_all
 from runners.cli import ArgumentParser, image_size, one_line_errors, positive_int
-from runners.launch import launch
+from runners.launch import result_of_ranks
 from runners.report import format_table
 from scripts.benchmarks.benchmark import PROMPT_TOKENS, denoise, make_pipeline, switched_on
 
@@ -179,11 +178,7 @@ def run(args: argparse.Namespace, arguments: Sequence[str]) -> None:
     if args.output:
         measure(args)
         return
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder, "result.json")
-        launch([0, 1], Path(folder), [__file__, *arguments, "--output", str(output)])
-        result = json.loads(output.read_text())
+    result = result_of_ranks([0, 1], [__file__, *arguments])
     times = Times(**result["times"])
     one, two = times.picture(times.one), times.picture(times.two)
     table: list[tuple[str, list[float | None], str]] = [

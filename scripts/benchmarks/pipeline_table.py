@@ -31,7 +31,7 @@ from ascend import DeviceManager, Mesh, ParallelError, compile_pipeline, process
 from processors import enable_fused_kernels, enable_token_merging
 from runners.cli import ArgumentParser, one_line_errors
 from runners.images import similarity
-from runners.launch import launch
+from runners.launch import result_of_ranks
 from tests.tiny_pipelines import PIPELINES, draw, make_pipeline
 
 REFUSALS = (ValueError, TypeError, ParallelError)  # what our switches and diffusers say no with
@@ -148,11 +148,7 @@ def run(args: argparse.Namespace, arguments: Sequence[str]) -> None:
     if args.output:
         measure(args)
         return
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder, "cells.json")
-        launch([0, 1], Path(folder), [__file__, *arguments, "--output", str(output)])
-        result = json.loads(output.read_text())
+    result = result_of_ranks([0, 1], [__file__, *arguments])
     print(f"on {args.device} in {result['dtype']}:\n")
     print(markdown(result["cells"]))
 
