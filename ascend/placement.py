@@ -63,11 +63,11 @@ def fits(weights: int, resident: int, memory: dict[str, int]) -> bool:
 
 
 def place_pipeline(pipe: Any, device: torch.device) -> list[str]:
-    """Bring a diffusers pipeline to `device` with as little memory as leaves the pictures as they are.
+    """Bring a diffusers pipeline to `device`, in a way that its memory allows and leaves the pictures as they are.
 
-    Pictures are decoded one at a time. Where the weights do not fit beside their activations, each component is on the
-    device only while it runs. Call it before `compile_pipeline`, which leaves components that move as they are, and as
-    often as you like: an earlier offloading is undone.
+    Where the weights do not fit beside their activations, each component is on the device only while it runs, and the
+    VAE decodes one picture at a time. Call it before `compile_pipeline`, which leaves components that move as they
+    are, and as often as you like: an earlier offloading is undone.
 
     Returns:
         What was done, in words.
@@ -75,22 +75,20 @@ def place_pipeline(pipe: Any, device: torch.device) -> list[str]:
     Raises:
         RuntimeError: the weights do not fit, and they cannot move, as the forward of a module was replaced.
     """
-    done = []
-    if getattr(pipe, "vae", None) is not None:
-        pipe.vae.enable_slicing()
-        done.append("the VAE decodes one picture at a time")
     modules = [component for component in pipe.components.values() if isinstance(component, torch.nn.Module)]
     parameters = {parameter for module in modules for parameter in module.parameters()}
     weights = sum(parameter.nbytes for parameter in parameters)
     resident = sum(parameter.nbytes for parameter in parameters if parameter.device == device)
-    if device.type != "cpu" and not fits(weights, resident, read_memory(device)):
-        _require_own_forwards(pipe)
-        pipe.enable_model_cpu_offload(device=device)
-        done.append(f"components move to {device} in turn: {weights / 2**30:.1f} GiB do not fit at once")
-    else:
+    if device.type == "cpu" or fits(weights, resident, read_memory(device)):
         pipe.remove_all_hooks()  # those of an earlier offloading would move the components again
-        pipe.to(device)
-        done.append(f"all components are on {device}")
+        pipe.to(device, silence_dtype_warnings=True)  # of half precision on the CPU, which runs, if slowly
+        return [f"all components are on {device}"]
+    _require_own_forwards(pipe)
+    pipe.enable_model_cpu_offload(device=device)
+    done = [f"components move to {device} in turn: {weights / 2**30:.1f} GiB do not fit at once"]
+    if getattr(pipe, "vae", None) is not None:
+        pipe.vae.enable_slicing()
+        done.append("the VAE decodes one picture at a time")
     return done
 
 

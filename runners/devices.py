@@ -4,6 +4,7 @@ import argparse
 import os
 import shutil
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -22,7 +23,13 @@ def add_device_arguments(parser: ArgumentParser) -> None:
     rank = os.environ.get("LOCAL_RANK")
     add("--local_rank", type=non_negative_int, default=rank, metavar="N", help="number of the device ($LOCAL_RANK)")
     add("--dtype", choices=DTYPES, help="(the device's best)")
+    add_memory_argument(add)
     add("--soc_version", metavar="CHIP", help="stop unless the NPU is this one, as Ascend310P3")
+
+
+def add_memory_argument(add: Callable[..., object]) -> None:
+    help = "auto: models take turns on the device where they do not fit at once; resident: all are there (auto)"
+    add("--memory", choices=("auto", "resident"), default="auto", help=help)
 
 
 def choose_device(args: argparse.Namespace, report: Report) -> DeviceManager:

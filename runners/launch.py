@@ -9,6 +9,8 @@ import signal
 import sys
 import tempfile
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,9 +60,10 @@ def launch(devices: list[int], log_dir: Path, command: list[str], machines: Mach
     """
     ranks = len(devices)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # `describe` says it in one line
-    os.environ.update(narrow_visible_devices(devices))
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // ranks)))
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as in run_sd.py
+    defaults = {
+        "OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // ranks)),
+        "THP_MEM_ALLOC_ENABLE": "1",  # as in run_sd.py
+    }
     logs_specs = DefaultLogsSpecs(str(log_dir), redirects={rank: Std.ALL for rank in range(1, ranks)})
     config = LaunchConfig(
         nproc_per_node=ranks,
@@ -70,7 +73,8 @@ def launch(devices: list[int], log_dir: Path, command: list[str], machines: Mach
         **machines.rendezvous(),
     )
     try:
-        elastic_launch(config, sys.executable)("-u", *command)
+        with environment(defaults | dict(os.environ) | narrow_visible_devices(devices)):  # which the ranks inherit
+            elastic_launch(config, sys.executable)("-u", *command)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         code = 128 - failure.exitcode if failure.exitcode < 0 else failure.exitcode
@@ -93,11 +97,23 @@ def result_of_ranks(devices: list[int], command: list[str]) -> Any:
 
     It gets `--output FILE` as well. The result is the JSON that rank 0 has written there. Raises as `launch` does.
     """
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, environment({"OMP_NUM_THREADS": "1"} | dict(os.environ)):
         output = Path(folder, "result.json")
         launch(devices, Path(folder), [*command, "--output", str(output)])
         return json.loads(output.read_text())
+
+
+@contextmanager
+def environment(variables: dict[str, str]) -> Iterator[None]:
+    """Let these be all environment variables; those before are back afterwards."""
+    before = dict(os.environ)
+    os.environ.clear()
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def describe(rank: int, failure: ProcessFailure, log_dir: Path) -> str:

@@ -1,9 +1,12 @@
-"""A pipeline's folder in diffusers' layout: what is in it, and loading it, with errors that name the file at fault."""
+"""A pipeline's folder in diffusers' layout: what is in it, and loading it, with errors that name the file at fault.
+
+`checkpoint` has those that are one file, whose configurations are in such a folder.
+"""
 
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,9 +38,11 @@ class Model:
     """A folder that has been checked.
 
     Attributes:
+        folder: of the configurations and, without a `checkpoint`, of the weights.
         variant: "fp16" when that variant of the weights is the only one there, None for the plain ones.
         configs: of each component, its configuration.
         files: of all components what decides the pictures, weights and configurations.
+        checkpoint: the file that has all weights, in the layout of the original authors.
     """
 
     folder: Path
@@ -45,6 +50,7 @@ class Model:
     configs: dict[str, dict[str, Any]]
     scheduler_class: str
     files: tuple[Path, ...]
+    checkpoint: Path | None = None
 
     def digest(self) -> str:
         """Of what is in the files, whatever the folder's name. Reads all of them."""
@@ -82,13 +88,20 @@ def load_pipeline(
         UserError: a file is missing or damaged, or the folder holds a model of another kind.
     """
     model = model or check_model_dir(folder)
+    options = {"dtype": dtype, "local_files_only": True, **components}
     try:
-        pipe = pipeline_class.from_pretrained(
-            folder, dtype=dtype, variant=model.variant, local_files_only=True, **components
-        )
+        if model.checkpoint:
+            pipe = pipeline_class.from_single_file(str(model.checkpoint), config=str(model.folder), **options)
+        else:
+            pipe = pipeline_class.from_pretrained(folder, variant=model.variant, **options)
     except Exception as error:  # of any kind: the files are the user's, and the libraries do not say which is at fault
         if is_out_of_memory(error):
             raise
+        if model.checkpoint and isinstance(error, NotImplementedError):  # torch's, of a weight that got no value
+            raise UserError(
+                f"{folder} lacks weights of the model that the configurations in {model.folder} describe: it is "
+                "incomplete, or of another model"
+            ) from error
         raise UserError(f"cannot load the model in {folder}: {first_line(error)}") from error
     limit_prompts(pipe, model)
     return pipe
@@ -111,6 +124,13 @@ def check_model_dir(folder: Path, pipeline_class: str = "StableDiffusionPipeline
 
     Reads configurations and the headers of weights, and takes well under a second. Raises UserError.
     """
+    model, models = check_configs(folder, pipeline_class)
+    weights = find_weights([folder / name for name in models])
+    return replace(model, variant=variant_of(weights[0]), files=(*model.files, *weights))
+
+
+def check_configs(folder: Path, pipeline_class: str = "StableDiffusionPipeline") -> tuple[Model, list[str]]:
+    """What `folder` says of a pipeline, without its weights, and which components have some. Raises UserError."""
     check_is_pipeline(folder)
     index = read_json(folder / INDEX)
     found = index.get("_class_name", pipeline_class)
@@ -125,13 +145,11 @@ def check_model_dir(folder: Path, pipeline_class: str = "StableDiffusionPipeline
 
     configs = {name: read_config(folder / name, class_name) for name, (_, class_name) in kinds.items()}
     check_components_fit(folder, configs)
-    models = [folder / name for name, (_, class_name) in kinds.items() if config_names(class_name) is MODEL_CONFIG]
-    weights = find_weights(models)
     settings = [path for name in kinds for kind in ("*.json", "*.txt") for path in (folder / name).glob(kind)]
     for path in settings:
         read_start(path)
-    files = (folder / INDEX, *settings, *weights)
-    return Model(folder, variant_of(weights[0]), configs, kinds["scheduler"][1], files)
+    model = Model(folder, None, configs, kinds["scheduler"][1], (folder / INDEX, *settings))
+    return model, [name for name, (_, class_name) in kinds.items() if config_names(class_name) is MODEL_CONFIG]
 
 
 def check_is_pipeline(folder: Path) -> None:
@@ -140,9 +158,7 @@ def check_is_pipeline(folder: Path) -> None:
     if folder.is_symlink() and not folder.exists():
         raise UserError(f"model directory {folder} is a link to {folder.readlink()}, which is not there")
     if folder.is_file():
-        load = "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)"
-        hint = f"; {load} converts a whole checkpoint" if folder.suffix in (".safetensors", ".ckpt", ".bin") else ""
-        raise UserError(f"--model_path {folder} is a file: {layout}{hint}")
+        raise UserError(f"{folder} is a file: {layout}")
     if not folder.is_dir():
         raise UserError(f"model directory {folder} does not exist")
     if (folder / INDEX).exists() or (folder / INDEX).is_symlink():

@@ -68,14 +68,15 @@ def read_start(path: Path) -> bytes:
 
 
 def digest_of_files(folder: Path, files: Sequence[Path]) -> str:
-    """SHA-256 of the names in `folder` and the content of `files`, in hexadecimal.
+    """SHA-256 of the content of `files`, and of the names of those in `folder`, in hexadecimal.
 
     All bytes are read, at about 1 GB/s of each CPU core where the disk keeps up, so that exchanged weights of equal
     size are noticed whatever their dates say.
     """
     with ThreadPoolExecutor() as pool:
         digests = pool.map(_sha256, files)
-        lines = sorted(f"{path.relative_to(folder)} {digest}" for path, digest in zip(files, digests, strict=True))
+        names = (path.relative_to(folder) if path.is_relative_to(folder) else "" for path in files)
+        lines = sorted(f"{name} {digest}" for name, digest in zip(names, digests, strict=True))
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 

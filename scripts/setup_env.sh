@@ -102,7 +102,7 @@ if [[ -e /dev/davinci_manager ]]; then # the Ascend driver's device node
     install requirements-npu.txt
 fi
 PYTHON=$python bash "$root/apply_patch.sh" >&2
-for extra in "${extras[@]}"; do # after diffusers: DeepCache asks for one, and this must be ours
+for extra in requirements-prompts.txt "${extras[@]}"; do # after diffusers: some ask for one, and this must be ours
     install "$extra"
 done
 

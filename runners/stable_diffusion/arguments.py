@@ -108,12 +108,19 @@ def lora(argument: str) -> Lora:
 
 
 def add_model_argument(add: Callable[..., object], default: Path) -> None:
-    help = "pipeline in diffusers' layout (demo model)"
+    help = "pipeline in diffusers' layout, or a checkpoint FILE.safetensors (demo model)"
     add("--model_path", type=file_path, default=default, metavar="DIR", help=help)
+    help = "of a checkpoint: folder in diffusers' layout with its configurations (from the hub or its cache)"
+    add("--config", type=file_path, metavar="DIR", help=help)
 
 
 def add_step_and_size_arguments(add: Callable[..., object]) -> None:
-    """How long to draw and how large, for `add` of an argument group."""
+    """How prompts are read, how long to draw and how large, for `add` of an argument group."""
+    add(
+        "--prompt_weights",
+        action="store_true",
+        help="read (word)1.3, word++ and prompts beyond 77 tokens as compel does",
+    )
     add("--steps", type=positive_int, default=50, metavar="N", help="denoising steps (50)")
     add(
         "--guidance_scale",
@@ -167,7 +174,7 @@ def complete(args: argparse.Namespace) -> None:
         UserError: an argument would have no effect, or the model's defaults are wrong.
     """
     if args.guidance_scale is None:
-        args.guidance_scale = guidance_scale_of(args.model_path)
+        args.guidance_scale = guidance_scale_of(args.config or args.model_path)
     if args.negative_prompt and args.guidance_scale <= 1:
         raise UserError(
             f"--negative_prompt has no effect: it takes guidance, and --guidance_scale {args.guidance_scale:g} turns "

@@ -15,6 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ascend.device import DEVICE_TYPES, find_device, get_all_devices
+from runners.checkpoint import check_model
 from runners.cli import (
     FAILED,
     ArgumentParser,
@@ -28,9 +29,9 @@ from runners.cli import (
     sigterm_raises,
     text,
 )
-from runners.devices import DTYPES
+from runners.devices import DTYPES, add_memory_argument
 from runners.files import make_output_dir, remove_scratch
-from runners.model_dir import check_model_dir, require_patched_diffusers
+from runners.model_dir import require_patched_diffusers
 from runners.report import Report, versions
 from runners.stable_diffusion.arguments import (
     DEMO_MODEL,
@@ -95,6 +96,7 @@ def parse_arguments(description: str | None, folder: Path, arguments: Sequence[s
         help="npu, cuda or cpu (the best there is)",
     )
     add("--dtype", choices=DTYPES, help="(the device's best)")
+    add_memory_argument(add)
     add("--workers", type=positive_int, metavar="N", help="each with a device of its own (all devices; on the CPU 1)")
     add(
         "--threads",
@@ -126,6 +128,7 @@ def parse_arguments(description: str | None, folder: Path, arguments: Sequence[s
     complete(args)
     args.num_images, args.warmup = 1, 0  # which run_sd's functions ask for
     args.model_path, args.output_dir = args.model_path.absolute(), args.output_dir.absolute()
+    args.config = args.config and args.config.absolute()
     return args
 
 
@@ -271,7 +274,7 @@ def draw_all(
 def run(args: argparse.Namespace) -> None:
     require_patched_diffusers()
     records = read_records(args.prompts)
-    model = check_model_dir(args.model_path)
+    model = check_model(args.model_path, args.config)
     ray = import_ray()
     report = Report()
     columns = unused_columns(records)

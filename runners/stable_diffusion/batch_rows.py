@@ -158,6 +158,8 @@ def appearance_of(args: argparse.Namespace, kind: str) -> dict[str, Any]:
         "dynamo",
     )
     appearance = {name: getattr(args, name) for name in names}
+    if args.prompt_weights:
+        appearance["prompt_weights"] = True
     return appearance | {
         "model": args.model_digest,
         "device": kind,

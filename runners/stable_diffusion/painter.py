@@ -13,11 +13,12 @@ import torch
 
 from ascend.device import DeviceError, DeviceManager, get_device_info
 from ascend.memory import keep_freed_memory
+from runners.checkpoint import check_model
 from runners.cli import FAILED, UserError, is_out_of_memory
 from runners.devices import choose_dtype
 from runners.files import SCRATCH, write_json
 from runners.images import save_png
-from runners.model_dir import check_model_dir, require_patched_diffusers
+from runners.model_dir import require_patched_diffusers
 from runners.report import Report, versions
 from runners.stable_diffusion.batch_rows import Picture, is_complete
 from runners.stable_diffusion.pictures import call_pipeline
@@ -26,8 +27,8 @@ from runners.stable_diffusion.pipeline import (
     check_before_loading,
     make_pipeline,
     settings_in_use,
-    warn_of_long_prompts,
 )
+from runners.stable_diffusion.prompts import check_prompts, warn_of_long_prompts
 
 
 class Painter:
@@ -56,13 +57,13 @@ class Painter:
         if kind == "cpu":
             keep_freed_memory()
         dtype = choose_dtype(self.args, self.manager, report)
-        model = check_model_dir(self.args.model_path)
+        model = check_model(self.args.model_path, self.args.config)
         if model.digest() != self.args.model_digest:  # exchanged since the run began, or another one on this machine
             raise UserError(
                 f"{self.args.model_path} has not the files that the run began with, which name its pictures"
             )
         scheduler = check_before_loading(self.args, model, self.manager.device, report)
-        self.pipe = make_pipeline(self.args, model, scheduler, self.manager, dtype)
+        self.pipe = make_pipeline(self.args, model, scheduler, self.manager, dtype, report)
         self.pipe.set_progress_bar_config(disable=True)
         self.about = {
             "flags": accelerate(self.pipe, self.args, report),
@@ -101,7 +102,8 @@ class Painter:
         args = argparse.Namespace(**vars(self.args))
         args.prompts, args.negative_prompt, args.seed = [picture.prompt], picture.negative_prompt, picture.seed
         report = Report()
-        warn_of_long_prompts([picture.prompt, picture.negative_prompt], self.pipe, report)
+        check_prompts(args, [picture.prompt, picture.negative_prompt])
+        warn_of_long_prompts(self.pipe, args, [picture.prompt, picture.negative_prompt], report)
         call = call_pipeline(self.pipe, args, self.manager, 0, args.cache)
         for warning in call.warnings:
             report.warn(warning)

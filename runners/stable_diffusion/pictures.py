@@ -16,6 +16,7 @@ from ascend.device import DeviceManager
 from runners.messages import shown
 from runners.overflow import clear_overflow_flag, overflow_warning
 from runners.stable_diffusion.inputs import call_arguments
+from runners.stable_diffusion.prompts import text_arguments
 
 COMPILING = (
     "the first picture compiles a graph for each kind of step: about a minute for the demo model, several for SD2.1, "
@@ -113,8 +114,7 @@ def call_pipeline(
     manager.synchronize()
     start = time.perf_counter()
     drawn = pipe(
-        args.prompts[number],
-        negative_prompt=args.negative_prompt,
+        **text_arguments(pipe, args, args.prompts[number]),
         num_inference_steps=args.steps,
         **call_arguments(args),
         guidance_scale=args.guidance_scale,

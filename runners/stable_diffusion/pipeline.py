@@ -1,7 +1,7 @@
 """The pipeline that the arguments ask for, which run_sd.py and the workers of generate_batch.py draw with."""
 
 import argparse
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,7 @@ from diffusers import SchedulerMixin, StableDiffusionPipeline
 from ascend.device import DeviceManager
 from ascend.graphs.compile import compile_pipeline
 from ascend.graphs.store import default_graph_cache
+from ascend.placement import place_pipeline
 from processors import AttnProcessor2_0Tome, enable_flash_attention, enable_token_merging
 from processors.kernels.call import AttentionCall
 from processors.kernels.select import explain, select_kernel
@@ -60,13 +61,17 @@ def check_before_loading(
 
 
 def make_pipeline(
-    args: argparse.Namespace, model: Model, scheduler: SchedulerMixin, manager: DeviceManager, dtype: torch.dtype
+    args: argparse.Namespace,
+    model: Model,
+    scheduler: SchedulerMixin,
+    manager: DeviceManager,
+    dtype: torch.dtype,
+    report: Report,
 ) -> StableDiffusionPipeline:
     """The pipeline on its device, without accelerations; fills in the size that `args` leave open."""
     pipe = load_pipeline(pipeline_class(args), args.model_path, dtype, model, scheduler=scheduler)
     load_loras(pipe, args.lora)
-    # choose_dtype says what float16 means on the CPU, once.
-    pipe.to(manager.device, silence_dtype_warnings=True)
+    place(pipe, args, manager.device, report)
     choose_size(args, pipe)
     return pipe
 
@@ -79,12 +84,14 @@ def choose_size(args: argparse.Namespace, pipe: StableDiffusionPipeline) -> None
     args.width = args.width or width * pipe.vae_scale_factor
 
 
-def warn_of_long_prompts(prompts: Iterable[str], pipe: StableDiffusionPipeline, report: Report) -> None:
-    limit = pipe.tokenizer.model_max_length
-    for prompt in prompts:
-        length = len(pipe.tokenizer(prompt).input_ids)
-        if length > limit:
-            report.warn(f"a prompt of {length} tokens is cut after {limit}: '{prompt[:60]}...'")
+def place(pipe: StableDiffusionPipeline, args: argparse.Namespace, device: torch.device, report: Report) -> None:
+    """Bring the pipeline to its device as --memory says. What is slower for want of memory is warned of."""
+    if args.memory == "resident":
+        pipe.to(device, silence_dtype_warnings=True)  # choose_dtype says what float16 means on the CPU
+        return
+    done = place_pipeline(pipe, device)
+    if pipe.unet.device.type != device.type:
+        report.warn(f"{'; '.join(done)}. That is slower")
 
 
 def settings_in_use(args: argparse.Namespace, pipe: StableDiffusionPipeline) -> dict[str, Any]:
@@ -94,6 +101,8 @@ def settings_in_use(args: argparse.Namespace, pipe: StableDiffusionPipeline) -> 
         given["strength"] = args.strength
     if args.lora:
         given["lora"] = {str(lora.path): lora.scale for lora in args.lora}
+    if args.prompt_weights:
+        given["prompt_weights"] = True
     return (
         {name: getattr(args, name) for name in SETTINGS}
         | given

@@ -12,10 +12,11 @@ from PIL import Image
 from ascend.device import DeviceManager, get_device_info
 from ascend.memory import keep_freed_memory
 from ascend.parallel import Mesh, choose_branch_size, process_group, share_guidance, world_size
+from runners.checkpoint import check_model
 from runners.cli import UserError, one_line_errors
 from runners.devices import choose_device, choose_dtype
 from runners.files import make_output_dir
-from runners.model_dir import Model, check_model_dir, require_patched_diffusers
+from runners.model_dir import Model, require_patched_diffusers
 from runners.report import Report
 from runners.stable_diffusion.arguments import parse_arguments
 from runners.stable_diffusion.pictures import Call, Costs, call_pipeline, warm_up
@@ -25,15 +26,16 @@ from runners.stable_diffusion.pipeline import (
     check_before_loading,
     make_pipeline,
     settings_in_use,
-    warn_of_long_prompts,
 )
+from runners.stable_diffusion.prompts import check_prompts, warn_of_long_prompts
 from runners.stable_diffusion.results import compare, list_costs, save_pictures, summary
 
 
 def run(args: argparse.Namespace) -> None:
     require_patched_diffusers()
     report = Report()
-    model = check_model_dir(args.model_path)
+    model = check_model(args.model_path, args.config)
+    check_prompts(args, [*args.prompts, args.negative_prompt])
     args.output_dir = make_output_dir(args.output_dir)
     manager = choose_device(args, report)
     if manager.device.type == "cpu":
@@ -49,7 +51,10 @@ def run(args: argparse.Namespace) -> None:
 
 def check_shares(args: argparse.Namespace, mesh: Mesh) -> None:
     """Raise unless all ranks draw the same, and each group of them has something to draw."""
-    flags = {name: getattr(args, name) for name in ("TOME", "FA", "kernels", "cache", "dynamo", "strength")}
+    flags = {
+        name: getattr(args, name)
+        for name in ("TOME", "FA", "kernels", "cache", "dynamo", "strength", "prompt_weights")
+    }
     flags |= {name: str(getattr(args, name)) for name in ("dtype", "image", "mask", "lora")}
     settings = {name: getattr(args, name) for name in SETTINGS}
     mesh.require_same({"model_path": str(args.model_path), "prompts": args.prompts, **settings, **flags})
@@ -66,10 +71,10 @@ def run_rank(args: argparse.Namespace, model: Model, manager: DeviceManager, mes
     """What one process does: it draws its share, writes each picture, and, on rank 0, the report."""
     start = time.perf_counter()
     scheduler = check_before_loading(args, model, manager.device, report)
-    pipe = make_pipeline(args, model, scheduler, manager, args.dtype)
+    pipe = make_pipeline(args, model, scheduler, manager, args.dtype, report)
     manager.synchronize()
     load_seconds = time.perf_counter() - start
-    warn_of_long_prompts([*args.prompts, args.negative_prompt], pipe, report)
+    warn_of_long_prompts(pipe, args, [*args.prompts, args.negative_prompt], report)
 
     before: list[Image.Image] = []
     after: list[Image.Image] = []

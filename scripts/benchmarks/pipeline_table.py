@@ -1,12 +1,15 @@
 """Try every acceleration on every Stable Diffusion pipeline, and print what came of it as README's table.
 
-    python scripts/benchmarks/pipeline_table.py
+    python scripts/benchmarks/pipeline_table.py --device cpu
     python -m emulator run --soc Ascend310P3 --devices 2 -- python scripts/benchmarks/pipeline_table.py --device npu
+    python -m emulator run --soc Ascend910B3 --devices 2 -- python scripts/benchmarks/pipeline_table.py --device npu
 
-Each cell is the PSNR of a picture with the acceleration against the one without, of a tiny random model in the
-device's best dtype, "equal" for the same picture, or the sentence that refuses. `dynamo` is against the same flags
-without graphs. `two devices` is one picture on two processes against one. `LoRA` is a picture with an adapter and FA,
-DC and dynamo, against the adapter without them. Any other error ends the program.
+Each cell is the PSNR in dB of a picture with the acceleration against the one without, of a tiny random model in the
+device's best dtype, "=" for the same picture, or the sentence that refuses. `dynamo` is against the same flags without
+graphs. `two devices` is one picture on two processes against one. `LoRA` is a picture with an adapter and FA, DC and
+dynamo, against the adapter without them. Any other error ends the program.
+
+--results collects the devices: each run adds its own, and the table has a number of each in a cell.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from PIL import Image
 from tqdm import tqdm
@@ -28,8 +32,11 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from ascend import DeviceManager, Mesh, ParallelError, compile_pipeline, process_group, share_guidance
+from ascend.device import get_chip
+from ascend.parallel import world_size
 from processors import enable_fused_kernels, enable_token_merging
-from runners.cli import ArgumentParser, one_line_errors
+from runners.cli import ArgumentParser, file_path, one_line_errors
+from runners.files import make_output_dir, write_json
 from runners.images import similarity
 from runners.launch import result_of_ranks
 from tests.tiny_pipelines import PIPELINES, draw, make_pipeline
@@ -44,6 +51,13 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="pipeline_table.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", default="cpu", metavar="NAME", help="npu, cuda or cpu (cpu)")
+    parser.add_argument(
+        "--results",
+        type=file_path,
+        default=Path("outputs/pipeline_table.json"),
+        metavar="FILE",
+        help="of all devices that were tried (outputs/pipeline_table.json)",
+    )
     parser.add_argument("--output", type=Path, help=argparse.SUPPRESS)  # of a rank: where its cells go
     return parser.parse_args(arguments)
 
@@ -55,7 +69,7 @@ class Trial:
         self.name, self.manager, self.mesh, self.folder = name, manager, mesh, folder
 
     def make(self) -> Any:
-        return make_pipeline(self.name).to(self.manager.device, self.manager.dtype)
+        return make_pipeline(self.name).to(self.manager.device, self.manager.dtype, silence_dtype_warnings=True)
 
     def picture(self, pipe: Any, **kwargs: Any) -> Image.Image:
         return draw(pipe, self.name, num_inference_steps=STEPS, output_type="pil", **kwargs)[0]
@@ -106,14 +120,15 @@ COLUMNS: dict[str, Callable[[Trial], str]] = {
     "TOME": Trial.merged,
     "DC": Trial.cached,
     "dynamo": Trial.compiled,
-    "two devices": Trial.shared,
     "LoRA": Trial.adapted,
+    "two devices": Trial.shared,
 }
+ON_TWO = ("two devices",)
 
 
 def against(picture: Image.Image, expected: Image.Image) -> str:
     psnr = similarity(picture, expected).psnr
-    return "equal" if psnr is None else f"{psnr:.0f} dB"
+    return "=" if psnr is None else f"{psnr:.0f}"
 
 
 def cell(trial: Trial, column: str) -> str:
@@ -125,32 +140,47 @@ def cell(trial: Trial, column: str) -> str:
 
 
 def measure(args: argparse.Namespace) -> None:
-    """What each of the two ranks does; rank 0 writes all cells to `args.output`."""
+    """The cells of one device, or those of two where there are two ranks; rank 0 writes them to `args.output`."""
     name = args.device if args.device == "cpu" else f"{args.device}:{os.environ['LOCAL_RANK']}"
     manager = DeviceManager(name)
+    columns = [column for column in COLUMNS if (column in ON_TWO) == (world_size() > 1)]
     cells: dict[str, dict[str, str]] = {}
-    with process_group(manager.device, branch_size=2) as mesh, tempfile.TemporaryDirectory() as folder:
-        for pipeline in tqdm(PIPELINES, disable=mesh.rank > 0):
+    with process_group(manager.device, branch_size=world_size()) as mesh, tempfile.TemporaryDirectory() as folder:
+        for pipeline in tqdm(PIPELINES, desc=", ".join(columns), disable=mesh.rank > 0):
             trial = Trial(pipeline, manager, mesh, Path(folder))
-            # Both ranks try all, so that neither waits for the other at a collective.
-            cells[pipeline] = {column: cell(trial, column) for column in COLUMNS}
+            cells[pipeline] = {column: cell(trial, column) for column in columns}
         if mesh.rank == 0:
-            args.output.write_text(json.dumps({"dtype": str(manager.dtype), "cells": cells}))
+            device = get_chip(manager.device) or manager.device.type.upper()
+            dtype = str(manager.dtype).removeprefix("torch.")
+            args.output.write_text(json.dumps({"device": device, "dtype": dtype, "cells": cells}))
 
 
-def markdown(cells: dict[str, dict[str, str]]) -> str:
+def markdown(results: dict[str, dict[str, dict[str, str]]]) -> str:
+    """The cells of each device, pipeline and column as a table; refusals are its footnotes."""
+    refusals: dict[str, str] = {}
+
+    def short(cell: str) -> str:
+        return refusals.setdefault(cell, f"[{len(refusals) + 1}]") if cell.startswith("refused") else cell
+
     lines = [f"| | {' | '.join(COLUMNS)} |", "|---" * (1 + len(COLUMNS)) + "|"]
-    lines += [f"| {name} | {' | '.join(row[column] for column in COLUMNS)} |" for name, row in cells.items()]
-    return "\n".join(lines)
+    for name in PIPELINES:
+        cells = [" / ".join(short(device[name][column]) for device in results.values()) for column in COLUMNS]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join([f"{' / '.join(results)}:\n", *lines, *(f"\n{mark} {why}" for why, mark in refusals.items())])
 
 
 def run(args: argparse.Namespace, arguments: Sequence[str]) -> None:
     if args.output:
+        diffusers.logging.set_verbosity_error()  # it warns of dtypes for every model that is cast
         measure(args)
         return
-    result = result_of_ranks([0, 1], [__file__, *arguments])
-    print(f"on {args.device} in {result['dtype']}:\n")
-    print(markdown(result["cells"]))
+    alone, shared = (result_of_ranks(devices, [__file__, *arguments]) for devices in ([0], [0, 1]))
+    cells = {name: row | shared["cells"][name] for name, row in alone["cells"].items()}
+    results = json.loads(args.results.read_text()) if args.results.exists() else {}
+    results[f"{alone['device']} in {alone['dtype']}"] = cells
+    make_output_dir(args.results.parent)
+    write_json(args.results, results)
+    print(markdown(results))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -233,15 +233,15 @@ def test_safetensors_load_from_a_file_and_from_shards(tmp_path: Path) -> None:
         manager.load_safetensors(tmp_path / "absent")
 
 
-def test_memory_efficient_mode_says_what_it_did_and_keeps_the_picture(tiny_sd: StableDiffusionPipeline) -> None:
+def test_a_pipeline_that_fits_is_placed_whole_and_keeps_its_picture(tiny_sd: StableDiffusionPipeline) -> None:
     def draw() -> torch.Tensor:
         generator = torch.Generator().manual_seed(0)
         return tiny_sd(["a", "b"], num_inference_steps=1, generator=generator, output_type="pt").images
 
     plain = draw()
-    done = place_pipeline(tiny_sd, CPU)
-    assert done == ["the VAE decodes one picture at a time", "all components are on cpu"]
-    torch.testing.assert_close(draw(), plain, atol=1e-5, rtol=0)  # convolutions of one picture may round differently
+    assert place_pipeline(tiny_sd, CPU) == ["all components are on cpu"]
+    assert torch.equal(draw(), plain)
+    assert not tiny_sd.vae.use_slicing
 
 
 def test_a_model_fits_when_it_leaves_memory_for_activations() -> None:

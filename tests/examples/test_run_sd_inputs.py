@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
+
+from tests.original_checkpoint import save_original
 
 PROMPT = ("--prompt", "a red circle")
 
@@ -134,3 +136,88 @@ def test_what_cannot_be_drawn_is_one_line(
     }
     outcome = run_sd(*PROMPT, *(paths.get(argument, argument) for argument in arguments))
     assert outcome.code == 2 and message in outcome.err.splitlines()[-1], outcome.err
+
+
+def test_weights_of_words_change_a_picture_and_plain_prompts_stay(run_sd: Callable, tmp_path: Path) -> None:
+    pictures = []
+    for prompt, flags in (
+        ("a red circle", ()),
+        ("a red circle", ("--prompt_weights",)),
+        ("a (red)1.5 circle", ("--prompt_weights",)),
+        ("a (red)0.5 circle", ("--prompt_weights",)),
+    ):
+        outcome = run_sd("--prompt", prompt, "--negative_prompt", "a blue square", *flags)
+        assert outcome.code == 0, outcome.err
+        pictures.append(drawn(tmp_path / "out"))
+    plain, read, more, less = pictures
+    assert np.abs(plain - read).max() <= 1  # compel normalizes the weight of the whole prompt, 1, in float32
+    assert not np.array_equal(more, read) and not np.array_equal(less, read) and not np.array_equal(more, less)
+    assert read_report(tmp_path / "out")["settings"]["prompt_weights"] is True
+
+
+def test_the_end_of_a_long_prompt_counts_where_compel_reads_it(run_sd: Callable, tmp_path: Path) -> None:
+    for flags, counts in (((), False), (("--prompt_weights", "--FA", "--TOME", "--DC"), True)):
+        pictures = []
+        for end in ("red circle", "blue square"):
+            outcome = run_sd("--prompt", f"{'a picture of many words, ' * 6} {end}", *flags)
+            assert outcome.code == 0, outcome.err
+            pictures.append(drawn(tmp_path / "out"))
+            assert ("is cut after 77" in outcome.err) is not counts
+        assert np.array_equal(*pictures) is not counts
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ('a ("cat").swap("dog")', "uses .swap()"),
+        ('("a cat", "a dog").blend(1)', 'compel cannot read \'("a cat"'),
+        ("a cat withLora(style, 0.5)", "names an adapter: give it by --lora"),
+    ],
+)
+def test_a_prompt_that_compel_cannot_carry_out_is_one_line(run_sd: Callable, prompt: str, message: str) -> None:
+    outcome = run_sd("--prompt", prompt, "--prompt_weights")
+    assert outcome.code == 2 and message in outcome.err.splitlines()[-1], outcome.err
+
+
+def test_models_take_turns_on_a_device_that_is_too_small(
+    run_sd: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    placed = []
+
+    def place(pipe: StableDiffusionPipeline, device: torch.device) -> list[str]:
+        placed.append(device)
+        pipe.to(device)
+        return []
+
+    monkeypatch.setattr("runners.stable_diffusion.pipeline.place_pipeline", place)
+    for memory, times in (("resident", 0), ("auto", 1)):
+        assert run_sd(*PROMPT, "--memory", memory).code == 0
+        assert len(placed) == times
+
+
+def test_a_checkpoint_in_one_file_draws_what_its_folder_draws(
+    run_sd: Callable, tmp_path: Path, tiny_sd: StableDiffusionPipeline, tiny_sd_dir: Path
+) -> None:
+    save_original(tiny_sd, tmp_path / "model.safetensors")
+    pictures = []
+    for model in ((), ("--model_path", tmp_path / "model.safetensors", "--config", tiny_sd_dir)):
+        outcome = run_sd(*PROMPT, *model)
+        assert outcome.code == 0, outcome.err
+        pictures.append(drawn(tmp_path / "out"))
+    assert np.array_equal(*pictures)
+
+
+def test_a_model_that_predicts_velocity_draws_as_in_diffusers(
+    run_sd: Callable, tmp_path: Path, tiny_sd: StableDiffusionPipeline
+) -> None:
+    """As SD2.1 for 768 pixels does, also with another scheduler."""
+    tiny_sd.scheduler = DPMSolverMultistepScheduler.from_config(
+        tiny_sd.scheduler.config, prediction_type="v_prediction"
+    )
+    tiny_sd.unet.register_to_config(sample_size=24)
+    tiny_sd.save_pretrained(tmp_path / "model")
+    expected = tiny_sd("a red circle", num_inference_steps=4, generator=torch.Generator().manual_seed(0)).images[0]
+    outcome = run_sd(*PROMPT, "--model_path", tmp_path / "model", "--steps", 4, "--scheduler", "dpm++")
+    assert outcome.code == 0, outcome.err
+    assert np.array_equal(drawn(tmp_path / "out"), np.asarray(expected).astype(int))
+    assert expected.size == (192, 192)

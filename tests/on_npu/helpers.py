@@ -6,9 +6,12 @@ from collections.abc import Callable
 
 import torch
 
+from ascend.chips import family_of
 from ascend.device import find_device, get_chip
 
-SATURATES = str(get_chip(find_device("npu"))).startswith("Ascend310P")
+FAMILY = family_of(get_chip(find_device("npu")))
+assert FAMILY is not None, "the emulator has no chip that ascend.chips does not list"
+SATURATES = FAMILY.saturates
 FLOATS = (torch.float32, torch.float16) if SATURATES else (torch.float32, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 # A unit in the last place: a result may be rounded twice where the reference is rounded once.

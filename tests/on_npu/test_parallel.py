@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -16,7 +17,10 @@ import pytest
 import torch
 from PIL import Image
 
+from runners.launch import result_of_ranks
+from tests.on_npu.helpers import SATURATES
 from tests.programs import ROOT
+from tests.tiny_pipelines import PIPELINES
 
 RUN_SD = [ROOT / "examples/sd2.1/run_sd.py", "--device", "npu", "--prompt", "a red circle", "--num_images", "2"]
 LAUNCH = [ROOT / "examples/launch.py", "--device_list", "0,1", "--"]
@@ -39,6 +43,16 @@ def test_two_chips_draw_the_pictures_of_one(npu: torch.device, chip: str, tiny_s
     assert np.abs(alone - together).mean() < 1.5
     report = json.loads((tmp_path / "two/report.json").read_text())
     assert report["devices"] == {"all": 2, "for each picture": 2} and report["device"]["chip"] == chip
+
+
+def test_two_chips_draw_each_pipelines_picture(npu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    if torch.npu.device_count() < 2:
+        pytest.skip("needs two chips")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]))
+    found = result_of_ranks([0, 1], [str(ROOT / "tests/ascend/parallel/pipeline_ranks.py"), "npu"])
+    assert set(found) == set(PIPELINES)
+    limit = 0.02 if SATURATES else 0.2  # of float16 and bfloat16, summed in batches of another size over seven steps
+    assert max(found.values()) < limit, found
 
 
 def test_a_chip_that_is_lost_ends_the_run(npu: torch.device, tiny_sd_dir: Path, tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def test_a_pipeline_is_placed_anew_whatever_was_done_before(
         (host, True, "all components are on cpu", {"cpu"}),
     ):
         monkeypatch.setattr(placement, "fits", lambda *_, fits=fits: fits)
-        assert place_pipeline(tiny_sd, device)[1] == report
+        assert place_pipeline(tiny_sd, device)[0] == report
         assert devices(tiny_sd) == resting
         picture = draw(tiny_sd)
         assert picture.device.type == device.type
@@ -49,7 +49,7 @@ def test_a_compiled_pipeline_is_not_moved_away_from_its_graphs(
 ) -> None:
     tiny_sd.to(npu, torch.float16)
     compile_pipeline(tiny_sd, tmp_path)
-    assert place_pipeline(tiny_sd, npu)[1] == "all components are on npu:0"
+    assert place_pipeline(tiny_sd, npu)[0] == "all components are on npu:0"
     monkeypatch.setattr(placement, "fits", lambda *_: False)
     with pytest.raises(
         RuntimeError, match="those of the .* cannot move, as it is compiled or shared: place the pipeline"

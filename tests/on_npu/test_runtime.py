@@ -10,6 +10,8 @@ import time
 import pytest
 import torch
 
+from tests.on_npu.helpers import FAMILY
+
 emulated = pytest.mark.skipif("CANN_EMULATOR_SOC" not in os.environ, reason="of the emulator")
 
 
@@ -18,7 +20,8 @@ def test_the_device_is_what_it_says(npu: torch.device, chip: str) -> None:
     assert torch.npu.get_device_name(npu) == chip
     free, total = torch.npu.mem_get_info(npu)
     assert 0 < free <= total
-    assert torch.npu.is_bf16_supported() == (not chip.startswith("Ascend310P"))
+    assert torch.npu.is_bf16_supported() == (torch.bfloat16 in FAMILY.dtypes)
+    assert torch.npu.utils.is_support_inf_nan() == (not FAMILY.saturates)
 
 
 def test_copies_between_host_and_device() -> None:

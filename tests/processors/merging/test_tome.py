@@ -16,17 +16,18 @@ from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from processors import AttnProcessor2_0, AttnProcessor2_0Tome, attention
+from processors import AttnProcessor2_0, AttnProcessor2_0Tome, attention, enable_token_merging
 from processors.kernels.npu_attention import causal_mask
 from processors.merging import tome
 from tests.tiny_models import CROSS_ATTENTION_DIM, tiny_unet
+from tests.tiny_pipelines import PIPELINES, draw, make_pipeline
 
 GRIDS = [(8, 8), (7, 9), (5, 12), (1, 6), (9, 2)]  # h x w: even, odd, wide, without a full cell, narrow
 CPU = torch.device("cpu")
 
 
-def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> None:
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
 def merged_and_back(metric: torch.Tensor, tokens: torch.Tensor, h: int, w: int, sy: int, sx: int, ratio: float) -> Any:
@@ -184,6 +185,20 @@ def test_unet_equals_tomesd(h: int, w: int, batch: int, ratio: float, max_downsa
     actual = unet(*inputs).sample
     close(actual, expected)
     assert (actual - plain).abs().max() > 1e-3  # the comparison above is of something
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize("ratio", [0.25, 0.5])
+def test_each_pipeline_equals_tomesd(name: str, ratio: float) -> None:
+    pipe = make_pipeline(name)
+    plain = draw(pipe, name)
+    tomesd.apply_patch(pipe, ratio=ratio, max_downsample=2, use_rand=False)
+    expected = draw(pipe, name)
+    tomesd.remove_patch(pipe)
+    enable_token_merging(pipe, ratio=ratio, max_downsample=2)
+    actual = draw(pipe, name)
+    close(actual, expected, 1e-4)  # of latents up to 10, after seven steps
+    assert (actual - plain).norm() > 1e-3 * plain.norm()
 
 
 def test_ratio_zero_is_bit_identical_to_no_merging() -> None:

@@ -1,0 +1,33 @@
+"""Every pipeline of Stable Diffusion on two ranks."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from runners.launch import result_of_ranks
+from tests.programs import ROOT
+from tests.tiny_pipelines import PIPELINES
+
+
+def test_two_ranks_draw_each_pipelines_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    script = Path(__file__).with_name("pipeline_ranks.py")
+    found = result_of_ranks([0, 1], [str(script), "cpu"])
+    assert set(found) == set(PIPELINES)
+    assert max(found.values()) < 1e-3, found  # of float32, summed in batches of another size
+
+
+def test_a_launch_leaves_the_environment_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the next may take other devices."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    script = tmp_path / "ranks.py"
+    script.write_text(
+        "import os, pathlib, sys\n"
+        "pathlib.Path(sys.argv[-1]).write_text(os.environ['WORLD_SIZE'] + os.environ['OMP_NUM_THREADS'])\n"
+    )
+    before = dict(os.environ)
+    assert [result_of_ranks(devices, [str(script)]) for devices in ([0], [0, 1])] == [11, 21]
+    assert dict(os.environ) == before
