@@ -5,6 +5,10 @@
 #   --asynchronous   only the tests on emulated NPUs, with streams and launches on threads of their own, as on a card
 set -euo pipefail
 
+if [[ ${1:-} == --help ]]; then
+    sed -n '2,/^set/ { /^#/ s/^# //p }' "$0"
+    exit
+fi
 cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/.."
 python=$(bash scripts/setup_env.sh --dev)
 export HF_HUB_OFFLINE=1 # no test may depend on the network
