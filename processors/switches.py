@@ -21,8 +21,8 @@ from processors.kernels.select import check_kernels
 from processors.merging.processor import check_ratio
 from processors.models import clip, resnet
 from processors.models.coverage import Coverage
+from processors.models.self_attentions import self_attentions
 from processors.models.switched_attention import is_default, original_of, stripped, switch
-from processors.models.unet import self_attentions
 
 logger = logging.getLogger(__name__)
 

@@ -19,6 +19,7 @@ from runners.cli import UserError
 from runners.model_dir import Model, check_configs, check_model_dir
 from runners.weight_files import check_weights, first_line
 
+UNET = "model.diffusion_model."
 SUFFIXES = (".safetensors", ".ckpt")
 CONFIGS = ("*.json", "*/*.json", "*/*.txt")  # as diffusers' from_single_file fetches them
 
@@ -40,7 +41,10 @@ def check_model(path: Path, config: Path | None = None) -> Model:
 
 def fetch_configs(checkpoint: Path) -> Path:
     """The folder of the configurations for this kind of checkpoint, from the hub or its cache."""
-    repository = fetch_diffusers_config(shapes_in(checkpoint))["pretrained_model_name_or_path"]
+    shapes = shapes_in(checkpoint)
+    if not any(name.startswith(UNET) for name in shapes):
+        raise UserError(f"{checkpoint} is no checkpoint of Stable Diffusion: none of its weights begins with {UNET}")
+    repository = fetch_diffusers_config(shapes)["pretrained_model_name_or_path"]
     try:
         return Path(snapshot_download(repository, allow_patterns=list(CONFIGS)))
     except (OSError, HfHubHTTPError) as error:
@@ -57,4 +61,6 @@ def shapes_in(checkpoint: Path) -> dict[str, torch.Tensor]:
             shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
         return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     content = torch.load(checkpoint, weights_only=True, map_location="meta", mmap=True)
+    if not isinstance(content, dict):
+        raise UserError(f"{checkpoint} holds no weights by name, but a {type(content).__name__}")
     return content.get("state_dict", content)

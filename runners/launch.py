@@ -120,8 +120,9 @@ def describe(rank: int, failure: ProcessFailure, log_dir: Path) -> str:
     """Which rank failed first, how, and what it said."""
     code = failure.exitcode
     how = f"was ended by {failure.signal_name()}" if code < 0 else f"failed with exit code {code}"
-    logs = sorted(log_dir.glob(f"*/attempt_0/{failure.local_rank}/stderr.log"))
-    lines = logs[-1].read_text(errors="replace").strip().splitlines() if logs else []
+    logs = log_dir.glob(f"*/attempt_0/{failure.local_rank}/stderr.log")
+    log = max(logs, key=lambda path: path.stat().st_mtime_ns, default=None)  # earlier launches may have left others
+    lines = log.read_text(errors="replace").strip().splitlines() if log else []
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     said = f": {' | '.join(errors or lines[-LAST_LINES:])}" if lines else ""
     return f"rank {rank} {how}, and the others have been ended{said}"

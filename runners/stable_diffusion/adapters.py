@@ -1,6 +1,7 @@
 """LoRA adapters in files."""
 
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,5 +38,7 @@ def load_loras(pipe: StableDiffusionLoraLoaderMixin, loras: Sequence[Lora]) -> N
             if is_out_of_memory(error):
                 raise
             raise UserError(f"--lora {path} does not fit this model: {first_line(error)}") from error
+        if f"lora_{number}" not in chain(*pipe.get_list_adapters().values()):
+            raise UserError(f"--lora {path} does not fit this model: none of its weights is of a layer here")
     if loras:
         pipe.set_adapters([f"lora_{number}" for number in range(len(loras))], [lora.scale for lora in loras])

@@ -53,6 +53,7 @@ from runners.stable_diffusion.batch_rows import (
     unused_columns,
 )
 from runners.stable_diffusion.painter import Painter
+from runners.stable_diffusion.prompts import check_prompts
 
 PACKAGES = Path(__file__).resolve().parents[2]  # where a worker finds them, too
 RESOURCES = {"npu": "NPU", "cuda": "GPU", "cpu": "CPU"}  # as Ray calls them
@@ -275,6 +276,7 @@ def run(args: argparse.Namespace) -> None:
     require_patched_diffusers()
     records = read_records(args.prompts)
     model = check_model(args.model_path, args.config)
+    check_prompts(args, [args.negative_prompt])
     ray = import_ray()
     report = Report()
     columns = unused_columns(records)

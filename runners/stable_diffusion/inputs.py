@@ -10,7 +10,7 @@ from diffusers import (
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
 )
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from runners.cli import UserError
 
@@ -47,8 +47,14 @@ def read_inputs(args: argparse.Namespace) -> None:
 
 def read_picture(flag: str, path: Path) -> Image.Image:
     try:
-        with Image.open(path) as picture:
-            picture.load()
+        with Image.open(path) as file:
+            picture = ImageOps.exif_transpose(file)
+            if picture.mode.startswith("I;16"):  # which Pillow would clip at 255
+                return picture.point(lambda value: value / 257, "L")
+            if picture.mode in ("I", "F"):
+                raise UserError(
+                    f"{flag} {path} has values of 32 bits, which have no known range: save it with 8 or 16"
+                )
             return picture
     except UnidentifiedImageError:
         raise UserError(f"{flag} {path} is no picture that can be read: take a PNG or JPEG file") from None
@@ -69,6 +75,14 @@ def call_arguments(args: argparse.Namespace) -> dict[str, Any]:
     if args.mask_picture is None:
         return {"image": args.picture, "strength": args.strength}
     return {"image": args.picture, "mask_image": args.mask_picture, "strength": args.strength, **size}
+
+
+def keep_the_rest(images: list[Image.Image], args: argparse.Namespace) -> list[Image.Image]:
+    """`images` where the mask is white, and --image itself where it is black: decoding changes that a little."""
+    if args.mask_picture is None:
+        return images
+    mask = args.mask_picture.point(lambda value: 255 * (value >= 128))  # as diffusers takes it
+    return [Image.composite(image, args.picture, mask) for image in images]
 
 
 def steps_drawn(args: argparse.Namespace) -> int:

@@ -15,7 +15,7 @@ from PIL import Image
 from ascend.device import DeviceManager
 from runners.messages import shown
 from runners.overflow import clear_overflow_flag, overflow_warning
-from runners.stable_diffusion.inputs import call_arguments
+from runners.stable_diffusion.inputs import call_arguments, keep_the_rest
 from runners.stable_diffusion.prompts import text_arguments
 
 COMPILING = (
@@ -126,7 +126,7 @@ def call_pipeline(
     manager.synchronize()
     seconds = time.perf_counter() - start
     warnings = picture_warnings(drawn.images, drawn.nsfw_content_detected, manager.device)
-    return Call(number, drawn.images, warnings, seconds, loop_seconds=loop_end - start)
+    return Call(number, keep_the_rest(drawn.images, args), warnings, seconds, loop_seconds=loop_end - start)
 
 
 def picture_warnings(images: Sequence[Image.Image], unsafe: Sequence[bool] | None, device: torch.device) -> list[str]:

@@ -15,7 +15,7 @@ from ascend.placement import place_pipeline
 from processors import AttnProcessor2_0Tome, enable_flash_attention, enable_token_merging
 from processors.kernels.call import AttentionCall
 from processors.kernels.select import explain, select_kernel
-from processors.models.unet import largest_call
+from processors.models.self_attentions import largest_call
 from runners.cache_options import count_full_steps
 from runners.cli import UserError
 from runners.devices import check_compiler

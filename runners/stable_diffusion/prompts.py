@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ def check_prompts(args: argparse.Namespace, prompts: Iterable[str]) -> None:
         return
     try:
         from compel import Compel
+        from compel.prompt_parser import Blend
     except ImportError as error:
         raise UserError(
             f"--prompt_weights needs compel ({error}); run: pip install -r requirements-prompts.txt"
@@ -35,6 +37,16 @@ def check_prompts(args: argparse.Namespace, prompts: Iterable[str]) -> None:
             read = Compel.parse_prompt_string(prompt)
         except Exception as error:  # of any kind: the text is the user's, and compel has no class of its own
             raise UserError(f"--prompt_weights: compel cannot read '{prompt}': {first_line(error)}") from error
+        if prompt.strip() and not read.prompts:
+            raise UserError(f"--prompt_weights: '{prompt}' has no words")
+        if any(isinstance(part, Blend) and part.normalize_weights and not sum(part.weights) for part in read.prompts):
+            raise UserError(
+                f"--prompt_weights: the weights of .blend() in '{prompt}' sum to 0: add no_normalize to them"
+            )
+        if other := re.search(r"\([^()]*:\d+(\.\d+)?\)", prompt):
+            raise UserError(
+                f"--prompt_weights: '{other[0]}' is no weight to compel: write (word)1.3 instead of (word:1.3)"
+            )
         if any(getattr(part, "wants_cross_attention_control", False) for part in read.prompts):
             raise UserError(f"--prompt_weights: '{prompt}' uses .swap(), which compel reads and does not carry out")
         if read.lora_weights:

@@ -53,9 +53,9 @@ def check_shares(args: argparse.Namespace, mesh: Mesh) -> None:
     """Raise unless all ranks draw the same, and each group of them has something to draw."""
     flags = {
         name: getattr(args, name)
-        for name in ("TOME", "FA", "kernels", "cache", "dynamo", "strength", "prompt_weights")
+        for name in ("TOME", "FA", "kernels", "cache", "dynamo", "strength", "prompt_weights", "scheduler")
     }
-    flags |= {name: str(getattr(args, name)) for name in ("dtype", "image", "mask", "lora")}
+    flags |= {name: str(getattr(args, name)) for name in ("dtype", "image", "mask", "lora", "config")}
     settings = {name: getattr(args, name) for name in SETTINGS}
     mesh.require_same({"model_path": str(args.model_path), "prompts": args.prompts, **settings, **flags})
     if len(args.prompts) < mesh.data_size:

@@ -45,14 +45,19 @@ FILES = (
     "tests/models/test_attention_dispatch.py",
     "tests/models/test_attention_processor.py",
     "tests/models/test_layers_utils.py",
+    "tests/models/transformers/test_models_transformer_flux.py",
     "tests/models/transformers/test_models_transformer_hidream.py",
+    "tests/models/transformers/test_models_transformer_sd3.py",
     "tests/models/unets/test_models_unet_2d_condition.py",
     "tests/models/unets/test_unet_2d_blocks.py",
+    "tests/pipelines/controlnet/test_controlnet.py",
     "tests/pipelines/hidream_image/test_pipeline_hidream.py",
     "tests/pipelines/stable_diffusion/test_stable_diffusion.py",
     "tests/pipelines/stable_diffusion/test_stable_diffusion_img2img.py",
     "tests/pipelines/stable_diffusion/test_stable_diffusion_inpaint.py",
     "tests/pipelines/stable_diffusion_2/test_stable_diffusion.py",
+    "tests/pipelines/stable_diffusion_xl/test_stable_diffusion_xl.py",
+    "tests/pipelines/stable_diffusion_xl/test_stable_diffusion_xl_img2img.py",
 )
 SECONDS_PER_TEST = 600
 NPU_SPEC = Path(__file__).with_name("npu_device_spec.py")

@@ -13,7 +13,7 @@ from processors.kernels.call import AttentionCall
 from processors.kernels.select import Kernel, check_kernels, explain, select_kernel
 from processors.models import resnet
 from processors.models.clip import exact_gelu
-from processors.models.unet import largest_call
+from processors.models.self_attentions import largest_call
 from tests.on_npu.helpers import FLOATS, SATURATES, assert_close
 from tests.on_npu.inputs import numbers
 from tests.tiny_models import tiny_unet

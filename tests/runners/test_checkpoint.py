@@ -85,8 +85,12 @@ def test_what_a_checkpoint_lacks_is_named(tiny_sd: StableDiffusionPipeline, conf
 
 def test_what_is_wrong_is_said_before_loading(configs: Path, tiny_sd_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "broken.safetensors").write_bytes(b"\x10")
+    torch.save([torch.ones(2)], tmp_path / "list.ckpt")
+    save_file({"foo": torch.ones(2)}, tmp_path / "other.safetensors")
     for path, config, message in (
         (tmp_path / "broken.safetensors", configs, "broken.safetensors are damaged"),
+        (tmp_path / "list.ckpt", None, "list.ckpt holds no weights by name, but a list"),
+        (tmp_path / "other.safetensors", None, "other.safetensors is no checkpoint of Stable Diffusion"),
         (tiny_sd_dir, configs, "--config .* has no effect: --model_path .* is no .safetensors or .ckpt file"),
         (tiny_sd_dir / "unet/diffusion_pytorch_model.safetensors", configs / "unet", "is a part of a model"),
     ):

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from runners.launch import result_of_ranks
+from runners.cli import RankFailedError
+from runners.launch import launch, result_of_ranks
 from tests.programs import ROOT
 from tests.tiny_pipelines import PIPELINES
 
@@ -31,3 +32,11 @@ def test_a_launch_leaves_the_environment_as_it_was(tmp_path: Path, monkeypatch: 
     before = dict(os.environ)
     assert [result_of_ranks(devices, [str(script)]) for devices in ([0], [0, 1])] == [11, 21]
     assert dict(os.environ) == before
+
+
+def test_a_failure_is_told_by_its_own_log_and_not_by_an_earlier_one(tmp_path: Path) -> None:
+    script = tmp_path / "fails.py"
+    script.write_text("import os, sys\nif os.environ['RANK'] == '1':\n    sys.exit(f'error: {sys.argv[1]}')\n")
+    for reason in ("one", "two", "three", "four"):
+        with pytest.raises(RankFailedError, match=f": {reason}$"):
+            launch([0, 1], tmp_path / "logs", [str(script), reason])

@@ -22,7 +22,7 @@ from processors import (
 )
 from processors.kernels.call import AttentionCall
 from processors.kernels.select import Kernel, explain, select_kernel
-from processors.models.unet import largest_call
+from processors.models.self_attentions import largest_call
 from tests.processors.test_switches import modules, outputs, same, state
 from tests.tiny_models import CROSS_ATTENTION_DIM, tiny_vae
 
