@@ -1,0 +1,94 @@
+"""Streamed models on the chip: the resident model's results to the bit, in two blocks and what is around them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
+
+from ascend.streaming import Buffers, lend_module, stop_streaming, stream_module
+from ascend.streaming.blocks import aligned, bytes_of
+from processors import enable_fused_kernels
+from tests.ascend.streaming.test_stream import Transformer
+from tests.tiny_models import CROSS_ATTENTION_DIM, tiny_unet
+
+HALF = torch.float16
+
+
+def make_transformer() -> Transformer:
+    return Transformer(blocks=8, width=512).eval().requires_grad_(False).to(HALF)
+
+
+X = torch.linspace(-1, 1, 12, dtype=HALF).view(3, 4)
+
+
+@pytest.mark.parametrize("is_mapped", [False, True])
+def test_peak_memory_is_two_blocks_and_what_is_around_them(npu: torch.device, tmp_path: Path, is_mapped: bool) -> None:
+    x = X.to(npu)
+    resident = make_transformer().to(npu)
+    expected = resident(x)
+    del resident
+    model = make_transformer()
+    if is_mapped:
+        save_file(model.state_dict(), tmp_path / "model.safetensors")
+        model.load_state_dict(load_file(tmp_path / "model.safetensors"), assign=True)
+    torch.npu.empty_cache()
+    before = torch.npu.memory_allocated(npu)
+    torch.npu.reset_peak_memory_stats(npu)
+    stream = stream_module(model, npu, is_mapped=is_mapped)
+    for _ in range(3):
+        assert torch.equal(model(x), expected)
+    block, around = bytes_of(model.blocks[0]), bytes_of(model.embed)
+    activations = 8 * aligned(3 * 512 * 2)
+    peak = torch.npu.max_memory_allocated(npu) - before
+    assert 2 * block + around <= peak <= 2 * block + around + activations
+    stop_streaming(model)
+    stream.buffers.drop()
+    assert torch.npu.memory_allocated(npu) == before
+    assert next(model.parameters()).device.type == "cpu"
+
+
+@torch.no_grad()
+def test_a_streamed_unet_is_the_resident_one(npu: torch.device) -> None:
+    torch.manual_seed(1)
+    inputs = [torch.randn(2, 4, 16, 16), torch.tensor(10), torch.randn(2, 7, CROSS_ATTENTION_DIM)]
+    inputs = [x.to(npu, HALF) if x.is_floating_point() else x.to(npu) for x in inputs]
+    unet = tiny_unet().eval().to(npu, HALF)
+    enable_fused_kernels(unet)
+    expected = unet(*inputs).sample
+    stream_module(unet, npu, largest=1)
+    for _ in range(2):
+        assert torch.equal(unet(*inputs).sample, expected)
+
+
+def test_a_pipeline_is_drawn_with_models_that_take_turns(npu: torch.device, tiny_sd: StableDiffusionPipeline) -> None:
+    def draw() -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        size = {"height": 64, "width": 64, "num_inference_steps": 3, "cache_interval": 2}
+        return tiny_sd("a cat", generator=generator, output_type="pt", **size).images
+
+    tiny_sd.to(npu, HALF)
+    enable_fused_kernels(tiny_sd)
+    expected, buffers = draw(), Buffers(npu)
+    tiny_sd.to("cpu")
+    for module in (tiny_sd.unet, tiny_sd.vae.decoder, tiny_sd.vae.encoder):
+        stream_module(module, npu, buffers)
+    tiny_sd.vae.post_quant_conv.to(npu)
+    lend_module(tiny_sd.text_encoder, npu)
+    for _ in range(2):
+        assert torch.equal(draw(), expected)
+
+
+def test_no_block_waits_for_the_device(npu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = make_transformer(), X.to(npu)
+    stream_module(model, npu)
+    model(x)
+    waits: list[str] = []
+    for owner in (torch.npu.Stream, torch.npu.Event):
+        monkeypatch.setattr(owner, "synchronize", lambda self: waits.append(type(self).__name__))
+    monkeypatch.setattr(torch.npu, "synchronize", lambda *_: waits.append("device"))
+    model(x)
+    assert not waits
