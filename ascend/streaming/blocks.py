@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 ALIGNMENT = 512  # bytes: what the allocators of CUDA and torch_npu, and CANN's operators, align tensors to
@@ -37,8 +38,12 @@ def _has_lists(module: nn.Module) -> bool:
 
 def bytes_of(module: nn.Module) -> int:
     """Of its parameters and buffers on a device, each aligned there; one that stands in two places counts once."""
-    tensors = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
-    return sum(aligned(tensor.nbytes) for tensor in tensors.values())
+    return sum(aligned(tensor.nbytes) for tensor in tensors_of(module))
+
+
+def tensors_of(module: nn.Module) -> list[torch.Tensor]:
+    """Parameters and buffers, each once."""
+    return list({id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}.values())
 
 
 def aligned(size: int) -> int:

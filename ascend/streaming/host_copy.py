@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ascend.streaming.blocks import aligned
+from ascend.streaming.blocks import aligned, tensors_of
 
 Buffer = dict[torch.dtype, torch.Tensor]  # for each dtype `[elements]`
 
@@ -91,11 +91,6 @@ class HostCopy:
         """Let the module have its weights at rest again."""
         for place, rest in zip(self.places, self.at_rest, strict=True):
             place.tensor.data = rest
-
-
-def tensors_of(module: nn.Module) -> list[torch.Tensor]:
-    """Parameters and buffers, each once."""
-    return list({id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}.values())
 
 
 def new_buffer(sizes: dict[torch.dtype, int], device: torch.device, pin: bool = False) -> Buffer:

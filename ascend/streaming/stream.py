@@ -14,8 +14,8 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from torch import nn
 
-from ascend.streaming.blocks import find_blocks
-from ascend.streaming.host_copy import Buffer, HostCopy, largest_sizes, new_buffer, tensors_of
+from ascend.streaming.blocks import find_blocks, tensors_of
+from ascend.streaming.host_copy import Buffer, HostCopy, largest_sizes, new_buffer
 
 BUFFERS = 2  # one computes, one is filled
 

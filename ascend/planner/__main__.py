@@ -1,0 +1,65 @@
+"""Says what a pipeline will take of a device's memory, and where its models are to be: nothing is loaded.
+
+python -m ascend.planner MODEL_DIR --device npu --height 1024 --width 1024
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from ascend.device import DeviceError, best_dtype, find_device
+from ascend.planner.memory_plan import MODES, plan_memory
+from ascend.planner.models import Request
+from ascend.planner.plan import PlanError
+
+UNITS = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+
+
+def size(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(KiB|MiB|GiB|)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"must be a size as 12GiB, not '{text}'")
+    return int(float(match[1]) * UNITS[match[2]])
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m ascend.planner", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("model", type=Path, metavar="MODEL_DIR", help="a folder in diffusers' layout")
+    add("--device", metavar="NAME", help="npu, cuda or cpu, or one of several as npu:1 (the best there is)")
+    add("--dtype", choices=("float32", "float16", "bfloat16"), help="(the device's best)")
+    add("--height", type=int, default=512, metavar="PIXELS", help="(512)")
+    add("--width", type=int, default=512, metavar="PIXELS", help="(512)")
+    add("--batch", type=int, default=1, metavar="N", help="pictures at a time (1)")
+    add("--steps", type=int, default=50, metavar="N", help="denoising steps (50)")
+    add("--memory", choices=tuple(MODES), default="auto", help="where the denoiser is (auto)")
+    add("--memory_limit", type=size, metavar="SIZE", help="as 12GiB, of the device (what is free there)")
+    add("--FA", action="store_true", help="attention in a fused kernel")
+    add("--json", action="store_true", help="for programs")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = parse_arguments(arguments)
+    try:
+        device = find_device(args.device)
+        dtype = getattr(torch, args.dtype) if args.dtype else best_dtype(device)
+        request = Request(args.height, args.width, args.batch)
+        fused = True if args.FA else None
+        plan = plan_memory(args.model, device, request, dtype, args.steps, args.memory, args.memory_limit, fused)
+    except (DeviceError, PlanError, OSError, ValueError) as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        raise SystemExit(2) from error
+    print(plan.to_json() if args.json else plan.table())
+
+
+if __name__ == "__main__":
+    main()
