@@ -6,6 +6,8 @@ import ctypes
 
 import torch
 
+from ascend.cgroup import read_allowances
+
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
@@ -14,8 +16,9 @@ def read_memory(device: torch.device) -> dict[str, int]:
 
     Returns:
         `total` and `free` of the device; `allocated` by tensors and `reserved` by torch's allocator, of this process;
-        `peak`, the most that was allocated since `reset_peak_memory`. On the CPU `allocated` and `reserved` are the
-        process's resident memory and `peak` its high-water mark.
+        `peak`, the most that was allocated since `reset_peak_memory`. On the CPU `total` and `free` are the host's,
+        or less where a control group (a container) limits the process; `allocated` and `reserved` are the process's
+        resident memory and `peak` its high-water mark.
     """
     if device.type == "cpu":
         return _host_memory_info()
@@ -34,9 +37,10 @@ def _host_memory_info() -> dict[str, int]:
     import psutil
 
     machine, resident = psutil.virtual_memory(), psutil.Process().memory_info().rss
+    allowances = read_allowances()
     return {
-        "total": machine.total,
-        "free": machine.available,
+        "total": min([machine.total, *(allowance.total for allowance in allowances)]),
+        "free": min([machine.available, *(allowance.free for allowance in allowances)]),
         "allocated": resident,
         "reserved": resident,
         "peak": max(resident, _host_peak()),
