@@ -1,25 +1,16 @@
-"""The runtime around a model: devices and chips, memory, graphs, several devices."""
+"""The runtime around a model: devices and chips, memory, graphs, several devices.
 
-from ascend.device import DeviceError, DeviceManager, find_device, get_device_info
-from ascend.graphs.compile import compile_module, compile_pipeline, decompile_module, decompile_pipeline
-from ascend.memory import keep_freed_memory
-from ascend.parallel import Mesh, ParallelError, process_group, share_guidance, unshare_guidance
-from ascend.placement import place_pipeline
+It imports torch when a name of it is first used, see `ascend.device`.
+"""
 
-__all__ = [
-    "DeviceError",
-    "DeviceManager",
-    "Mesh",
-    "ParallelError",
-    "compile_module",
-    "compile_pipeline",
-    "decompile_module",
-    "decompile_pipeline",
-    "find_device",
-    "get_device_info",
-    "keep_freed_memory",
-    "place_pipeline",
-    "process_group",
-    "share_guidance",
-    "unshare_guidance",
-]
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ascend.api import *  # noqa: F403
+else:
+
+    def __getattr__(name: str) -> object:
+        return getattr(importlib.import_module("ascend.api"), name)

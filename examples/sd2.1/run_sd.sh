@@ -51,7 +51,7 @@ if [[ $device_list == *,* ]] || ((${#launcher[@]})); then
     launcher+=("--device_list=${device_list:-0}")
     exec "$python" "$here/../launch.py" "${launcher[@]}" -- "$here/run_sd.py" "${arguments[@]}"
 fi
-if [[ $device_list ]]; then # as narrow_visible_devices of ascend/device.py, which the launcher uses
+if [[ $device_list ]]; then # as narrow_visible_devices of ascend.device, which the launcher uses
     if [[ ! $device_list =~ ^[0-9]+$ ]]; then
         echo "error: --device_list $device_list: this is no list of numbers such as 0,1" >&2
         exit 2

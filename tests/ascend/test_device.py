@@ -124,6 +124,7 @@ def test_an_absent_device_is_one_clear_error(name: str) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has cuda")
 def test_what_hides_a_device_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
     with pytest.raises(DeviceError, match="with CUDA_VISIBLE_DEVICES=7"):
         DeviceManager("cuda")
 
