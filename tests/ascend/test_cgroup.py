@@ -31,8 +31,9 @@ def write_group(folder: Path, version: cgroup.Version, limit: int | str, usage: 
 @pytest.mark.parametrize("version", [cgroup.V1, cgroup.V2], ids=["version 1", "version 2"])
 def test_a_limit_of_the_group_is_the_total_and_pages_that_can_go_are_free(root: Path, version: cgroup.Version) -> None:
     is_first = version is cgroup.V1
-    # As on hosts that have both: only one of them governs memory.
-    (root / "membership").write_text("5:cpu:/\n4:memory:/box\n0::/\n" if is_first else "0::/box\n")
+    # As on hosts that have both: only one of them governs memory, and the group of another controller does not count.
+    (root / "membership").write_text("5:cpu:/other\n4:memory:/box\n0::/\n" if is_first else "0::/box\n")
+    write_group(root / "memory/other", cgroup.V1, MIB, 0, 0)
     write_group(root / "memory/box" if is_first else root / "box", version, 50 * MIB, 30 * MIB, 10 * MIB)
     memory = read_memory(torch.device("cpu"))
     assert memory["total"] == 50 * MIB
