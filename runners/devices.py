@@ -11,7 +11,8 @@ import torch
 
 from ascend.device import DeviceManager, get_accelerator_type, get_chip
 from ascend.parallel import world_size
-from runners.cli import ArgumentParser, UserError, non_negative_int
+from ascend.planner import MODES
+from runners.cli import ArgumentParser, UserError, byte_size, non_negative_int
 from runners.report import Report
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -23,13 +24,19 @@ def add_device_arguments(parser: ArgumentParser) -> None:
     rank = os.environ.get("LOCAL_RANK")
     add("--local_rank", type=non_negative_int, default=rank, metavar="N", help="number of the device ($LOCAL_RANK)")
     add("--dtype", choices=DTYPES, help="(the device's best)")
-    add_memory_argument(add)
+    add_memory_arguments(add)
     add("--soc_version", metavar="CHIP", help="stop unless the NPU is this one, as Ascend310P3")
 
 
-def add_memory_argument(add: Callable[..., object]) -> None:
-    help = "auto: models take turns on the device where they do not fit at once; resident: all are there (auto)"
-    add("--memory", choices=("auto", "resident"), default="auto", help=help)
+def add_memory_arguments(add: Callable[..., object]) -> None:
+    add(
+        "--memory",
+        choices=tuple(MODES),
+        default="auto",
+        help="where the weights of the UNet are: on the device (resident), or with the host (stream) or on disk and "
+        "brought block by block; auto is what fits and is fastest (auto)",
+    )
+    add("--memory_limit", type=byte_size, metavar="SIZE", help="as 12GiB, of the device (what is free there)")
 
 
 def choose_device(args: argparse.Namespace, report: Report) -> DeviceManager:

@@ -1,4 +1,4 @@
-"""Where each model of a pipeline is when it is not in use, so that a picture is drawn soonest in the memory there is."""
+"""Where each model of a pipeline is while it waits, so that a picture is drawn soonest in the memory there is."""
 
 from __future__ import annotations
 
@@ -66,6 +66,10 @@ class MemoryPlan:
     @property
     def peak(self) -> int:
         return max(self.phases.values())
+
+    @property
+    def is_resident(self) -> bool:
+        return all(placement.where == RESIDENT for placement in self.placements)
 
     def where(self, name: str) -> str:
         return next(placement.where for placement in self.placements if placement.name == name)

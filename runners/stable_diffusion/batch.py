@@ -29,7 +29,7 @@ from runners.cli import (
     sigterm_raises,
     text,
 )
-from runners.devices import DTYPES, add_memory_argument
+from runners.devices import DTYPES, add_memory_arguments
 from runners.files import make_output_dir, remove_scratch
 from runners.model_dir import require_patched_diffusers
 from runners.report import Report, versions
@@ -97,7 +97,7 @@ def parse_arguments(description: str | None, folder: Path, arguments: Sequence[s
         help="npu, cuda or cpu (the best there is)",
     )
     add("--dtype", choices=DTYPES, help="(the device's best)")
-    add_memory_argument(add)
+    add_memory_arguments(add)
     add("--workers", type=positive_int, metavar="N", help="each with a device of its own (all devices; on the CPU 1)")
     add(
         "--threads",

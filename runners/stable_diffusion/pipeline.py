@@ -11,7 +11,7 @@ from diffusers import SchedulerMixin, StableDiffusionPipeline
 from ascend.device import DeviceManager
 from ascend.graphs.compile import compile_pipeline
 from ascend.graphs.store import default_graph_cache
-from ascend.placement import place_pipeline
+from ascend.planner import MemoryPlan, PlanError, Request, apply_plan, plan_memory
 from processors import AttnProcessor2_0Tome, enable_flash_attention, enable_token_merging
 from processors.kernels.call import AttentionCall
 from processors.kernels.select import explain, select_kernel
@@ -46,8 +46,7 @@ def check_before_loading(
                 report.warn(f"--{name} has no effect on {device.type}: it is of the graphs of NPUs")
     check_loras(args.lora)
     read_inputs(args)
-    if model.configs["unet"].get("sample_size") is None and not (args.height and args.width):
-        raise UserError(f"{model.folder} does not say which size it draws: give --height and --width")
+    choose_size(args, model)
     scheduler = model.load_scheduler()
     if args.scheduler:
         scheduler = make_scheduler(args.scheduler, like=scheduler)
@@ -68,30 +67,58 @@ def make_pipeline(
     dtype: torch.dtype,
     report: Report,
 ) -> StableDiffusionPipeline:
-    """The pipeline on its device, without accelerations; fills in the size that `args` leave open."""
+    """The pipeline where it is to be, without accelerations."""
+    memory_plan = plan(args, model, manager.device, dtype, report)
     pipe = load_pipeline(pipeline_class(args), args.model_path, dtype, model, scheduler=scheduler)
     load_loras(pipe, args.lora)
-    place(pipe, args, manager.device, report)
-    choose_size(args, pipe)
+    if memory_plan is None or memory_plan.is_resident:
+        pipe.to(manager.device, silence_dtype_warnings=True)  # choose_dtype says what float16 means on the CPU
+        return pipe
+    try:
+        apply_plan(pipe, memory_plan, manager.device, model.folder)
+    except ValueError as error:
+        raise UserError(f"--memory {args.memory}: {error}") from error
     return pipe
 
 
-def choose_size(args: argparse.Namespace, pipe: StableDiffusionPipeline) -> None:
+def choose_size(args: argparse.Namespace, model: Model) -> None:
     """Fill in the size that the model was trained for, each side on its own; the pipeline would replace both."""
-    sample = pipe.unet.config.sample_size
+    sample = model.configs["unet"].get("sample_size")
     height, width = sample if isinstance(sample, list | tuple) else (sample, sample)
-    args.height = args.height or height * pipe.vae_scale_factor
-    args.width = args.width or width * pipe.vae_scale_factor
+    if None in (args.height or height, args.width or width):
+        raise UserError(f"{model.folder} does not say which size it draws: give --height and --width")
+    scale = 2 ** (len(model.configs["vae"].get("block_out_channels", [0])) - 1)
+    args.height = args.height or height * scale
+    args.width = args.width or width * scale
 
 
-def place(pipe: StableDiffusionPipeline, args: argparse.Namespace, device: torch.device, report: Report) -> None:
-    """Bring the pipeline to its device as --memory says. What is slower for want of memory is warned of."""
-    if args.memory == "resident":
-        pipe.to(device, silence_dtype_warnings=True)  # choose_dtype says what float16 means on the CPU
-        return
-    done = place_pipeline(pipe, device)
-    if pipe.unet.device.type != device.type:
-        report.warn(f"{'; '.join(done)}. That is slower")
+def plan(
+    args: argparse.Namespace, model: Model, device: torch.device, dtype: torch.dtype, report: Report
+) -> MemoryPlan | None:
+    """Where the models are to be, printed unless all are on the device; None on the CPU, where they are anyway.
+
+    Raises:
+        UserError: no placement fits, or what is asked for cannot be.
+    """
+    if device.type == "cpu" and args.memory in ("auto", "resident"):
+        if args.memory_limit is not None:
+            report.warn("--memory_limit has no effect on the CPU: models are in the host's memory")
+        return None
+    if args.memory == "disk" and model.checkpoint:
+        raise UserError(
+            "--memory disk wants a folder in diffusers' layout: a checkpoint in one file has other weights"
+        )
+    request = Request(args.height, args.width, args.num_images, args.guidance_scale > 1)
+    fused = True if args.FA else None
+    try:
+        found = plan_memory(
+            model.folder, device, request, dtype, args.steps, args.memory, args.memory_limit, fused_attention=fused
+        )
+    except PlanError as error:
+        raise UserError(str(error)) from error
+    if not found.is_resident:
+        print(found.table(), flush=True)
+    return found
 
 
 def settings_in_use(args: argparse.Namespace, pipe: StableDiffusionPipeline) -> dict[str, Any]:

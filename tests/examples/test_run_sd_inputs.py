@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -201,20 +202,26 @@ def test_a_prompt_that_compel_cannot_carry_out_is_one_line(run_sd: Callable, pro
     assert outcome.code == 2 and message in outcome.err.splitlines()[-1], outcome.err
 
 
-def test_models_take_turns_on_a_device_that_is_too_small(
-    run_sd: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    placed = []
+def test_streamed_models_draw_the_same_picture(run_sd: Callable, tmp_path: Path) -> None:
+    pictures = []
+    for memory in ("resident", "stream", "disk"):
+        outcome = run_sd(*PROMPT, "--memory", memory, "--FA", "--TOME", "--DC", 2)
+        assert outcome.code == 0, outcome.err
+        assert bool(re.search(r"unet +\S+ GiB +streamed", outcome.out)) == (memory != "resident")
+        pictures.append(drawn(tmp_path / "out"))
+    assert all(np.array_equal(picture, pictures[0]) for picture in pictures)
 
-    def place(pipe: StableDiffusionPipeline, device: torch.device) -> list[str]:
-        placed.append(device)
-        pipe.to(device)
-        return []
 
-    monkeypatch.setattr("runners.stable_diffusion.pipeline.place_pipeline", place)
-    for memory, times in (("resident", 0), ("auto", 1)):
-        assert run_sd(*PROMPT, "--memory", memory).code == 0
-        assert len(placed) == times
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--memory", "stream", "--memory_limit", "1K"], "no placement fits: the smallest takes"),
+        (["--memory", "disk", "--dtype", "float16"], "cannot come from disk in float16: "),
+    ],
+)
+def test_memory_that_does_not_do_is_one_line(run_sd: Callable, arguments: list[str], message: str) -> None:
+    outcome = run_sd(*PROMPT, *arguments)
+    assert outcome.code == 2 and message in outcome.err.splitlines()[-1], outcome.err
 
 
 def test_a_checkpoint_in_one_file_draws_what_its_folder_draws(

@@ -1,0 +1,130 @@
+"""Which placement is chosen, what a plan says, and that pipelines run as planned."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from torch import nn
+
+from ascend.planner import MODES, PlanError, Request, apply_plan, plan_memory
+from ascend.planner.activations import activation_peak
+from ascend.planner.plan import FROM_DISK, LENT, RESIDENT, STREAMED, Part, Speed, choose_plan
+from ascend.streaming.blocks import bytes_of
+from tests.programs import ROOT, environment
+
+CPU = torch.device("cpu")
+TEXT = Part("text_encoder", 600, 30, 100, "encode", 10)
+UNET = Part("unet", 1600, 50, 20, "denoise", 200)
+VAE = Part("vae", 160, 40, 10, "decode", 400)
+PARTS = [TEXT, UNET, VAE]
+SPEED = Speed(link=1000.0, disk=100.0)
+
+
+def chosen(limit: int, host: int = 10_000, mode: str = "auto") -> list[str]:
+    plan = choose_plan(PARTS, limit, host, 50, SPEED, MODES[mode])
+    assert plan.peak <= limit and plan.host <= host
+    return [placement.where for placement in plan.placements]
+
+
+def test_everything_stays_where_it_fits_and_as_little_as_needed_moves_where_not() -> None:
+    assert chosen(2760) == [RESIDENT, RESIDENT, RESIDENT]  # 2360 of weights and the decoder's 400
+    assert chosen(2759) == [RESIDENT, RESIDENT, LENT]  # the fewest seconds: 160 bytes once a picture
+    text, unet, vae = chosen(2400)
+    assert unet == RESIDENT and text != RESIDENT != vae
+    assert chosen(1000)[1] == STREAMED
+    assert chosen(1000, host=500)[1] == FROM_DISK
+
+
+def test_a_mode_says_where_the_denoiser_is() -> None:
+    assert [chosen(10_000, mode=mode)[1] for mode in ("resident", "stream", "disk")] == [RESIDENT, STREAMED, FROM_DISK]
+
+
+def test_a_plan_counts_what_is_there_at_the_same_time() -> None:
+    plan = choose_plan(PARTS, 1000, 10_000, 50, SPEED, (STREAMED,))
+    assert plan.buffers == 2 * 50
+    assert plan.seconds_per_step == pytest.approx(1580 / 1000)
+    text = {RESIDENT: 600, LENT: 600, STREAMED: 100}[plan.where("text_encoder")]
+    vae_at_rest = {RESIDENT: 160, LENT: 0, STREAMED: 10}[plan.where("vae")]
+    assert plan.phases["encode"] == 100 + 20 + text + vae_at_rest + 10
+    table = plan.table()
+    assert "unet" in table and "streamed" in table and "1.58 s a step" in table
+
+
+def test_what_cannot_be_says_what_is_missing() -> None:
+    with pytest.raises(PlanError, match="no placement fits: the smallest takes .* take a smaller --height"):
+        chosen(300)
+    with pytest.raises(PlanError, match="no placement fits"):
+        chosen(2000, mode="resident")
+
+
+def test_the_peak_of_a_call_is_that_of_its_tensors() -> None:
+    class Net(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = x * 2  # 1 MiB, beside z at the peak
+            z = torch.cat([y, y])
+            del y
+            return z.sum(0) + 1
+
+    x = torch.empty(1024, 256, device="meta")
+    assert activation_peak(Net(), {"x": x}, fused_attention=True) == 3 * 2**20
+    query = {"query": torch.empty(1, 1, 512, 64, device="meta")}
+
+    def attend(query: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(query, query, query)
+
+    fused = activation_peak(nn.Identity(), query, fused_attention=True, call=attend)
+    assert fused == 512 * 64 * 4 and activation_peak(nn.Identity(), query, False, attend) > 512 * 512 * 4
+
+
+def test_a_folder_and_a_pipeline_give_the_same_plan(tiny_sd: StableDiffusionPipeline, tiny_sd_dir: Path) -> None:
+    plans = [
+        plan_memory(source, CPU, Request(64, 64), torch.float32, limit=2**30, mode="stream")
+        for source in (tiny_sd_dir, tiny_sd)
+    ]
+    assert plans[0].phases == plans[1].phases and plans[0].buffers == plans[1].buffers
+    assert {p.name: p.weights for p in plans[0].placements} == {
+        name: bytes_of(getattr(tiny_sd, name)) for name in ("text_encoder", "unet", "vae")
+    }
+    assert not plans[0].unknown
+
+
+@pytest.mark.parametrize("mode", ["resident", "stream", "disk"])
+def test_a_pipeline_runs_as_planned_and_comes_back(
+    tiny_sd: StableDiffusionPipeline, tiny_sd_dir: Path, mode: str
+) -> None:
+    def draw() -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return tiny_sd("a cat", num_inference_steps=2, generator=generator, output_type="pt").images
+
+    expected = draw()
+    plan = plan_memory(tiny_sd_dir, CPU, Request(128, 128), torch.float32, 2, mode, 2**30)
+    for _ in range(2):
+        apply_plan(tiny_sd, plan, CPU, tiny_sd_dir)
+        assert torch.equal(draw(), expected)
+    tiny_sd.remove_all_hooks()
+    assert torch.equal(draw(), expected)
+
+
+def test_the_program_prints_a_plan_or_one_line(tiny_sd_dir: Path, tmp_path: Path) -> None:
+    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "ascend.planner", *arguments]
+        return subprocess.run(
+            [str(part) for part in command], capture_output=True, text=True, env=environment(), cwd=ROOT
+        )
+
+    plan = json.loads(run(tiny_sd_dir, "--device", "cpu", "--memory", "stream", "--json").stdout)
+    assert plan["placements"][1]["where"] == STREAMED and plan["peak"] == max(plan["phases"].values())
+    for arguments, message in (
+        ([tmp_path], "model_index.json"),
+        ([tiny_sd_dir, "--device", "cpu", "--memory_limit", "1KiB"], "no placement fits"),
+        ([tiny_sd_dir, "--device", "npu"], "device 'npu' is not there"),
+    ):
+        refused = run(*arguments)
+        assert refused.returncode == 2 and refused.stderr.splitlines()[-1].startswith("error: ")
+        assert message in refused.stderr
