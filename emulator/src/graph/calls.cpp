@@ -67,6 +67,12 @@ const Namesake* find_namesake(const std::string& type) {
         {"PromptFlashAttention", {"PromptFlashAttentionV3", {}}},
         {"RmsNorm", {"RmsNorm", {}}},
         {"SwiGlu", {"SwiGlu", {}}},
+        {"WeightQuantBatchMatmulV2",
+         {"WeightQuantBatchMatmulV2",
+          {{"antiquant_offset", "antiquantOffsetOptional"},
+           {"quant_scale", "quantScaleOptional"},
+           {"quant_offset", "quantOffsetOptional"},
+           {"bias", "biasOptional"}}}},
     };
     static const Namesake lists{"Foreach", {}};  // one name for all of them
     if (type.starts_with("Foreach")) return &lists;

@@ -21,6 +21,16 @@ Tensor product(const Operands& x, const char* transposed_1, const char* transpos
     return at::matmul(up(a), up(b)) + x.up(2);  // one rounding: one of 16 bits would come before the addition
 }
 
+Tensor weight_quant_product(const Operands& x) {
+    x.integer("dtype", -1);
+    x.integer("inner_precise", 0);  // a choice of speed
+    TORCH_CHECK(!x[4].defined() && !x[5].defined(), "quantised results are not emulated");
+    const Tensor left = x.flag("transpose_x") ? x[0].transpose(-1, -2) : x[0];
+    const Tensor weight = x.flag("transpose_weight") ? x[1].transpose(-1, -2) : x[1];
+    return cann::weight_quant_product(left, weight, x[2].to(left.scalar_type()), x[3], x[6],
+                                      x.integer("antiquant_group_size", 0));
+}
+
 // What follows batch and channels: the tensors are [N, C, ...].
 Ints spatial(const Ints& values) { return {values.begin() + 2, values.end()}; }
 
@@ -154,6 +164,7 @@ GE(MatMulV3, product(x, "transpose_x1", "transpose_x2"))
 GE(BatchMatMul, product(x, "adj_x1", "adj_x2"))
 GE(BatchMatMulV2, product(x, "adj_x1", "adj_x2"))
 GE(BatchMatMulV3, product(x, "adj_x1", "adj_x2"))
+GE(WeightQuantBatchMatmulV2, as(x[0].scalar_type(), weight_quant_product(x)))
 GE(Conv2D, convolution(x))
 GE(Conv2DTranspose, transposed_convolution(x))
 GE(Conv3D, convolution(x))

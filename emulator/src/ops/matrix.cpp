@@ -1,5 +1,6 @@
 // The matrix unit: products and convolutions with float32 sums (numerics.h says what becomes of the operands).
 #include "ops/operator.h"
+#include "ops/shared.h"
 
 namespace cann {
 namespace {
@@ -23,7 +24,26 @@ Tensor baddbmm(const Tensor& self, const Tensor& batch1, const Tensor& batch2, c
     return at::baddbmm(self, left, right, beta, alpha);
 }
 
+// A scale of [groups, N] for each row of a weight of [K, N]; of one group it spreads by itself.
+Tensor spread(const Tensor& scale, int64_t group_size, int64_t rows) {
+    return group_size == 0 ? up(scale) : up(scale).repeat_interleave(group_size, 0).narrow(0, 0, rows);
+}
+
 }  // namespace
+
+// The vector unit makes the weight one of x's dtype, and the matrix unit takes it from there (ops-nn,
+// weight_quant_batch_matmul_v2/op_kernel: _custom.h of 910B, _weight_nz_performance.h of 310P).
+Tensor weight_quant_product(const Tensor& x, const Tensor& weight, const Tensor& scale, const Tensor& offset,
+                            const Tensor& bias, int64_t group_size) {
+    TORCH_CHECK(weight.scalar_type() == at::kChar, "weights of other dtypes than int8 are not emulated");
+    TORCH_CHECK(scale.is_floating_point(), "an antiquant_scale of integers is not emulated");
+    const int64_t rows = weight.size(-2);
+    Tensor exact = weight.to(at::kFloat);
+    if (offset.defined()) exact = exact + spread(offset, group_size, rows);
+    const Tensor dequantised = (exact * spread(scale, group_size, rows)).to(x.scalar_type());
+    if (!bias.defined()) return at::matmul(cube(x, 0), cube(dequantised, 0));
+    return at::matmul(up(x), up(dequantised)) + up(bias);  // one rounding: one of 16 bits would come before the addition
+}
 }  // namespace cann
 
 #define PRODUCT(NAME, F)                                                                     \
@@ -59,6 +79,19 @@ ACLNN(Baddbmm, (Tensor self, Tensor batch1, Tensor batch2, Scalar beta, Scalar a
 ACLNN(Addbmm, (Tensor self, Tensor batch1, Tensor batch2, Scalar beta, Scalar alpha, Tensor out, int8_t cube_math_type) {
     const Tensor product = at::bmm(up(cube(batch1, cube_math_type)), up(cube(batch2, cube_math_type))).sum(0);
     put(out, add_product(self, product, beta, alpha));
+})
+
+#define WEIGHT_QUANT_TENSORS                                                                                  \
+    Tensor x, Tensor weight, Tensor antiquantScale, Tensor antiquantOffsetOptional, Tensor quantScaleOptional, \
+        Tensor quantOffsetOptional, Tensor biasOptional
+// The third edition adds `innerPrecise`, a choice of speed.
+ACLNN(WeightQuantBatchMatmulV2, (WEIGHT_QUANT_TENSORS, int antiquantGroupSize, Tensor y) {
+    refuse_any({quantScaleOptional, quantOffsetOptional});
+    put(y, weight_quant_product(x, weight, antiquantScale, antiquantOffsetOptional, biasOptional, antiquantGroupSize));
+})
+ACLNN(WeightQuantBatchMatmulV3, (WEIGHT_QUANT_TENSORS, int antiquantGroupSize, int innerPrecise, Tensor y) {
+    refuse_any({quantScaleOptional, quantOffsetOptional});
+    put(y, weight_quant_product(x, weight, antiquantScale, antiquantOffsetOptional, biasOptional, antiquantGroupSize));
 })
 
 ACLNN(Convolution, (Tensor input, Tensor weight, Tensor bias, Ints stride, Ints padding, Ints dilation, bool transposed,

@@ -1,5 +1,6 @@
 // Which calls a chip refuses. The rules are data (emulator/profiles); `python -m emulator` hands them over as a file
 // with a rule a line and tabs between its fields: operator, parameter, check, value of the check, text of the error.
+#include <algorithm>
 #include <cstdlib>
 #include <fstream>
 #include <map>
@@ -69,6 +70,28 @@ int64_t head_dim_of(const Call& call, const char* name) {
     return layout == "BSH" || layout == "SBH" ? width / heads : width;
 }
 
+ScalarType dtype_of(const Call& call, const char* name) {
+    const TensorArgument* tensor = call.tensor(name);
+    return tensor == nullptr ? ScalarType::Undefined : tensor->dtype;
+}
+
+// Whether the tensor lies in memory as it is or with its last two dimensions swapped, without gaps.
+bool is_dense_or_transposed(const TensorArgument& tensor) {
+    auto sizes = tensor.sizes, strides = tensor.strides;
+    const size_t rank = sizes.size();
+    for (const bool swap : {false, true}) {
+        if (swap && rank >= 2) {
+            std::swap(sizes[rank - 1], sizes[rank - 2]);
+            std::swap(strides[rank - 1], strides[rank - 2]);
+        }
+        int64_t dense = 1;
+        bool holds = true;
+        for (size_t i = rank; i-- > 0; dense *= sizes[i]) holds &= sizes[i] == 1 || strides[i] == dense;
+        if (holds) return true;
+    }
+    return false;
+}
+
 // Relations between parameters, by the names that the profiles use.
 bool relation_holds(const Call& call, const std::string& name) {
     if (name == "mask_needs_equal_lengths_of_16") {
@@ -88,6 +111,18 @@ bool relation_holds(const Call& call, const std::string& name) {
         return sizes.size() >= 2 && sizes[sizes.size() - 1] == 2048 && sizes[sizes.size() - 2] == 2048;
     }
     if (name == "groups_divide_channels") return call.tensor("self")->sizes[1] % call.number("group", 1) == 0;
+    if (name == "scale_has_the_dtype_of_x") {  // a graph casts it
+        const ScalarType scale = dtype_of(call, "antiquantScale");
+        return call.graph != nullptr || scale == at::kLong || scale == dtype_of(call, "x");
+    }
+    if (name == "bias_is_float16_or_float32_for_bfloat16") {
+        const ScalarType bias = dtype_of(call, "biasOptional");
+        return bias == ScalarType::Undefined || bias == (dtype_of(call, "x") == at::kBFloat16 ? at::kFloat : at::kHalf);
+    }
+    if (name == "private_weight_in_graphs_only") return call.graph != nullptr || !is_private(call.tensor("weight")->format);
+    if (name == "matrices_dense_or_transposed") {
+        return is_dense_or_transposed(*call.tensor("x")) && is_dense_or_transposed(*call.tensor("weight"));
+    }
     die("the profile names the unknown relation %s", name.c_str());
 }
 
@@ -102,6 +137,11 @@ bool tensor_holds(const Rule& rule, const TensorArgument& tensor, const Call& ca
         return tensor.sizes.at(dim < 0 ? dim + rank : dim) % 2 == 0;
     }
     const int64_t limit = std::stoll(rule.value);
+    if (rule.check == "max_rank") return rank <= limit;
+    if (rule.check == "last_two_dims_max") {
+        return std::all_of(tensor.sizes.end() - std::min<int64_t>(rank, 2), tensor.sizes.end(),
+                           [limit](int64_t size) { return size <= limit; });
+    }
     if (rule.check == "max_batch") return tensor.sizes[0] <= limit;
     if (rule.check == "last_dim_bytes_multiple") return last_bytes % limit == 0;
     if (rule.check == "last_dim_bytes_min") return last_bytes >= limit;

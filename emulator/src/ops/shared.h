@@ -30,6 +30,12 @@ void training_attention(const at::Tensor& query, const at::Tensor& key, const at
 // For what the operators take and the emulator does not: quantisation, paging, shared prefixes, separate rotary parts.
 void refuse_any(const std::vector<at::Tensor>& tensors);
 
+// ---- matrices ----
+// x @ ((weight + offset) * scale) + bias, with a weight of int8 [K, N]; scale and offset as the profiles' rules want
+// them, or [groups, N] with groups of `group_size` rows. Offset and bias may be undefined.
+at::Tensor weight_quant_product(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& scale,
+                                const at::Tensor& offset, const at::Tensor& bias, int64_t group_size);
+
 // ---- layers; the results are float32 ----
 struct GroupNormResult {
     at::Tensor y, mean, rstd;

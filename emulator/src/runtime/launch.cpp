@@ -59,6 +59,9 @@ int64_t count_flops(const Call& call) {
         const bool transposed = call.number("transpose_x1", call.number("adj_x1", 0)) != 0;
         return 2 * product(call.tensor("y")->sizes) * last(call.tensor("x1"), transposed ? 2 : 1);
     }
+    if (name.rfind("WeightQuantBatchMatmul", 0) == 0) {
+        return 2 * product(call.tensor("y")->sizes) * last(call.tensor("x"), call.number("transpose_x", 0) != 0 ? 2 : 1);
+    }
     for (const char* left : {"mat1", "batch1", "self"}) {
         const auto* matrix = call.tensor(left);
         const auto* out = call.tensor("out") ? call.tensor("out") : call.tensor("self");
