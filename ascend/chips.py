@@ -14,6 +14,7 @@ INFER_ATTENTION = "npu_fused_infer_attention_score"
 FUSION_ATTENTION = "npu_fusion_attention"
 TORCH_ATTENTION = "scaled_dot_product_attention"  # without holding all scores at once
 TOKEN_MERGING = "npu_tome_merge"
+WEIGHT_QUANT_MATMUL = "npu_weight_quant_batchmatmul"
 
 
 class Family(NamedTuple):
@@ -39,15 +40,21 @@ BFLOAT16 = (torch.bfloat16, torch.float16, torch.float32)
 # torch_npu/npu/utils.py). Operators: the chips that the operator's definition in hicann/ops-transformer names, or its
 # page in op-plugin; scaled_dot_product_attention: op-plugin, ScaledDotProductAttentionKernelNpuOpApi.cpp.
 FAMILIES = (
-    Family("310P", ("Ascend310P",), HALF, True, frozenset({PROMPT_ATTENTION, TOKEN_MERGING})),
+    Family("310P", ("Ascend310P",), HALF, True, frozenset({PROMPT_ATTENTION, TOKEN_MERGING, WEIGHT_QUANT_MATMUL})),
     Family(
         "A2",
         tuple(f"Ascend910B{digit}" for digit in range(1, 10)),  # "Ascend910B" alone is older
         BFLOAT16,
         False,
-        frozenset({INFER_ATTENTION, FUSION_ATTENTION, TORCH_ATTENTION}),
+        frozenset({INFER_ATTENTION, FUSION_ATTENTION, TORCH_ATTENTION, WEIGHT_QUANT_MATMUL}),
     ),
-    Family("A3", ("Ascend910_93",), BFLOAT16, False, frozenset({INFER_ATTENTION, FUSION_ATTENTION, TORCH_ATTENTION})),
+    Family(
+        "A3",
+        ("Ascend910_93",),
+        BFLOAT16,
+        False,
+        frozenset({INFER_ATTENTION, FUSION_ATTENTION, TORCH_ATTENTION, WEIGHT_QUANT_MATMUL}),
+    ),
     Family("950", ("Ascend950",), BFLOAT16, False, frozenset({TORCH_ATTENTION})),
 )
 

@@ -1,10 +1,11 @@
-"""What replaces parts of a model: kernels of the device, and token merging."""
+"""What replaces parts of a model: kernels of the device, token merging, and weights of 8 bits."""
 
 from processors.kernels.attention import attention
 from processors.kernels.call import AttentionCall
 from processors.kernels.select import check_kernels, explain, kernel_names
 from processors.merging.processor import AttnProcessor2_0Tome
 from processors.models.attention_processor import AttnProcessor2_0
+from processors.quantization import dequantize_weights, load_quantized, quantize_weights, save_quantized
 from processors.switches import (
     disable_flash_attention,
     disable_fused_kernels,
@@ -20,6 +21,7 @@ __all__ = [
     "AttnProcessor2_0Tome",
     "attention",
     "check_kernels",
+    "dequantize_weights",
     "disable_flash_attention",
     "disable_fused_kernels",
     "disable_token_merging",
@@ -28,4 +30,7 @@ __all__ = [
     "enable_token_merging",
     "explain",
     "kernel_names",
+    "load_quantized",
+    "quantize_weights",
+    "save_quantized",
 ]

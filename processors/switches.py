@@ -20,6 +20,7 @@ from processors.kernels import dispatch
 from processors.kernels.select import check_kernels
 from processors.merging.processor import check_ratio
 from processors.models import clip, resnet
+from processors.models.components import components_of
 from processors.models.coverage import Coverage
 from processors.models.self_attentions import self_attentions
 from processors.models.switched_attention import is_default, original_of, stripped, switch
@@ -54,7 +55,7 @@ def enable_fused_kernels(
         ValueError: no such kernel, or no attention of `pipe` can run on ours. Nothing has changed then.
     """
     names = check_kernels(kernels)
-    found = {name: Coverage.of(model) for name, model in _components(pipe).items()}
+    found = {name: Coverage.of(model) for name, model in components_of(pipe).items()}
     covered = any(coverage.attentions or coverage.dispatching for coverage in found.values())
     foreign = any(coverage.foreign_attentions for coverage in found.values())
     has_clip = any(coverage.clip_attentions for coverage in found.values())
@@ -137,7 +138,7 @@ def enable_token_merging(
     for attn in _attentions(unet):
         switch(attn, ratio=ratio if id(attn) in merging else None)
     report = {}
-    for name, model in _components(pipe).items():
+    for name, model in components_of(pipe).items():
         blocks = [module for module in model.modules() if isinstance(module, BasicTransformerBlock)]
         if getattr(model, "_orig_mod", model) is unet:
             report[name] = f"{len(chosen)} of {len(blocks)} self-attentions merge {ratio:.0%} of their tokens"
@@ -171,17 +172,8 @@ def _kept_processors(pipe: DiffusionPipeline | torch.nn.Module) -> list[dict[str
     return [vars(module).get("original_attn_processors") or {} for module in _modules(pipe)]
 
 
-def _components(pipe: Any) -> dict[str, torch.nn.Module]:
-    if isinstance(pipe, torch.nn.Module):
-        model = getattr(pipe, "_orig_mod", pipe)  # what torch.compile wrapped
-        return {type(model).__name__: model}
-    if isinstance(pipe, DiffusionPipeline):
-        return {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
-    raise TypeError(f"expected a pipeline of diffusers or a model, got {type(pipe).__name__}")
-
-
 def _modules(pipe: DiffusionPipeline | torch.nn.Module) -> Iterator[torch.nn.Module]:
-    for component in _components(pipe).values():
+    for component in components_of(pipe).values():
         yield from component.modules()
 
 

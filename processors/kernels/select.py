@@ -1,7 +1,6 @@
 """Which kernel computes an attention.
 
-The first of `KERNELS` is taken whose limits all allow the call. A limit is a row of data with reason and source;
-`explain` prints the refusals.
+The first of `KERNELS` is taken whose limits all allow the call. `explain` prints the refusals.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,23 +10,16 @@ import torch
 
 from ascend.chips import FUSION_ATTENTION, INFER_ATTENTION, PROMPT_ATTENTION, TORCH_ATTENTION, has_operator
 from processors.kernels.call import AttentionCall, AttentionInputs
+from processors.kernels.limit import Limit
 from processors.kernels.npu_attention import fused_infer_attention_score, fusion_attention, prompt_flash_attention
 from processors.kernels.sliced import sliced_attention
 from processors.kernels.torch_attention import torch_attention
 
 
-class Limit(NamedTuple):
-    """One condition of a kernel: `allows(call)` is false where the kernel fails or gives a wrong result."""
-
-    reason: str
-    source: str
-    allows: Callable[[AttentionCall], bool]
-
-
 class Kernel(NamedTuple):
     name: str
     run: Callable[[AttentionInputs], torch.Tensor]
-    limits: tuple[Limit, ...]
+    limits: tuple[Limit[AttentionCall], ...]
 
 
 PROMPT_DOC = "op-plugin docs/zh/custom_APIs/torch_npu/torch_npu-npu_prompt_flash_attention.md"
@@ -38,7 +30,9 @@ FUSION_DOC = "op-plugin docs/zh/custom_APIs/torch_npu/torch_npu-npu_fusion_atten
 FUSION_SOURCE = "ops-transformer attention/flash_attention_score/op_host/flash_attention_score_def.cpp"
 DERIVATIVES = "op-plugin op_plugin/config/derivatives.yaml"
 SDPA_SOURCE = "op-plugin op_plugin/ops/opapi/ScaledDotProductAttentionKernelNpuOpApi.cpp"
-NO_DERIVATIVE = Limit("has no derivative, and a gradient is needed", DERIVATIVES, lambda call: not call.needs_grad)
+NO_DERIVATIVE: Limit[AttentionCall] = Limit(
+    "has no derivative, and a gradient is needed", DERIVATIVES, lambda call: not call.needs_grad
+)
 
 KERNELS = (
     Kernel(
