@@ -26,7 +26,8 @@ class Inductor:
     The weights of a large module are frozen: packed once into the layouts of the matrix kernels, not in every call.
     They take memory a second time, and inductor's cache on disk does not keep a graph that holds them, so that each
     process compiles again. A small module gains nothing by that. On a CPU its norms are torch's own kernels, nearly as
-    fast as inductor's, which would be half of all that is compiled.
+    fast as inductor's, which would be half of all that is compiled. A module with weights of integers is not frozen:
+    inductor would keep the floats that it computes from them, and it was for memory that they became integers.
 
     Whether weights are frozen is read from a setting of the process, while dynamo traces and inductor compiles; an
     option of `torch.compile` reaches the latter alone and then freezes nothing.
@@ -47,12 +48,13 @@ class Inductor:
     def prepare(self, module: nn.Module, undo: ExitStack) -> None:
         """Choose; inductor itself brings frozen weights into its layouts, as constants of each graph."""
         self._is_large = sum(tensor.nbytes for tensor in module.parameters()) >= LARGE
+        self._freezes = self._is_large and all(tensor.is_floating_point() for tensor in module.parameters())
 
     def make(self, call: types.MethodType, digest: str, tensors: list[torch.Tensor]) -> Made:
         backend = _compile_soon if self._is_cpu and not self._is_large else "inductor"
         graph = torch.compile(call, backend=backend, fullgraph=True, dynamic=False)
         found = _graphs_found()
-        with torch._inductor.config.patch(freezing=self._is_large), _garbage_kept():
+        with torch._inductor.config.patch(freezing=self._freezes), _garbage_kept():
             results = graph(*tensors)
         return Made(graph, results, is_new=_graphs_found() == found)
 

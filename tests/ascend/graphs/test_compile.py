@@ -12,6 +12,7 @@ from diffusers import StableDiffusionPipeline
 from torch import nn
 
 from ascend.graphs.compile import compile_module, compile_pipeline
+from processors.kernels.quantized import quantize
 from tests.programs import ROOT
 
 
@@ -62,6 +63,17 @@ def test_inductor_freezes_weights_and_a_change_of_them_is_seen(monkeypatch: pyte
     torch.testing.assert_close(module(batch), before)
     module.weight.mul_(2)
     torch.testing.assert_close(module(batch), batch @ module.weight.t() + module.bias)
+
+
+@torch.no_grad()
+def test_inductor_keeps_no_floats_of_weights_that_are_integers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ascend.graphs.inductor.LARGE", 0)
+    module, batch = nn.Linear(16, 16, bias=False).eval(), torch.ones(2, 16)
+    quantize(module)
+    compile_module(module)
+    before = module(batch)
+    module.scale.data.mul_(2)  # which torch does not count: the graph stays, and reads it
+    torch.testing.assert_close(module(batch), 2 * before)
 
 
 TWICE = """
