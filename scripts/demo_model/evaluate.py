@@ -2,6 +2,7 @@
 
     python scripts/demo_model/evaluate.py
     python scripts/demo_model/evaluate.py --configs none DC all --num_prompts 50
+    python scripts/demo_model/evaluate.py --configs none int8          weights of 8 bits
 
 Prints a line for each configuration and writes scores.json and a sheet of pictures of each to --output_dir.
 Training never saw the scenes that the prompts describe.
@@ -26,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from ascend.graphs.compile import compile_pipeline
-from processors import enable_flash_attention, enable_token_merging
+from processors import enable_flash_attention, enable_token_merging, quantize_weights
 from runners.cache_options import DEFAULT_INTERVAL
 from runners.cli import (
     ArgumentParser,
@@ -46,7 +47,14 @@ from scripts.demo_model.training import save_grid
 
 FLAGS = ("FA", "TOME", "DC", "dynamo")
 EAGER = "FA+TOME+DC"
-CONFIGURATIONS = {"none": (), **{flag: (flag,) for flag in FLAGS}, EAGER: ("FA", "TOME", "DC"), "all": FLAGS}
+INT8 = "int8"  # saves memory, not time
+CONFIGURATIONS = {
+    "none": (),
+    **{flag: (flag,) for flag in FLAGS},
+    EAGER: ("FA", "TOME", "DC"),
+    INT8: (INT8,),
+    "all": FLAGS,
+}
 ASPECTS = ("colour", "shape", "position", "all")
 SHEET_PICTURES = 64
 
@@ -72,7 +80,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--configs",
         nargs="+",
         choices=CONFIGURATIONS,
-        default=[name for name in CONFIGURATIONS if name != EAGER],
+        default=[name for name in CONFIGURATIONS if name not in (EAGER, INT8)],
         metavar="NAME",
         help=f"accelerations to score, of {', '.join(CONFIGURATIONS)} (none, each flag, all)",
     )
@@ -93,6 +101,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def accelerate(pipe: StableDiffusionPipeline, flags: Sequence[str]) -> dict[str, Any]:
     """Switch `flags` on in `pipe`. Returns the arguments that its calls need beside."""
+    if INT8 in flags:
+        quantize_weights(pipe)
     if "FA" in flags:
         enable_flash_attention(pipe)
     if "TOME" in flags:
