@@ -26,12 +26,12 @@ def quantize_weights(pipe: DiffusionPipeline | torch.nn.Module, bits: int = 8) -
     may be moved, cast and switched afterwards. Adapters of peft go on top, loaded before or after, but cannot be
     merged (`fuse_lora` raises; its `safe_fusing` rounds what it adds to whole steps), nor can projections be fused.
 
-    As they are stay convolutions; layers with under 4096 weights; those outside the lists of blocks of a model
-    that has some, as the time embedding and the last projection; adapters; weights that another module uses too, or that are
-    kept in another dtype than most (transformers keeps some in float32 that overflow in float16); and other classes
-    than `nn.Linear`, which may read their weight in other ways. Of the demo model's UNet the small layers are 1.3 % of
-    the Linear weights and would add more error than all others, and the time embedding is 0.7 % with eight times its
-    share of the error: all these save nothing.
+    As they are stay convolutions; layers with under 4096 weights; those outside the lists of blocks of a model that
+    has some, as the time embedding and the last projection; adapters; weights that another module uses too, or that
+    are kept in another dtype than most (transformers keeps some in float32 that overflow in float16); and other
+    classes than `nn.Linear`, which may read their weight in other ways. Of the demo model's UNet the small layers are
+    1.3 % of the Linear weights and would add more error than all others, and the time embedding is 0.7 % with eight
+    times its share of the error: all these save nothing.
 
     Args:
         pipe: a pipeline, or a model such as a UNet or a text encoder.
