@@ -71,6 +71,7 @@ def test_channels_of_zeros_and_of_outliers_keep_their_own_scale() -> None:
         layer.weight[1, 0] = 1000
         x = numbers((7, 320), torch.float32)
         actual, expected = quantized(layer)(x), layer(x)
+    assert (quantized(layer).scale > 0).all()  # a product by 0 / 0 is not the same on every device
     assert torch.equal(actual[:, 0], expected[:, 0])
     assert relative_error(actual[:, 2:], expected[:, 2:]) < RELATIVE_ERROR
 
