@@ -28,6 +28,7 @@ INNER_DOORS = {
     "ascend.pipelines": set(),
     "ascend.graphs": {"ascend.pipelines"},
     "ascend.parallel": {"ascend.pipelines"},
+    "ascend.tiers": {"ascend.device"},
     "processors.kernels": set(),
     "processors.models": {"processors.kernels", "processors.merging"},
     "processors.merging": {"processors.kernels", "processors.models"},
