@@ -23,7 +23,9 @@ import torch
 logger = logging.getLogger(__name__)
 
 CHUNK = 4 * 2**20  # bytes of host memory on the way between a device and a file
-ALLOCATION_UNIT = 512  # bytes: what the allocators of CUDA and torch_npu round up to
+# Bytes that torch's allocators of CUDA and of NPUs add to a tensor, and then round up to. Not all chips need the
+# padding that torch_npu adds for some (NPUCachingAllocator.cpp): counted everywhere, it keeps the budget.
+PADDING, ALLOCATION_UNIT = {"cuda": 0, "npu": 32}, 512
 OWN_FOLDER = "tiers-"  # each store's, so that stores can share a folder
 LOCK = "lock"
 PART = ".part"
@@ -45,8 +47,11 @@ class InMemory:
     ready: Any = None
 
     def copy_to(self, target: torch.Tensor) -> None:
+        source = self.tensor
+        if source.is_contiguous():  # as bytes: Ascend 310P copies no bfloat16 within its memory
+            source, target = _bytes(source), _bytes(target)
         # A copy that returns at once reads pinned pages only.
-        target.copy_(self.tensor, non_blocking=target.device.type != "cpu" and self.tensor.is_pinned())
+        target.copy_(source, non_blocking=target.device.type != "cpu" and source.is_pinned())
 
     def erase(self) -> None:
         """Nothing to do: memory is given back with its last reference."""
@@ -61,8 +66,9 @@ class Memory:
 
     def size(self, tensor: torch.Tensor) -> int:
         """Bytes that `tensor` would take here."""
-        unit = 1 if self.device.type == "cpu" else ALLOCATION_UNIT
-        return -(-tensor.nbytes // unit) * unit
+        if self.device.type == "cpu":
+            return tensor.nbytes
+        return -(-(tensor.nbytes + PADDING[self.device.type]) // ALLOCATION_UNIT) * ALLOCATION_UNIT
 
     def empty(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=self.device, pin_memory=self._pinned)

@@ -142,7 +142,7 @@ class TieredStore:
             levels = range(len(self.tiers))
             level = next((level for level in levels if self._make_room(sizes[level], level, set())), None)
             if level is None:
-                raise TierError(f"'{key}' fits in no tier: it has {tensor.nbytes} bytes; {self._describe_use()}")
+                raise TierError(f"'{key}' fits in no tier: {self._describe_room(sizes)}")
             self._stream.follow(tensor)
             source = InMemory(tensor.detach().resolve_conj().resolve_neg())
             data = self._write(source, tensor.shape, tensor.dtype, self._media[level])
@@ -191,8 +191,10 @@ class TieredStore:
             wanted = [self._find(key) for key in keys]
             for entry in wanted:
                 entry.used = next(self._clock)
+            spared: set[str] = set()
             for entry in wanted:
-                self._promote(entry, {other.key for other in wanted})
+                spared.add(entry.key)
+                self._promote(entry, spared)
 
     def remove(self, key: str) -> None:
         """Forget a tensor and give back what it takes.
@@ -268,9 +270,12 @@ class TieredStore:
         kept = sum(entry.sizes[level] for entry in self._entries.values() if entry.where[0] == level)
         return kept + sum(leaving.size for leaving in self._leaving if leaving.level == level)
 
-    def _describe_use(self) -> str:
-        fills = [f"{self._used(level)} of {tier.budget} in {tier.place}" for level, tier in enumerate(self.tiers)]
-        return f"taken are {', '.join(fills)}: remove tensors or raise a budget"
+    def _describe_room(self, sizes: Sequence[int]) -> str:
+        tiers = [
+            f"{tier.place} has {tier.budget - self._used(level)} of {tier.budget} bytes free and {size} are needed"
+            for level, (tier, size) in enumerate(zip(self.tiers, sizes, strict=True))
+        ]
+        return f"{', '.join(tiers)}; remove tensors or raise a budget"
 
     def _make_room(self, size: int, level: int, spared: set[str]) -> bool:
         """Demote what is in the way of `size` bytes in tier `level`, but for `spared`. False: nothing was moved."""
