@@ -113,12 +113,37 @@ def test_the_caller_computes_on_what_is_still_being_copied(npu: torch.device, tm
         assert store.stats()["promotions"] > 0
 
 
+def keep_busy(npu: torch.device) -> torch.Tensor:
+    """A zero that the caller's stream has computed after a while."""
+    x = torch.ones(900, 900, device=npu)
+    for _ in range(8):
+        x = x @ x * 0
+    return x.sum()
+
+
+def test_a_tensor_may_be_put_before_it_is_computed(npu: torch.device) -> None:
+    with TieredStore([Tier(npu, 5 * MIB)]) as store:
+        store.put("x", torch.full((MIB,), 3.0, device=npu) + keep_busy(npu))
+        assert store.get("x").eq(3).all().item()
+
+
 def test_a_pinned_tensor_may_be_changed_after_it_was_put(npu: torch.device) -> None:
     pinned = torch.zeros(MIB).pin_memory()
     with TieredStore([Tier(npu, 5 * MIB)]) as store:
+        store.put("busy", keep_busy(npu))  # so that the next copy has to wait
         store.put("x", pinned)
         pinned.fill_(1)
-        assert store.get("x").sum().item() == 0
+        assert store.get("x").eq(0).all().item()
+
+
+def test_memory_that_the_caller_still_reads_is_not_filled_anew(npu: torch.device) -> None:
+    with TieredStore([Tier(npu, 5 * MIB)]) as store:
+        store.put("x", torch.full((MIB,), 3.0))
+        zero = keep_busy(npu)
+        read = store.get("x") + zero
+        store.remove("x")
+        store.put("y", torch.full((MIB,), 4.0))
+        assert read.eq(3).all().item() and store.get("y").eq(4).all().item()
 
 
 def test_the_default_store_of_an_npu(npu: torch.device, tmp_path: Path) -> None:
