@@ -210,9 +210,9 @@ class TieredStore:
 
         Returns:
             `tiers`, for each its `place`, `budget` and `used` bytes, `tensors` and `hits`, the calls of `get` that
-            found their tensor there; `misses`, which found none; `promotions` and `demotions`; `unpromoted`, the calls
-            of `get` for whose tensor no room could be made in the first tier; `bytes_moved`, of tensors, by these
-            three; `seconds_waited`, those of the host in `get`.
+            found their tensor there; `misses`, the calls that named a key that is not there; `promotions` and
+            `demotions`; `unpromoted`, the calls of `get` for whose tensor no room could be made in the first tier;
+            `bytes_moved`, of tensors, by these three; `seconds_waited`, those of the host in `get`.
         """
         with self._using():
             counters = self._counters
