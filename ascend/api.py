@@ -13,12 +13,20 @@ from ascend.graphs.compile import compile_module, compile_pipeline, decompile_mo
 from ascend.memory import keep_freed_memory
 from ascend.parallel import Mesh, ParallelError, process_group, share_guidance, unshare_guidance
 from ascend.placement import place_pipeline
+from ascend.planner import MemoryPlan, PlanError, apply_plan, plan_memory
+from ascend.streaming import lend_module, stop_streaming, stream_module
+from ascend.tiers import Tier, TieredStore
 
 __all__ = [
     "DeviceError",
     "DeviceManager",
+    "MemoryPlan",
     "Mesh",
     "ParallelError",
+    "PlanError",
+    "Tier",
+    "TieredStore",
+    "apply_plan",
     "compile_module",
     "compile_pipeline",
     "decompile_module",
@@ -27,10 +35,14 @@ __all__ = [
     "find_device",
     "get_device_info",
     "keep_freed_memory",
+    "lend_module",
     "memory_cleanup",
     "memory_report",
     "place_pipeline",
+    "plan_memory",
     "process_group",
     "share_guidance",
+    "stop_streaming",
+    "stream_module",
     "unshare_guidance",
 ]

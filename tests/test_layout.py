@@ -28,6 +28,8 @@ INNER_DOORS = {
     "ascend.pipelines": set(),
     "ascend.graphs": {"ascend.pipelines"},
     "ascend.parallel": {"ascend.pipelines"},
+    "ascend.planner": {"ascend.chips", "ascend.device", "ascend.memory", "ascend.streaming"},
+    "ascend.streaming": set(),
     "ascend.tiers": {"ascend.device"},
     "processors.kernels": set(),
     "processors.models": {"processors.kernels", "processors.merging"},
