@@ -2,8 +2,9 @@
 
     python -m emulator run --soc Ascend310P3 -- python scripts/benchmarks/memory_plans.py --device npu --pixels 256
 
-Weights are random: a folder of 2.6 GB is written to a temporary place first. Each row is one mode of --memory: what the
-plan says the device will hold at its peak, what its allocator counted, and whether the picture is the resident one.
+Weights are random: a folder of 2.6 GB is written to a temporary place first. Each row is one mode of --memory: what
+the plan says the device will hold at its peak, what its allocator counted, and whether the picture is the one of a
+resident model.
 """
 
 from __future__ import annotations
