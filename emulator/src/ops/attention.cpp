@@ -216,7 +216,7 @@ ACLNN(PromptFlashAttentionV3,
       (Tensor query, Tensor key, Tensor value, Tensor pseShift, Tensor attenMask, MaybeInts actualSeqLengths,
        MaybeInts actualSeqLengthsKv, Tensor deqScale1, Tensor quantScale1, Tensor deqScale2, Tensor quantScale2,
        Tensor quantOffset2, int64_t numHeads, double scaleValue, int64_t preTokens, int64_t nextTokens,
-       std::string inputLayout, int64_t numKeyValueHeads, int64_t sparseMode, int64_t innerPrecise, Tensor attentionOut) {
+       std::string inputLayout, int64_t numKeyValueHeads, int64_t sparseMode, int64_t innerPrecise, OutTensor attentionOut) {
           refuse_any({deqScale1, quantScale1, deqScale2, quantScale2, quantOffset2});
           infer(query, key, value, as_bias(pseShift), attenMask,
                 {numHeads, scaleValue, preTokens, nextTokens, inputLayout, numKeyValueHeads, sparseMode, innerPrecise,
@@ -244,13 +244,13 @@ ACLNN(PromptFlashAttentionV3,
            actualSeqLengths.value_or(Ints()), actualSeqLengthsKv.value_or(Ints())},                                   \
           attentionOut, softmaxLseFlag ? softmaxLse : Tensor())
 ACLNN(FusedInferAttentionScoreV3, (FUSED_INFER_TENSORS, Tensor queryRope, Tensor keyRope, Tensor keyRopeAntiquantScale,
-                                   FUSED_INFER_NUMBERS, Tensor attentionOut, Tensor softmaxLse) {
+                                   FUSED_INFER_NUMBERS, OutTensor attentionOut, OutTensor softmaxLse) {
     refuse_any({queryRope, keyRope, keyRopeAntiquantScale});
     FUSED_INFER;
 })
 ACLNN(FusedInferAttentionScoreV4, (FUSED_INFER_TENSORS, Tensor queryRope, Tensor keyRope, Tensor keyRopeAntiquantScale,
                                    Tensor dequantScaleQuery, Tensor learnableSink, FUSED_INFER_NUMBERS,
-                                   int64_t queryQuantMode, Tensor attentionOut, Tensor softmaxLse) {
+                                   int64_t queryQuantMode, OutTensor attentionOut, OutTensor softmaxLse) {
     refuse_any({queryRope, keyRope, keyRopeAntiquantScale, dequantScaleQuery, learnableSink});
     FUSED_INFER;
 })
@@ -260,7 +260,7 @@ ACLNN(FusedInferAttentionScoreV4, (FUSED_INFER_TENSORS, Tensor queryRope, Tensor
 #define FLASH_NUMBERS                                                                                           \
     double scaleValue, double keepProb, int64_t preTokens, int64_t nextTokens, int64_t headNum, std::string inputLayout, \
         int64_t innerPrecise, int64_t sparseMode
-#define FLASH_RESULTS Tensor softmaxMax, Tensor softmaxSum, Tensor softmaxOut, Tensor attentionOut
+#define FLASH_RESULTS OutTensor softmaxMax, OutTensor softmaxSum, OutTensor softmaxOut, OutTensor attentionOut
 #define FLASH                                                                                                        \
     training_attention(query, key, value, realShift, dropMask, attenMask, scaleValue, keepProb, preTokens, nextTokens, \
                        headNum, inputLayout, innerPrecise, sparseMode, softmaxMax, softmaxSum, attentionOut)

@@ -125,8 +125,8 @@ FUNCTION(ClampTensor, (Tensor self, Tensor min, Tensor max),
          at::clamp(self, min.defined() ? std::optional(min) : std::nullopt, max.defined() ? std::optional(max) : std::nullopt))
 FUNCTION(SWhere, (Tensor condition, Tensor self, Tensor other), at::where(condition.to(at::kBool), self, other))
 
-ACLNN(Cast, (Tensor self, ScalarType dtype, Tensor out) { put(out, self.to(dtype == at::kHalf ? at::kFloat : dtype)); })
-ACLNN(InplaceCopy, (Tensor self, Tensor src) {
+ACLNN(Cast, (Tensor self, ScalarType dtype, OutTensor out) { put(out, self.to(dtype == at::kHalf ? at::kFloat : dtype)); })
+ACLNN(InplaceCopy, (OutTensor self, Tensor src) {
     const Tensor whole = src.expand(self.sizes());
     if (self.scalar_type() == src.scalar_type()) move(self, whole);
     else put(self, whole);

@@ -1,8 +1,8 @@
 // Operators that move elements: nothing is rounded and nothing saturates.
 #include "ops/operator.h"
 
-#define MOVE(NAME, PARAMETERS, ...) ACLNN(NAME, (STRIP PARAMETERS, Tensor out) { move(out, __VA_ARGS__); })
-#define MOVE_INPLACE(NAME, PARAMETERS, ...) ACLNN(Inplace##NAME, PARAMETERS { move(self, __VA_ARGS__); })
+#define MOVE(NAME, PARAMETERS, ...) ACLNN(NAME, (STRIP PARAMETERS, OutTensor out) { move(out, __VA_ARGS__); })
+#define MOVE_INPLACE(NAME, PARAMETERS, ...) ACLNN(Inplace##NAME, (FIRST_IS_OUT PARAMETERS) { move(self, __VA_ARGS__); })
 #define MOVE_BOTH(NAME, PARAMETERS, ...) \
     MOVE(NAME, PARAMETERS, __VA_ARGS__) MOVE_INPLACE(NAME, PARAMETERS, __VA_ARGS__)
 
@@ -39,7 +39,7 @@ Tensor scatter_reduce(const Tensor& self, int64_t dim, const Tensor& index, cons
 
 FUNCTION(Cat, (Tensors tensors, int64_t dim), at::cat(tensors, dim))
 FUNCTION(Stack, (Tensors tensors, int64_t dim), at::stack(tensors, dim))
-ACLNN(SplitWithSize, (Tensor self, Ints sizes, int64_t dim, Tensors out) {
+ACLNN(SplitWithSize, (Tensor self, Ints sizes, int64_t dim, OutTensors out) {
     const auto parts = at::split_with_sizes(self, sizes, dim);
     for (size_t i = 0; i < parts.size(); ++i) move(out[i], parts[i]);
 })
@@ -61,10 +61,10 @@ MOVE(Gather, (Tensor self, int64_t dim, Tensor index), at::gather(self, dim, ind
 MOVE(Take, (Tensor self, Tensor index), at::take(self, index.to(at::kLong)))
 MOVE(IndexSelect, (Tensor self, int64_t dim, Tensor index), at::index_select(self, dim, index))
 MOVE(Index, (Tensor self, Tensors indices), at::index(self, index_list(indices, out.numel() == 0)))
-ACLNN(IndexPutImpl, (Tensor self, Tensors indices, Tensor values, bool accumulate, bool unsafe) {
+ACLNN(IndexPutImpl, (OutTensor self, Tensors indices, Tensor values, bool accumulate, bool unsafe) {
     put(self, at::index_put(self, index_list(indices, values.numel() == 0), values.to(self.dtype()), accumulate));
 })
-ACLNN(InplacePut, (Tensor self, Tensor index, Tensor source, bool accumulate) {
+ACLNN(InplacePut, (OutTensor self, Tensor index, Tensor source, bool accumulate) {
     put(self, at::put(self, index.to(at::kLong), source, accumulate));
 })
 FUNCTION(IndexAdd, (Tensor self, int64_t dim, Tensor index, Tensor source, Scalar alpha),

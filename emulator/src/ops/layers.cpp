@@ -63,17 +63,17 @@ Tensor rotary(const Tensor& x, const Tensor& cos, const Tensor& sin, int64_t mod
 FUNCTION(Gelu, (Tensor self), at::gelu(self, "tanh"))
 FUNCTION(GeluV2, (Tensor x, int64_t approximate), at::gelu(x, gelu_form(approximate)))
 FUNCTION(FastGelu, (Tensor self), up(self) * at::sigmoid(up(self) * 1.702))
-ACLNN(GeluMul, (Tensor input, std::string approximate, Tensor out) {
+ACLNN(GeluMul, (Tensor input, std::string approximate, OutTensor out) {
     const auto [gate, value] = halves(input, -1);
     put(out, at::gelu(gate, approximate == "tanh" ? "tanh" : "none") * value);
 })
-ACLNN(GeGluV3, (Tensor self, int64_t dim, int64_t approximate, bool activateLeft, Tensor out, Tensor out_gelu) {
+ACLNN(GeGluV3, (Tensor self, int64_t dim, int64_t approximate, bool activateLeft, OutTensor out, OutTensor out_gelu) {
     const auto [left, right] = halves(self, dim);
     const Tensor activated = at::gelu(activateLeft ? left : right, gelu_form(approximate));
     put(out, activated * (activateLeft ? right : left));
     put(out_gelu, activated);
 })
-ACLNN(SwiGlu, (Tensor x, int64_t dim, Tensor out) {
+ACLNN(SwiGlu, (Tensor x, int64_t dim, OutTensor out) {
     const auto [gate, value] = halves(x, dim);
     put(out, at::silu(gate) * value);
 })
@@ -83,69 +83,69 @@ FUNCTION(Logit, (Tensor self, double eps), at::logit(up(self), eps < 0 ? std::nu
 FUNCTION(ThresholdBackward, (Tensor grad, Tensor self, Scalar threshold), at::threshold_backward(up(grad), up(self), threshold))
 FUNCTION(Softmax, (Tensor self, int64_t dim), at::softmax(up(self), dim))
 FUNCTION(LogSoftmax, (Tensor self, int64_t dim), at::log_softmax(up(self), dim))
-ACLNN(ScaledMaskedSoftmax, (Tensor x, Tensor mask, double scale, bool fixed_triu, Tensor y) {
+ACLNN(ScaledMaskedSoftmax, (Tensor x, Tensor mask, double scale, bool fixed_triu, OutTensor y) {
     constexpr double kMasked = -10000;
     put(y, at::softmax(at::masked_fill(up(x) * scale, mask.to(at::kBool), kMasked), -1));
 })
 
-ACLNN(LayerNorm, (Tensor input, Ints shape, Tensor weight, Tensor bias, double eps, Tensor out, Tensor mean, Tensor rstd) {
+ACLNN(LayerNorm, (Tensor input, Ints shape, Tensor weight, Tensor bias, double eps, OutTensor out, OutTensor mean, OutTensor rstd) {
     layer_norm(input, shape, weight, bias, eps, out, mean, rstd);
 })
-ACLNN(FastLayerNorm, (Tensor input, Ints shape, Tensor weight, Tensor bias, double eps, Tensor out, Tensor mean, Tensor rstd) {
+ACLNN(FastLayerNorm, (Tensor input, Ints shape, Tensor weight, Tensor bias, double eps, OutTensor out, OutTensor mean, OutTensor rstd) {
     layer_norm(input, shape, weight, bias, eps, out, mean, rstd);
 })
 ACLNN(GroupNorm, (Tensor self, Tensor gamma, Tensor beta, int64_t N, int64_t C, int64_t HxW, int64_t group, double eps,
-                  Tensor out, Tensor mean, Tensor rstd) {
+                  OutTensor out, OutTensor mean, OutTensor rstd) {
     const auto result = group_norm(self, gamma, beta, group, eps);
     put(out, result.y);
     put_if_given(mean, result.mean);
     put_if_given(rstd, result.rstd);
 })
-ACLNN(GroupNormSilu, (Tensor self, Tensor gamma, Tensor beta, int64_t group, double eps, Tensor out, Tensor mean, Tensor rstd) {
+ACLNN(GroupNormSilu, (Tensor self, Tensor gamma, Tensor beta, int64_t group, double eps, OutTensor out, OutTensor mean, OutTensor rstd) {
     const auto result = group_norm(self, gamma, beta, group, eps);
     put(out, at::silu(result.y));
     put_if_given(mean, result.mean);
     put_if_given(rstd, result.rstd);
 })
 ACLNN(GroupNormSwish, (Tensor self, Tensor gamma, Tensor beta, int64_t group, std::string data_format, double eps, bool activate,
-                       double scale, Tensor out, Tensor mean, Tensor rstd) {
+                       double scale, OutTensor out, OutTensor mean, OutTensor rstd) {
     const auto result = group_norm(self, gamma, beta, group, eps);
     put(out, activate ? result.y * at::sigmoid(result.y * scale) : result.y);
     put_if_given(mean, result.mean);
     put_if_given(rstd, result.rstd);
 })
-ACLNN(RmsNorm, (Tensor x, Tensor gamma, double epsilon, Tensor y, Tensor rstd) {
+ACLNN(RmsNorm, (Tensor x, Tensor gamma, double epsilon, OutTensor y, OutTensor rstd) {
     const auto [normed, scale] = rms_norm(x, gamma, epsilon);
     put(y, normed);
     put_if_given(rstd, scale);
 })
-ACLNN(AddRmsNorm, (Tensor x1, Tensor x2, Tensor gamma, double epsilon, Tensor y, Tensor rstd, Tensor x) {
+ACLNN(AddRmsNorm, (Tensor x1, Tensor x2, Tensor gamma, double epsilon, OutTensor y, OutTensor rstd, OutTensor x) {
     put(x, up(x1) + up(x2));
     const auto [normed, scale] = rms_norm(x, gamma, epsilon);
     put(y, normed);
     put_if_given(rstd, scale);
 })
 // x1 becomes the normed sum, x2 the sum.
-ACLNN(InplaceAddRmsNorm, (Tensor x1, Tensor x2, Tensor gamma, double epsilon, Tensor rstd) {
+ACLNN(InplaceAddRmsNorm, (OutTensor x1, OutTensor x2, Tensor gamma, double epsilon, OutTensor rstd) {
     put(x2, up(x1) + up(x2));
     const auto [normed, scale] = rms_norm(x2, gamma, epsilon);
     put(x1, normed);
     put_if_given(rstd, scale);
 })
-ACLNN(GemmaRmsNorm, (Tensor x, Tensor gamma, double epsilon, Tensor y, Tensor rstd) {
+ACLNN(GemmaRmsNorm, (Tensor x, Tensor gamma, double epsilon, OutTensor y, OutTensor rstd) {
     const auto [normed, scale] = rms_norm(x, up(gamma) + 1, epsilon);
     put(y, normed);
     put_if_given(rstd, scale);
 })
 ACLNN(AddLayerNorm, (Tensor x1, Tensor x2, Tensor gamma, Tensor beta, Tensor bias, double epsilon, bool additional_output,
-                     Tensor y, Tensor mean, Tensor rstd, Tensor x) {
+                     OutTensor y, OutTensor mean, OutTensor rstd, OutTensor x) {
     const Tensor sum = bias.defined() ? up(x1) + up(x2) + up(bias) : up(x1) + up(x2);
     layer_norm(sum, gamma.sizes().vec(), gamma, beta, epsilon, y, mean, rstd);
     if (additional_output) put(x, sum);
 })
 
-ACLNN(RotaryPositionEmbedding, (Tensor x, Tensor cos, Tensor sin, int64_t mode, Tensor out) { put(out, rotary(x, cos, sin, mode)); })
-ACLNN(ApplyRotaryPosEmbV2, (Tensor query, Tensor key, Tensor cos, Tensor sin, int64_t layout, std::string mode) {
+ACLNN(RotaryPositionEmbedding, (Tensor x, Tensor cos, Tensor sin, int64_t mode, OutTensor out) { put(out, rotary(x, cos, sin, mode)); })
+ACLNN(ApplyRotaryPosEmbV2, (OutTensor query, OutTensor key, Tensor cos, Tensor sin, int64_t layout, std::string mode) {
     const int64_t code = mode == "interleave" ? kInterleave : kHalf;
     put(query, rotary(query, cos, sin, code));
     put(key, rotary(key, cos, sin, code));
@@ -162,7 +162,7 @@ FUNCTION(UpsampleBilinear2d, (Tensor self, Ints size, bool align_corners, double
 FUNCTION(UpsampleBicubic2d, (Tensor self, Ints size, bool align_corners, double scale_h, double scale_w),
          at::upsample_bicubic2d(up(self), size, align_corners, given(scale_h), given(scale_w)))
 ACLNN(AvgPool2d, (Tensor self, Ints kernel, Ints strides, Ints paddings, bool ceil_mode, bool count_include_pad,
-                  int64_t divisor, int8_t cube_math_type, Tensor out) {
+                  int64_t divisor, int8_t cube_math_type, OutTensor out) {
     put(out, at::avg_pool2d(up(self), kernel, strides, paddings, ceil_mode, count_include_pad,
                             divisor == 0 ? std::nullopt : std::optional(divisor)));
 })

@@ -47,36 +47,36 @@ Tensor weight_quant_product(const Tensor& x, const Tensor& weight, const Tensor&
 }  // namespace cann
 
 #define PRODUCT(NAME, F)                                                                     \
-    ACLNN(NAME, (Tensor self, Tensor mat2, Tensor out, int8_t cube_math_type) {              \
+    ACLNN(NAME, (Tensor self, Tensor mat2, OutTensor out, int8_t cube_math_type) {              \
         put(out, F(cube(self, cube_math_type), cube(mat2, cube_math_type)));                 \
     })
 PRODUCT(Mm, at::mm)
 PRODUCT(Matmul, at::matmul)
 PRODUCT(MatmulWeightNz, at::matmul)
 PRODUCT(BatchMatMul, at::matmul)  // a batch of one serves all of the other
-ACLNN(Mv, (Tensor self, Tensor vec, Tensor out, int8_t cube_math_type) {
+ACLNN(Mv, (Tensor self, Tensor vec, OutTensor out, int8_t cube_math_type) {
     put(out, at::mv(cube(self, cube_math_type), cube(vec, cube_math_type)));
 })
 FUNCTION(Dot, (Tensor self, Tensor tensor), at::dot(up(self), up(tensor)))
 FUNCTION(Addr, (Tensor self, Tensor vec1, Tensor vec2, Scalar beta, Scalar alpha), at::addr(self, vec1, vec2, beta, alpha))
 INPLACE(Addr, (Tensor self, Tensor vec1, Tensor vec2, Scalar beta, Scalar alpha), at::addr(self, vec1, vec2, beta, alpha))
 
-ACLNN(Addmm, (Tensor self, Tensor mat1, Tensor mat2, Scalar beta, Scalar alpha, Tensor out, int8_t cube_math_type) {
+ACLNN(Addmm, (Tensor self, Tensor mat1, Tensor mat2, Scalar beta, Scalar alpha, OutTensor out, int8_t cube_math_type) {
     put(out, addmm(self, mat1, mat2, beta, alpha, cube_math_type));
 })
-ACLNN(AddmmWeightNz, (Tensor self, Tensor mat1, Tensor mat2, Scalar beta, Scalar alpha, Tensor out, int8_t cube_math_type) {
+ACLNN(AddmmWeightNz, (Tensor self, Tensor mat1, Tensor mat2, Scalar beta, Scalar alpha, OutTensor out, int8_t cube_math_type) {
     put(out, addmm(self, mat1, mat2, beta, alpha, cube_math_type));
 })
-ACLNN(InplaceAddmm, (Tensor self, Tensor mat1, Tensor mat2, Scalar beta, Scalar alpha, int8_t cube_math_type) {
+ACLNN(InplaceAddmm, (OutTensor self, Tensor mat1, Tensor mat2, Scalar beta, Scalar alpha, int8_t cube_math_type) {
     put(self, addmm(self, mat1, mat2, beta, alpha, cube_math_type));
 })
-ACLNN(Addmv, (Tensor self, Tensor mat, Tensor vec, Scalar alpha, Scalar beta, Tensor out, int8_t cube_math_type) {
+ACLNN(Addmv, (Tensor self, Tensor mat, Tensor vec, Scalar alpha, Scalar beta, OutTensor out, int8_t cube_math_type) {
     put(out, add_product(self, at::mv(up(cube(mat, cube_math_type)), up(cube(vec, cube_math_type))), beta, alpha));
 })
-ACLNN(Baddbmm, (Tensor self, Tensor batch1, Tensor batch2, Scalar beta, Scalar alpha, Tensor out, int8_t cube_math_type) {
+ACLNN(Baddbmm, (Tensor self, Tensor batch1, Tensor batch2, Scalar beta, Scalar alpha, OutTensor out, int8_t cube_math_type) {
     put(out, baddbmm(self, batch1, batch2, beta, alpha, cube_math_type));
 })
-ACLNN(Addbmm, (Tensor self, Tensor batch1, Tensor batch2, Scalar beta, Scalar alpha, Tensor out, int8_t cube_math_type) {
+ACLNN(Addbmm, (Tensor self, Tensor batch1, Tensor batch2, Scalar beta, Scalar alpha, OutTensor out, int8_t cube_math_type) {
     const Tensor product = at::bmm(up(cube(batch1, cube_math_type)), up(cube(batch2, cube_math_type))).sum(0);
     put(out, add_product(self, product, beta, alpha));
 })
@@ -95,7 +95,7 @@ ACLNN(WeightQuantBatchMatmulV3, (WEIGHT_QUANT_TENSORS, int antiquantGroupSize, i
 })
 
 ACLNN(Convolution, (Tensor input, Tensor weight, Tensor bias, Ints stride, Ints padding, Ints dilation, bool transposed,
-                    Ints outputPadding, int64_t groups, Tensor output, int8_t cubeMathType) {
+                    Ints outputPadding, int64_t groups, OutTensor output, int8_t cubeMathType) {
     const Tensor x = cube(input, cubeMathType), kernel = cube(weight, cubeMathType);
     const Tensor offset = bias.defined() ? bias.to(x.scalar_type()) : bias;
     put(output, at::convolution(x, kernel, offset, stride, padding, dilation, transposed, outputPadding, groups));

@@ -1,6 +1,6 @@
 // How to declare an operator. One line makes both C functions of aclnn's two-phase interface:
 //
-//     ACLNN(Add, (Tensor self, Tensor other, Scalar alpha, Tensor out) { put(out, at::add(self, other, alpha)); })
+//     ACLNN(Add, (Tensor self, Tensor other, Scalar alpha, OutTensor out) { put(out, at::add(self, other, alpha)); })
 //
 // The types of the parameters are those of the C prototype (see Parameter below), their names are what the rules of
 // the chip profiles and the lines of the trace refer to. A kernel gets CPU tensors over device memory.
@@ -28,6 +28,9 @@ using Ints = std::vector<int64_t>;
 using MaybeInts = std::optional<std::vector<int64_t>>;
 using MaybeScalar = std::optional<at::Scalar>;
 using Tensors = std::vector<at::Tensor>;
+// A tensor that the kernel writes, whether it also reads it or not: the check for races must know.
+struct OutTensor : at::Tensor {};
+struct OutTensors : Tensors {};
 // A tensor whose size only the kernel knows: it is allocated at its largest, and the kernel calls resize().
 struct Resizable {
     std::shared_ptr<TensorArgument> argument;
@@ -45,6 +48,7 @@ struct Argument {
     std::vector<std::shared_ptr<TensorArgument>> tensors;
     std::string value;  // of numbers, strings and arrays
     bool stored = false;  // the kernel takes private formats by itself
+    bool written = false;
 };
 
 struct Call {
@@ -114,7 +118,12 @@ struct WholeTensor {
     }
 };
 template <>
-struct Parameter<Resizable> : WholeTensor<Resizable> {};
+struct Parameter<Resizable> : WholeTensor<Resizable> {
+    static void describe(type tensor, Argument& argument) {
+        WholeTensor<Resizable>::describe(tensor, argument);
+        argument.written = true;
+    }
+};
 template <>
 struct Parameter<Stored> : WholeTensor<Stored> {};
 
@@ -140,6 +149,21 @@ struct Parameter<Tensors> {
         }
     }
 };
+
+// As Parameter<In>, of what is written.
+template <class Out, class In>
+struct Written : Parameter<In> {
+    using Base = Parameter<In>;
+    static Out load(const typename Base::Held& held) { return {Base::load(held)}; }
+    static void describe(typename Base::type value, Argument& argument) {
+        Base::describe(value, argument);
+        argument.written = true;
+    }
+};
+template <>
+struct Parameter<OutTensor> : Written<OutTensor, Tensor> {};
+template <>
+struct Parameter<OutTensors> : Written<OutTensors, Tensors> {};
 
 template <>
 struct Parameter<MaybeScalar> {
@@ -256,9 +280,10 @@ inline int execute(void*, uint64_t, Executor* executor, aclrtStream stream) { re
 
 // Families. PARAMETERS is in parentheses and starts with `Tensor self`; the last argument is the result.
 #define STRIP(...) __VA_ARGS__
-#define FUNCTION(NAME, PARAMETERS, ...) ACLNN(NAME, (STRIP PARAMETERS, Tensor out) { put(out, __VA_ARGS__); })
-#define INPLACE(NAME, PARAMETERS, ...) ACLNN(Inplace##NAME, PARAMETERS { put(self, __VA_ARGS__); })
+#define FIRST_IS_OUT(...) Out##__VA_ARGS__
+#define FUNCTION(NAME, PARAMETERS, ...) ACLNN(NAME, (STRIP PARAMETERS, OutTensor out) { put(out, __VA_ARGS__); })
+#define INPLACE(NAME, PARAMETERS, ...) ACLNN(Inplace##NAME, (FIRST_IS_OUT PARAMETERS) { put(self, __VA_ARGS__); })
 // As out-of-place and in-place operators of torch: a result whose kind the output cannot hold is refused.
 #define BOTH(NAME, PARAMETERS, ...)                                                            \
-    ACLNN(NAME, (STRIP PARAMETERS, Tensor out) { put_of_kind(out, __VA_ARGS__); })             \
-    ACLNN(Inplace##NAME, PARAMETERS { put_of_kind(self, __VA_ARGS__); })
+    ACLNN(NAME, (STRIP PARAMETERS, OutTensor out) { put_of_kind(out, __VA_ARGS__); })          \
+    ACLNN(Inplace##NAME, (FIRST_IS_OUT PARAMETERS) { put_of_kind(self, __VA_ARGS__); })

@@ -113,7 +113,7 @@ FUNCTION(NormalTensorTensor, (Tensor mean, Tensor std, int64_t seed, int64_t off
 FUNCTION(NormalTensorFloat, (Tensor mean, float std, int64_t seed, int64_t offset), normal(out.sizes(), seed, offset) * std + mean)
 FUNCTION(NormalFloatTensor, (float mean, Tensor std, int64_t seed, int64_t offset), normal(out.sizes(), seed, offset) * std + mean)
 FUNCTION(NormalFloatFloat, (float mean, float std, int64_t seed, int64_t offset), normal(out.sizes(), seed, offset) * std + mean)
-ACLNN(InplaceUniform, (Tensor self, double from, double to, uint64_t seed, uint64_t offset) {
+ACLNN(InplaceUniform, (OutTensor self, double from, double to, uint64_t seed, uint64_t offset) {
     put(self, uniform(self.sizes(), seed, offset) * (to - from) + from);
     self.masked_fill_(self == to, from);  // `to` is excluded, but 16 bits may round to it
 })
@@ -123,12 +123,12 @@ INPLACE(BernoulliTensor, (Tensor self, Tensor p, int64_t seed, int64_t offset), 
 FUNCTION(Randperm, (int64_t n, int64_t seed, int64_t offset), permutation(n, seed, offset))
 FUNCTION(Multinomial, (Tensor self, int64_t samples, bool replacement, int64_t seed, int64_t offset),
          multinomial(self, samples, replacement, seed, offset))
-ACLNN(SimThreadExponential, (Tensor self, int64_t count, double lambda, int64_t seed, int64_t offset) {
+ACLNN(SimThreadExponential, (OutTensor self, int64_t count, double lambda, int64_t seed, int64_t offset) {
     put(self, -at::log1p(-uniform(self.sizes(), seed, offset)) / lambda);
 })
 
 // The draw of a mask is that of Bernoulli(1 - prob).
-ACLNN(DropoutGenMaskV2, (Ints shape, double prob, int64_t seed, int64_t offset, ScalarType prob_dtype, Tensor out) {
+ACLNN(DropoutGenMaskV2, (Ints shape, double prob, int64_t seed, int64_t offset, ScalarType prob_dtype, OutTensor out) {
     move(out, dropout_mask(out.numel(), 1 - prob, seed, offset));
 })
-ACLNN(DropoutDoMask, (Tensor self, Tensor mask, double prob, Tensor out) { put(out, drop_out(self, mask, 1 - prob)); })
+ACLNN(DropoutDoMask, (Tensor self, Tensor mask, double prob, OutTensor out) { put(out, drop_out(self, mask, 1 - prob)); })

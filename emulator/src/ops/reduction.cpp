@@ -25,12 +25,12 @@ FUNCTION(ProdDim, (Tensor self, int64_t dim, bool keepdim, ScalarType dtype), at
 FUNCTION(Std, (Tensor self, Ints dims, int64_t correction, bool keepdim), at::std(up(self), some(dims), Scalar(correction), keepdim))
 FUNCTION(VarCorrection, (Tensor self, Ints dims, int64_t correction, bool keepdim),
          at::var(up(self), some(dims), Scalar(correction), keepdim))
-ACLNN(VarMean, (Tensor self, Ints dims, int64_t correction, bool keepdim, Tensor var, Tensor mean) {
+ACLNN(VarMean, (Tensor self, Ints dims, int64_t correction, bool keepdim, OutTensor var, OutTensor mean) {
     const auto both = at::var_mean(up(self), some(dims), Scalar(correction), keepdim);
     put(var, std::get<0>(both));
     put(mean, std::get<1>(both));
 })
-ACLNN(StdMeanCorrection, (Tensor self, Ints dims, int64_t correction, bool keepdim, Tensor std, Tensor mean) {
+ACLNN(StdMeanCorrection, (Tensor self, Ints dims, int64_t correction, bool keepdim, OutTensor std, OutTensor mean) {
     const auto both = at::std_mean(up(self), some(dims), Scalar(correction), keepdim);
     put(std, std::get<0>(both));
     put(mean, std::get<1>(both));
@@ -52,29 +52,29 @@ FUNCTION(Max, (Tensor self), at::max(self))
 FUNCTION(Min, (Tensor self), at::min(self))
 FUNCTION(ArgMax, (Tensor self, int64_t dim, bool keepdim), at::argmax(self, dim, keepdim))
 FUNCTION(ArgMin, (Tensor self, int64_t dim, bool keepdim), at::argmin(self, dim, keepdim))
-ACLNN(MaxDim, (Tensor self, int64_t dim, bool keepdim, Tensor out, Tensor indices) {
+ACLNN(MaxDim, (Tensor self, int64_t dim, bool keepdim, OutTensor out, OutTensor indices) {
     put_pair(out, indices, at::max(self, dim, keepdim));
 })
-ACLNN(MinDim, (Tensor self, int64_t dim, bool keepdim, Tensor out, Tensor indices) {
+ACLNN(MinDim, (Tensor self, int64_t dim, bool keepdim, OutTensor out, OutTensor indices) {
     put_pair(out, indices, at::min(self, dim, keepdim));
 })
-ACLNN(Aminmax, (Tensor self, Ints dims, bool keepdim, Tensor min, Tensor max) {
+ACLNN(Aminmax, (Tensor self, Ints dims, bool keepdim, OutTensor min, OutTensor max) {
     move(min, at::amin(self, dims, keepdim));
     move(max, at::amax(self, dims, keepdim));
 })
-ACLNN(AminmaxDim, (Tensor self, int64_t dim, bool keepdim, Tensor min, Tensor max) {
+ACLNN(AminmaxDim, (Tensor self, int64_t dim, bool keepdim, OutTensor min, OutTensor max) {
     move(min, at::amin(self, dim, keepdim));
     move(max, at::amax(self, dim, keepdim));
 })
-ACLNN(AminmaxAll, (Tensor self, Tensor min, Tensor max) {
+ACLNN(AminmaxAll, (Tensor self, OutTensor min, OutTensor max) {
     move(min, at::min(self));
     move(max, at::max(self));
 })
 
-ACLNN(Sort, (Tensor self, bool stable, int64_t dim, bool descending, Tensor values, Tensor indices) {
+ACLNN(Sort, (Tensor self, bool stable, int64_t dim, bool descending, OutTensor values, OutTensor indices) {
     put_pair(values, indices, at::sort(self, stable, dim, descending));
 })
-ACLNN(Topk, (Tensor self, int64_t k, int64_t dim, bool largest, bool sorted, Tensor values, Tensor indices) {
+ACLNN(Topk, (Tensor self, int64_t k, int64_t dim, bool largest, bool sorted, OutTensor values, OutTensor indices) {
     put_pair(values, indices, at::topk(self, k, dim, largest, sorted));
 })
 FUNCTION(SearchSorted, (Tensor sequence, Tensor self, bool int32, bool right, Tensor sorter),
