@@ -27,6 +27,11 @@ def parse_arguments() -> argparse.Namespace:
     chip.add_argument(
         "--asynchronous", action="store_true", help="run streams on threads, so that a missing synchronisation shows"
     )
+    chip.add_argument(
+        "--check-races",
+        action="store_true",
+        help="report uses of memory that nothing orders; the exit code is then 66",
+    )
 
     parser = argparse.ArgumentParser(
         prog="python -m emulator", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -60,8 +65,11 @@ def environment(arguments: argparse.Namespace) -> dict[str, str]:
         "LD_LIBRARY_PATH": prepend("LD_LIBRARY_PATH", built / "lib"),
         "PYTHONPATH": prepend("PYTHONPATH", build.torch_npu_site()),
         "CANN_EMULATOR_ASYNC": "1" if arguments.asynchronous else "0",
+        "CANN_EMULATOR_CHECK_RACES": "1" if arguments.check_races else "0",
         "CANN_EMULATOR_TRACE": str(arguments.trace.resolve()) if arguments.trace else "",
     }
+    if arguments.check_races:
+        variables["TASK_QUEUE_ENABLE"] = "0"  # launches come from the lines of Python that ask for them
     return variables
 
 

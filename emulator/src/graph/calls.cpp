@@ -95,17 +95,18 @@ std::string in_camel_case(const std::string& name) {
 Call call_of(const Compiled& compiled, const Step& step, const Memory* memory) {
     Call call{step.node->type.c_str(), {}};
     call.graph = compiled.graph->name.c_str();
-    const auto add = [&](const std::vector<Declared>& descs, const std::vector<int>& values) {
+    const auto add = [&](const std::vector<Declared>& descs, const std::vector<int>& values, bool written) {
         for (size_t i = 0; i < values.size(); ++i) {
             Argument argument;
             argument.name = i < descs.size() ? descs[i].name : std::to_string(i);
             argument.stored = true;
+            argument.written = written;
             if (values[i] >= 0) argument.tensors.push_back(argument_of(compiled, values[i], memory));
             call.arguments.push_back(std::move(argument));
         }
     };
-    add(step.node->input_descs, step.inputs);
-    add(step.node->output_descs, step.outputs);
+    add(step.node->input_descs, step.inputs, false);
+    add(step.node->output_descs, step.outputs, true);
     for (const auto& [name, attribute] : step.node->attributes) {
         if (name[0] != '_') call.arguments.push_back({name, {}, text_of(attribute)});
     }

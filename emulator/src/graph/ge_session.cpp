@@ -202,6 +202,7 @@ Status Session::RunGraphWithStreamAsync(uint32_t id, void* handle, const std::ve
     for (const Tensor& output : outputs) memory.outputs.push_back(argument_of(output));
     if (memory.outputs.size() != loaded->compiled->outputs.size()) return fail("the number of outputs is wrong");
     const bool load = !std::exchange(loaded->constants_loaded, true);
+    cann::graph::check_races(*loaded->compiled, memory, *stream, load);
     const int code = stream->launch([compiled = loaded->compiled, memory, load, stream] {
         if (load) cann::graph::load_constants(*compiled, memory.constants);
         return cann::graph::run(*compiled, memory, *stream);

@@ -20,6 +20,9 @@ struct Memory {
 // Writes the graph's constants to their memory.
 void load_constants(const Compiled& compiled, char* memory);
 
+// Tells the check for races what a run will do.
+void check_races(const Compiled& compiled, const Memory& memory, const Stream& stream, bool loads_constants);
+
 // Runs all steps; 0, or the code of the first error, which has been reported.
 int run(const Compiled& compiled, const Memory& memory, const Stream& stream);
 

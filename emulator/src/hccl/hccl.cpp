@@ -101,6 +101,7 @@ struct Buffer {
     const char* name;
     const void* memory;
     uint64_t count;
+    bool written = false;
 };
 
 Argument tensor_argument(const Buffer& buffer, at::ScalarType dtype) {
@@ -109,6 +110,7 @@ Argument tensor_argument(const Buffer& buffer, at::ScalarType dtype) {
     *tensor = {dtype, sizes, {1}, 0, ACL_FORMAT_ND, sizes, static_cast<char*>(const_cast<void*>(buffer.memory))};
     Argument argument;
     argument.name = buffer.name;
+    argument.written = buffer.written;
     argument.tensors.push_back(tensor);
     return argument;
 }
@@ -211,6 +213,11 @@ uint32_t ranks_of(HcclComm handle) {
     return communicator == nullptr ? 0 : communicator->self.ranks;
 }
 
+uint32_t rank_of(HcclComm handle) {
+    const Shared communicator = find(handle);
+    return communicator == nullptr ? 0 : communicator->self.rank;
+}
+
 Layout layout_of(const void* counts, const void* offsets, uint32_t ranks) {
     const auto *first = static_cast<const uint64_t*>(counts), *second = static_cast<const uint64_t*>(offsets);
     return {{first, first + ranks}, {second, second + ranks}};
@@ -285,27 +292,28 @@ CANN_API HcclResult HcclGetConfig(HcclConfig setting, HcclConfigValue* value) {
 CANN_API HcclResult HcclAllReduce(void* send, void* receive, uint64_t count, HcclDataType type, HcclReduceOp op,
                                   HcclComm comm, aclrtStream stream) {
     return launch({"HcclAllReduce", HCCL_CMD_ALLREDUCE, comm, type, op, 0, count},
-                  {{"sendBuf", send, count}, {"recvBuf", receive, count}},
+                  {{"sendBuf", send, count}, {"recvBuf", receive, count, true}},
                   [=](const Collective& call) { call.all_reduce(send, receive, count); }, stream);
 }
 
 CANN_API HcclResult HcclReduce(void* send, void* receive, uint64_t count, HcclDataType type, HcclReduceOp op,
                                uint32_t root, HcclComm comm, aclrtStream stream) {
     return launch({"HcclReduce", HCCL_CMD_REDUCE, comm, type, op, root, count},
-                  {{"sendBuf", send, count}, {"recvBuf", receive, count}},
+                  {{"sendBuf", send, count}, {"recvBuf", receive, count, rank_of(comm) == root}},
                   [=](const Collective& call) { call.reduce(send, receive, count); }, stream);
 }
 
 CANN_API HcclResult HcclBroadcast(void* buffer, uint64_t count, HcclDataType type, uint32_t root, HcclComm comm,
                                   aclrtStream stream) {
     return launch({"HcclBroadcast", HCCL_CMD_BROADCAST, comm, type, kNoReduction, root, count},
-                  {{"buf", buffer, count}}, [=](const Collective& call) { call.broadcast(buffer, count); }, stream);
+                  {{"buf", buffer, count, rank_of(comm) != root}},
+                  [=](const Collective& call) { call.broadcast(buffer, count); }, stream);
 }
 
 CANN_API HcclResult HcclScatter(void* send, void* receive, uint64_t count, HcclDataType type, uint32_t root,
                                 HcclComm comm, aclrtStream stream) {
     return launch({"HcclScatter", HCCL_CMD_SCATTER, comm, type, kNoReduction, root, count},
-                  {{"sendBuf", send, count * ranks_of(comm)}, {"recvBuf", receive, count}},
+                  {{"sendBuf", send, count * ranks_of(comm)}, {"recvBuf", receive, count, true}},
                   [=](const Collective& call) { call.scatter(send, receive, count); }, stream);
 }
 
@@ -313,7 +321,7 @@ CANN_API HcclResult HcclAllGather(void* send, void* receive, uint64_t count, Hcc
                                   aclrtStream stream) {
     const Layout layout = Layout::even(count, ranks_of(comm));
     return launch({"HcclAllGather", HCCL_CMD_ALLGATHER, comm, type, kNoReduction, 0, count},
-                  {{"sendBuf", send, count}, {"recvBuf", receive, layout.extent()}},
+                  {{"sendBuf", send, count}, {"recvBuf", receive, layout.extent(), true}},
                   [=](const Collective& call) { call.all_gather(send, count, receive, layout); }, stream);
 }
 
@@ -321,7 +329,7 @@ CANN_API HcclResult HcclAllGatherV(void* send, uint64_t count, void* receive, co
                                    HcclDataType type, HcclComm comm, aclrtStream stream) {
     const Layout layout = layout_of(counts, offsets, ranks_of(comm));
     return launch({"HcclAllGatherV", HCCL_CMD_ALLGATHER_V, comm, type},
-                  {{"sendBuf", send, count}, {"recvBuf", receive, layout.extent()}},
+                  {{"sendBuf", send, count}, {"recvBuf", receive, layout.extent(), true}},
                   [=](const Collective& call) { call.all_gather(send, count, receive, layout); }, stream);
 }
 
@@ -329,7 +337,7 @@ CANN_API HcclResult HcclReduceScatter(void* send, void* receive, uint64_t count,
                                       HcclComm comm, aclrtStream stream) {
     const Layout layout = Layout::even(count, ranks_of(comm));
     return launch({"HcclReduceScatter", HCCL_CMD_REDUCE_SCATTER, comm, type, op, 0, count},
-                  {{"sendBuf", send, layout.extent()}, {"recvBuf", receive, count}},
+                  {{"sendBuf", send, layout.extent()}, {"recvBuf", receive, count, true}},
                   [=](const Collective& call) { call.reduce_scatter(send, layout, receive); }, stream);
 }
 
@@ -338,7 +346,7 @@ CANN_API HcclResult HcclReduceScatterV(void* send, const void* counts, const voi
                                        aclrtStream stream) {
     const Layout layout = layout_of(counts, offsets, ranks_of(comm));
     return launch({"HcclReduceScatterV", HCCL_CMD_REDUCE_SCATTER_V, comm, type, op},
-                  {{"sendBuf", send, layout.extent()}, {"recvBuf", receive, count}},
+                  {{"sendBuf", send, layout.extent()}, {"recvBuf", receive, count, true}},
                   [=](const Collective& call) { call.reduce_scatter(send, layout, receive); }, stream);
 }
 
@@ -347,7 +355,7 @@ static HcclResult all_to_all(const char* name, HcclCMDType kind, const void* sen
                              HcclComm comm, aclrtStream stream) {
     if (send_type != type) return fail_hccl(HCCL_E_PARA, "sendType and recvType must be the same");
     return launch({name, kind, comm, type},
-                  {{"sendBuf", send, sent.extent()}, {"recvBuf", receive, received.extent()}},
+                  {{"sendBuf", send, sent.extent()}, {"recvBuf", receive, received.extent(), true}},
                   [=](const Collective& call) { call.all_to_all(send, sent, const_cast<void*>(receive), received); },
                   stream);
 }
@@ -384,7 +392,7 @@ CANN_API HcclResult HcclSend(void* buffer, uint64_t count, HcclDataType type, ui
 CANN_API HcclResult HcclRecv(void* buffer, uint64_t count, HcclDataType type, uint32_t from, HcclComm comm,
                              aclrtStream stream) {
     if (const HcclResult error = fail_peer(comm, from)) return error;
-    return launch({"HcclRecv", HCCL_CMD_SEND, comm, type, kNoReduction, 0, count}, {{"recvBuf", buffer, count}},
+    return launch({"HcclRecv", HCCL_CMD_SEND, comm, type, kNoReduction, 0, count}, {{"recvBuf", buffer, count, true}},
                   [=](const Collective& call) { call.receive(buffer, count, from); }, stream);
 }
 

@@ -184,7 +184,8 @@ CANN_API aclError aclopCompileAndExecute(const char* type, int input_count, cons
             if (input_descs[i]->placement == ACL_MEMTYPE_DEVICE) from_device.push_back(from.back());
         }
         for (int i = 0; i < output_count; ++i) to.push_back(describe(*output_descs[i], *outputs[i]));
-        executor->call = {operation->name, {{"inputs", from_device, "", true}, {"outputs", to, "", true}}};
+        const bool assigns = operation->kind == graph::Kind::kAssigns;
+        executor->call = {operation->name, {{"inputs", from_device, "", true, assigns}, {"outputs", to, "", true, true}}};
         executor->run = [operation, from, to, kept = attributes ? attributes->values : graph::Attributes{}] {
             execute(*operation, from, to, kept);
         };

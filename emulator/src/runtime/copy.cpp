@@ -2,6 +2,7 @@
 // an error here; so are a destination that is too small and a copy between chips that have no link.
 #include <cstring>
 
+#include "races/check.h"
 #include "runtime/memory.h"
 #include "runtime/stream.h"
 #include "runtime/trace.h"
@@ -57,6 +58,11 @@ aclError copy(void* target, size_t capacity, const void* source, size_t count, a
     if (const aclError error = fault()) return error;
     if (const aclError error = check(target, capacity, source, count, kind)) return error;
     trace::copy(ends(kind).name, count, stream->device, stream->id);
+    if (races::enabled()) {
+        races::launch(*stream, std::string("copy ") + ends(kind).name,
+                      {{"its source", races::Footprint::of(source, count), false},
+                       {"its target", races::Footprint::of(target, count), true}});
+    }
     stream->submit([=] { std::memmove(target, source, count); });
     return ACL_SUCCESS;
 }
@@ -66,8 +72,15 @@ aclError fill(void* target, size_t capacity, int32_t value, size_t count, Stream
     if (count > capacity || (region && count > region.after(target))) {
         return fail(ACL_ERROR_INVALID_PARAM, "memset of %zu bytes runs past the end of its destination", count);
     }
+    if (count == 0) return ACL_SUCCESS;
+    if (races::enabled()) races::launch(*stream, "memset", {{"its target", races::Footprint::of(target, count), true}});
     stream->submit([=] { std::memset(target, value, count); });
     return ACL_SUCCESS;
+}
+
+void finish(Stream& stream) {
+    stream.synchronize();
+    races::wait_on_host(stream);
 }
 
 aclError unknown_stream(aclrtStream stream) {
@@ -91,7 +104,7 @@ CANN_API aclError aclrtMemcpyAsync(void* target, size_t capacity, const void* so
 CANN_API aclError aclrtMemcpy(void* target, size_t capacity, const void* source, size_t count, aclrtMemcpyKind kind) {
     Stream* stream = find_stream(nullptr);
     const aclError error = copy(target, capacity, source, count, kind, stream);
-    if (error == ACL_SUCCESS) stream->synchronize();
+    if (error == ACL_SUCCESS) finish(*stream);
     return error;
 }
 
@@ -103,6 +116,6 @@ CANN_API aclError aclrtMemsetAsync(void* target, size_t capacity, int32_t value,
 CANN_API aclError aclrtMemset(void* target, size_t capacity, int32_t value, size_t count) {
     Stream* stream = find_stream(nullptr);
     const aclError error = fill(target, capacity, value, count, stream);
-    if (error == ACL_SUCCESS) stream->synchronize();
+    if (error == ACL_SUCCESS) finish(*stream);
     return error;
 }

@@ -8,6 +8,7 @@
 #include <climits>
 #include <cstring>
 
+#include "races/check.h"
 #include "runtime/memory.h"
 #include "runtime/stream.h"
 #include "runtime/trace.h"
@@ -91,12 +92,14 @@ CANN_API aclError aclrtGetDevice(int32_t* device) {
 CANN_API aclError aclrtResetDevice(int32_t device) {
     if (!exists(device)) return no_device(device);
     synchronize_device(device);
+    races::wait_on_host(device);
     slots[device].active = false;
     return ACL_SUCCESS;
 }
 
 CANN_API aclError aclrtSynchronizeDeviceWithTimeout(int32_t) {
     synchronize_device(current_device());
+    races::wait_on_host(current_device());
     trace::sync("device", current_device(), -1);
     return fault();
 }

@@ -6,6 +6,7 @@
 #include <mutex>
 #include <unordered_map>
 
+#include "races/check.h"
 #include "runtime/stream.h"
 #include "runtime/trace.h"
 
@@ -20,9 +21,16 @@ struct Event {
     uint64_t recorded = 0;   // records asked for ...
     uint64_t completed = 0;  // ... and records the stream has reached
     Clock::time_point time;
+    races::Clock reached;    // what the latest record is ordered behind
 
     bool ready() {
         std::lock_guard<std::mutex> lock(guard);
+        return completed == recorded;
+    }
+    // The same, for the program.
+    bool seen_ready() {
+        std::lock_guard<std::mutex> lock(guard);
+        if (completed == recorded) races::seen_on_host(reached);
         return completed == recorded;
     }
     void wait_for(uint64_t record) {
@@ -77,6 +85,7 @@ CANN_API aclError aclrtRecordEvent(aclrtEvent handle, aclrtStream stream_handle)
     {
         std::lock_guard<std::mutex> lock(event->guard);
         ++event->recorded;
+        event->reached = races::now(*stream);
     }
     stream->submit([event] {
         std::lock_guard<std::mutex> lock(event->guard);
@@ -100,6 +109,7 @@ CANN_API aclError aclrtStreamWaitEvent(aclrtStream stream_handle, aclrtEvent han
     {
         std::lock_guard<std::mutex> lock(event->guard);
         record = event->recorded;  // the record known now, not one that is asked for later
+        races::wait(*stream, event->reached);
     }
     stream->submit([event, record] { event->wait_for(record); });
     return ACL_SUCCESS;
@@ -109,11 +119,14 @@ CANN_API aclError aclrtSynchronizeEvent(aclrtEvent handle) {
     auto event = find_event(handle);
     if (event == nullptr) return unknown_event(handle);
     uint64_t record;
+    races::Clock reached;
     {
         std::lock_guard<std::mutex> lock(event->guard);
         record = event->recorded;
+        reached = event->reached;
     }
     event->wait_for(record);
+    races::wait_on_host(reached);
     trace::sync("event", current_device(), -1);
     return fault();
 }
@@ -121,14 +134,14 @@ CANN_API aclError aclrtSynchronizeEvent(aclrtEvent handle) {
 CANN_API aclError aclrtQueryEventStatus(aclrtEvent handle, aclrtEventRecordedStatus* status) {
     auto event = find_event(handle);
     if (event == nullptr) return unknown_event(handle);
-    *status = event->ready() ? ACL_EVENT_RECORDED_STATUS_COMPLETE : ACL_EVENT_RECORDED_STATUS_NOT_READY;
+    *status = event->seen_ready() ? ACL_EVENT_RECORDED_STATUS_COMPLETE : ACL_EVENT_RECORDED_STATUS_NOT_READY;
     return ACL_SUCCESS;
 }
 
 CANN_API aclError aclrtQueryEventWaitStatus(aclrtEvent handle, aclrtEventWaitStatus* status) {
     auto event = find_event(handle);
     if (event == nullptr) return unknown_event(handle);
-    *status = event->ready() ? ACL_EVENT_WAIT_STATUS_COMPLETE : ACL_EVENT_WAIT_STATUS_NOT_READY;
+    *status = event->seen_ready() ? ACL_EVENT_WAIT_STATUS_COMPLETE : ACL_EVENT_WAIT_STATUS_NOT_READY;
     return ACL_SUCCESS;
 }
 

@@ -6,6 +6,7 @@
 
 #include "runtime/memory.h"
 #include "ops/operator.h"
+#include "races/check.h"
 #include "runtime/stream.h"
 #include "runtime/trace.h"
 
@@ -196,6 +197,7 @@ int launch(Executor* planned, aclrtStream handle) {
     Stream* stream = find_stream(handle);
     if (stream == nullptr) return fail(ACL_ERROR_INVALID_RESOURCE_HANDLE, "stream %p does not exist", handle);
     if (const aclError error = fault()) return error;
+    races::launch(*stream, executor->call);
     return stream->launch([executor, stream] { return run_now(*executor, *stream); });
 }
 

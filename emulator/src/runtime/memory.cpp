@@ -8,6 +8,7 @@
 #include <mutex>
 #include <vector>
 
+#include "races/check.h"
 #include "runtime/stream.h"
 
 namespace cann {
@@ -55,11 +56,13 @@ void add_region(const Region& region) {
 }
 
 Region remove_region(void* base, bool on_host) {
-    std::lock_guard<std::mutex> lock(guard);
+    std::unique_lock<std::mutex> lock(guard);
     const auto found = regions.find(static_cast<char*>(base));
     if (found == regions.end() || (found->second.device == kHost) != on_host) return {};
     const Region region = found->second;
     regions.erase(found);
+    lock.unlock();
+    races::forget(region);
     return region;
 }
 

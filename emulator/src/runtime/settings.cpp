@@ -3,8 +3,9 @@
 #include <map>
 #include <mutex>
 
-#include "runtime/runtime.h"
+#include "races/check.h"
 #include "runtime/settings.h"
+#include "runtime/stream.h"
 
 namespace cann {
 namespace {
@@ -79,15 +80,25 @@ CANN_API aclError aclrtGetDeviceSatMode(aclrtFloatOverflowMode* mode) {
     return ACL_SUCCESS;
 }
 
-// The flag is written to device memory; a non-zero first word says that something overflowed.
-CANN_API aclError aclrtGetOverflowStatus(void* output, size_t size, aclrtStream) {
-    std::memset(output, 0, size);
-    if (overflowed && size > 0) *static_cast<unsigned char*>(output) = 1;
+// The flag is written to device memory, in order on the stream; a non-zero first word says that something overflowed.
+CANN_API aclError aclrtGetOverflowStatus(void* output, size_t size, aclrtStream handle) {
+    Stream* stream = find_stream(handle);
+    if (stream == nullptr) return fail(ACL_ERROR_INVALID_RESOURCE_HANDLE, "stream %p does not exist", handle);
+    if (size == 0) return ACL_SUCCESS;
+    if (races::enabled()) {
+        races::launch(*stream, "aclrtGetOverflowStatus", {{"output", races::Footprint::of(output, size), true}});
+    }
+    stream->submit([=] {
+        std::memset(output, 0, size);
+        if (overflowed) *static_cast<unsigned char*>(output) = 1;
+    });
     return ACL_SUCCESS;
 }
 
-CANN_API aclError aclrtResetOverflowStatus(aclrtStream) {
-    overflowed = false;
+CANN_API aclError aclrtResetOverflowStatus(aclrtStream handle) {
+    Stream* stream = find_stream(handle);
+    if (stream == nullptr) return fail(ACL_ERROR_INVALID_RESOURCE_HANDLE, "stream %p does not exist", handle);
+    stream->submit([] { overflowed = false; });
     return ACL_SUCCESS;
 }
 

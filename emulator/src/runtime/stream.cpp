@@ -10,6 +10,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "races/check.h"
 #include "runtime/trace.h"
 
 namespace cann {
@@ -135,6 +136,7 @@ CANN_API aclError aclrtDestroyStream(aclrtStream stream) {
     auto* found = find_stream(stream);
     if (stream == nullptr || found == nullptr) return unknown_stream(stream);
     found->synchronize();
+    cann::races::wait_on_host(*found);
     std::lock_guard<std::mutex> lock(cann::guard);
     cann::streams.erase(stream);
     return ACL_SUCCESS;
@@ -146,6 +148,7 @@ CANN_API aclError aclrtSynchronizeStreamWithTimeout(aclrtStream stream, int32_t)
     auto* found = find_stream(stream);
     if (found == nullptr) return unknown_stream(stream);
     found->synchronize();
+    cann::races::wait_on_host(*found);
     cann::trace::sync("stream", found->device, found->id);
     return cann::fault();
 }
@@ -155,7 +158,9 @@ CANN_API aclError aclrtSynchronizeStream(aclrtStream stream) { return aclrtSynch
 CANN_API aclError aclrtStreamQuery(aclrtStream stream, aclrtStreamStatus* status) {
     auto* found = find_stream(stream);
     if (found == nullptr) return unknown_stream(stream);
-    *status = found->idle() ? ACL_STREAM_STATUS_COMPLETE : ACL_STREAM_STATUS_NOT_READY;
+    const bool idle = found->idle();
+    if (idle) cann::races::seen_on_host(cann::races::now(*found));
+    *status = idle ? ACL_STREAM_STATUS_COMPLETE : ACL_STREAM_STATUS_NOT_READY;
     return ACL_SUCCESS;
 }
 
