@@ -85,11 +85,11 @@ ACLNN(Addbmm, (Tensor self, Tensor batch1, Tensor batch2, Scalar beta, Scalar al
     Tensor x, Tensor weight, Tensor antiquantScale, Tensor antiquantOffsetOptional, Tensor quantScaleOptional, \
         Tensor quantOffsetOptional, Tensor biasOptional
 // The third edition adds `innerPrecise`, a choice of speed.
-ACLNN(WeightQuantBatchMatmulV2, (WEIGHT_QUANT_TENSORS, int antiquantGroupSize, Tensor y) {
+ACLNN(WeightQuantBatchMatmulV2, (WEIGHT_QUANT_TENSORS, int antiquantGroupSize, OutTensor y) {
     refuse_any({quantScaleOptional, quantOffsetOptional});
     put(y, weight_quant_product(x, weight, antiquantScale, antiquantOffsetOptional, biasOptional, antiquantGroupSize));
 })
-ACLNN(WeightQuantBatchMatmulV3, (WEIGHT_QUANT_TENSORS, int antiquantGroupSize, int innerPrecise, Tensor y) {
+ACLNN(WeightQuantBatchMatmulV3, (WEIGHT_QUANT_TENSORS, int antiquantGroupSize, int innerPrecise, OutTensor y) {
     refuse_any({quantScaleOptional, quantOffsetOptional});
     put(y, weight_quant_product(x, weight, antiquantScale, antiquantOffsetOptional, biasOptional, antiquantGroupSize));
 })
