@@ -22,7 +22,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from ascend import DeviceManager, apply_plan, plan_memory
+from ascend import DeviceManager, apply_plan, memory_cleanup, plan_memory
 from ascend.planner import Request
 from processors import enable_fused_kernels
 from runners.cli import ArgumentParser, image_size, one_line_errors, positive_int
@@ -80,6 +80,8 @@ def draw(folder: Path, mode: str, manager: DeviceManager, args: argparse.Namespa
     counted = manager.memory_stats()["peak"]
     pipe.remove_all_hooks()
     buffers.drop()
+    del pipe
+    memory_cleanup()  # hooks leave cycles, which would hold the weights until Python looks for them
     return plan.peak, counted, picture
 
 
