@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from ascend.memory import give_back_memory
 from ascend.planner.plan import Speed
 
 SAMPLE = 64 * 2**20  # bytes: long enough for the rate of large blocks
@@ -34,6 +35,8 @@ def _measure_link(device: torch.device) -> float:
         if device.type != "cpu":
             torch.get_device_module(device).synchronize(device)
         seconds.append(time.perf_counter() - start)
+    del target
+    give_back_memory(device)  # the allocator would keep it from the models
     return SAMPLE / min(seconds)
 
 
