@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ from runners.cli import RankFailedError, UserError
 FREE_PORT = "localhost:0"
 MEETING_SECONDS = 600  # how long the first machine waits for the last
 POLL_SECONDS = 0.01  # shorter than ranks take to fail because another did: the first to fail is named
+ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 LAST_LINES = 5  # of a failed rank's log
 
 
@@ -73,7 +75,8 @@ def launch(devices: list[int], log_dir: Path, command: list[str], machines: Mach
         **machines.rendezvous(),
     )
     try:
-        with environment(defaults | dict(os.environ) | narrow_visible_devices(devices)):  # which the ranks inherit
+        # The ranks inherit the environment; torch's launcher replaces the handlers and leaves its own.
+        with environment(defaults | dict(os.environ) | narrow_visible_devices(devices)), signal_handlers():
             elastic_launch(config, sys.executable)("-u", *command)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
@@ -114,6 +117,18 @@ def environment(variables: dict[str, str]) -> Iterator[None]:
     finally:
         os.environ.clear()
         os.environ.update(before)
+
+
+@contextmanager
+def signal_handlers() -> Iterator[None]:
+    """The handlers of signals that end a process are afterwards what they were before."""
+    before = {number: signal.getsignal(number) for number in ENDING}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if handler is not None and threading.current_thread() is threading.main_thread():
+                signal.signal(number, handler)
 
 
 def describe(rank: int, failure: ProcessFailure, log_dir: Path) -> str:

@@ -22,12 +22,16 @@ esac
 """
 
 
+PROMPTS = "requirements-prompts.txt"
+REQUIREMENTS = ("requirements.txt", PROMPTS, "requirements-batch.txt", "requirements-dev.txt")
+
+
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     root = tmp_path / "a checkout"
     (root / "scripts").mkdir(parents=True)
     shutil.copy(ROOT / "scripts" / "setup_env.sh", root / "scripts")
-    for name in ("requirements.txt", "requirements-batch.txt", "requirements-dev.txt", "requirements-npu.txt"):
+    for name in (*REQUIREMENTS, "requirements-npu.txt"):
         (root / name).write_text(f"# {name}\n")
     (root / "apply_patch.sh").write_text('echo patched >>"$PREFIX/installed"; echo to-stdout\n')
     (root / "prefix").mkdir()
@@ -52,7 +56,7 @@ def test_it_installs_once_and_prints_the_interpreter_alone(checkout: Path) -> No
     code, out, _, installed = set_up(checkout, "--dev")
     assert (code, out) == (0, f"{checkout}/python\n")
     # DeepCache, among the tools, asks for a diffusers: ours has to be there first
-    assert installed == ["requirements.txt", "patched", "requirements-batch.txt", "requirements-dev.txt"]
+    assert installed == ["requirements.txt", "patched", *REQUIREMENTS[1:]]
     assert set_up(checkout, "--dev")[3] == ["patched"]  # apply_patch.sh finds out by itself that it is up to date
     assert set_up(checkout)[3] == ["patched"]
 
@@ -69,7 +73,7 @@ def test_a_failed_installation_is_tried_again(checkout: Path) -> None:
     assert (code, out, installed) == (1, "", ["requirements.txt"])
     assert err.splitlines()[-1].startswith("setup_env.sh: could not install requirements.txt")
     (checkout / "prefix" / "offline").unlink()
-    assert set_up(checkout)[3] == ["requirements.txt", "patched"]
+    assert set_up(checkout)[3] == ["requirements.txt", "patched", PROMPTS]
 
 
 def test_the_older_torch_is_installed_with_its_torch_npu_and_stays_until_another_is_chosen(checkout: Path) -> None:
@@ -77,13 +81,13 @@ def test_the_older_torch_is_installed_with_its_torch_npu_and_stays_until_another
     (checkout / "requirements-batch.txt").write_text("-r requirements.txt\ntorch_npu==2.13.0  # why\n")
     wanted, older = checkout / "prefix/wanted", "numpy==2.4.6\ntorch==2.10.0\n"
     code, _, err, installed = set_up(checkout, "--torch", "2.10.0")
-    assert (code, installed) == (0, ["requirements.txt", "patched"]), err
+    assert (code, installed) == (0, ["requirements.txt", "patched", PROMPTS]), err
     assert wanted.read_text() == older
     assert set_up(checkout)[3] == ["patched"]  # run_sd.sh says no version, and must not put the other one back
     set_up(checkout, "--batch")
     assert wanted.read_text() == "-r requirements.txt\ntorch_npu==2.10.0  # why\n"
     assert (checkout / "prefix/.diffusers-npu.requirements/requirements.txt").read_text() == older
-    assert set_up(checkout, "--torch=2.13.0")[3] == ["requirements.txt", "patched"]
+    assert set_up(checkout, "--torch=2.13.0")[3] == ["requirements.txt", "patched", PROMPTS]
     assert wanted.read_text() == "numpy==2.4.6\ntorch==2.13.0\n"
     assert set_up(checkout)[3] == ["patched"]
 

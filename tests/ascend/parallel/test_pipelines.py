@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -29,9 +30,9 @@ def test_a_launch_leaves_the_environment_as_it_was(tmp_path: Path, monkeypatch: 
         "import os, pathlib, sys\n"
         "pathlib.Path(sys.argv[-1]).write_text(os.environ['WORLD_SIZE'] + os.environ['OMP_NUM_THREADS'])\n"
     )
-    before = dict(os.environ)
+    before, handler = dict(os.environ), signal.getsignal(signal.SIGINT)
     assert [result_of_ranks(devices, [str(script)]) for devices in ([0], [0, 1])] == [11, 21]
-    assert dict(os.environ) == before
+    assert dict(os.environ) == before and signal.getsignal(signal.SIGINT) is handler
 
 
 def test_a_failure_is_told_by_its_own_log_and_not_by_an_earlier_one(tmp_path: Path) -> None:
