@@ -38,7 +38,7 @@ void conclude(int status, void*) {
     if (count == 0) return;
     std::fprintf(stderr, "[CANN emulator] %zu race%s\n", count, count == 1 ? "" : "s");
     std::fflush(nullptr);
-    _exit(kExitCode);
+    if (status == 0) _exit(kExitCode);
 }
 
 std::string hex(uintptr_t address) {
@@ -60,7 +60,7 @@ std::string place(const Access& access) {
 
 void report(const Access& earlier, const Access& later) {
     const std::string first = describe(earlier), second = describe(later);
-    state().reported.insert(first + second);
+    if (!state().reported.insert(first + "\n" + second).second) return;
     const int32_t device = find_region(reinterpret_cast<void*>(later.footprint.begin)).device;
     const std::string memory = device == kHost ? "pinned memory" : "memory of device " + std::to_string(device);
     std::fprintf(stderr, "[CANN emulator] race in %s, nothing orders\n  %s%s\n  %s%s\n", memory.c_str(), first.c_str(),
@@ -127,6 +127,7 @@ Clock now(const Stream& stream) {
 void wait(const Stream& stream, const Clock& reached) {
     if (!enabled()) return;
     std::lock_guard<std::mutex> lock(guard);
+    clock_of(stream).join(reached);
 }
 
 void wait_on_host(const Clock& reached) {
