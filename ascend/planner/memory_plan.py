@@ -19,7 +19,7 @@ from ascend.planner.models import Call, Request, calls_of, load_on_meta
 from ascend.planner.plan import FROM_DISK, LENT, RESIDENT, STREAMED, MemoryPlan, Part, choose_plan
 from ascend.planner.speed import measure_speed
 from ascend.streaming import Buffers, find_blocks, lend_module, stream_module
-from ascend.streaming.blocks import bytes_of
+from ascend.streaming.blocks import bytes_of, tensors_of
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -98,7 +98,7 @@ def to_meta(model: nn.Module) -> nn.Module:
     if all(parameter.is_meta for parameter in model.parameters()):
         return model
     memo: dict[int, Any] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
+    for tensor in tensors_of(model):
         bare = torch.empty_like(tensor, device="meta")
         memo[id(tensor)] = nn.Parameter(bare, False) if isinstance(tensor, nn.Parameter) else bare
     return copy.deepcopy(model, memo)

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from ascend.streaming.blocks import tensors_of
+
 INDEX = "model_index.json"
 
 
@@ -58,7 +60,7 @@ def _make(kind: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
             model = kind(kind.config_class.from_pretrained(folder))
         else:
             model = kind.from_config(kind.load_config(folder))
-    for tensor in (*model.parameters(), *model.buffers()):
+    for tensor in tensors_of(model):
         if tensor.is_floating_point():
             tensor.data = tensor.data.to(dtype)
     return model.eval().requires_grad_(False)

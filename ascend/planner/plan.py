@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
+from ascend.streaming.stream import BUFFERS
+
 GIB = 2**30
 RESIDENT, LENT, STREAMED, FROM_DISK = "resident", "while it runs", "streamed", "streamed from disk"
-BUFFERS = 2
 
 
 class Part(NamedTuple):
