@@ -5,13 +5,19 @@ from __future__ import annotations
 import random
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 
 from ascend import TieredStore
+from ascend.tiers import media
 
 SHARED = 10  # keys that all threads read
+
+
+def files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file() and path.name != media.LOCK]
 
 
 def random_tensor(seed: int, size: int) -> torch.Tensor:
