@@ -5,6 +5,7 @@ from processors.kernels.call import AttentionCall
 from processors.kernels.select import check_kernels, explain, kernel_names
 from processors.merging.processor import AttnProcessor2_0Tome
 from processors.models.attention_processor import AttnProcessor2_0
+from processors.presets import PRESETS, Report, disable, enable
 from processors.quantization import dequantize_weights, load_quantized, quantize_weights, save_quantized
 from processors.switches import (
     disable_flash_attention,
@@ -16,15 +17,19 @@ from processors.switches import (
 )
 
 __all__ = [
+    "PRESETS",
     "AttentionCall",
     "AttnProcessor2_0",
     "AttnProcessor2_0Tome",
+    "Report",
     "attention",
     "check_kernels",
     "dequantize_weights",
+    "disable",
     "disable_flash_attention",
     "disable_fused_kernels",
     "disable_token_merging",
+    "enable",
     "enable_flash_attention",
     "enable_fused_kernels",
     "enable_token_merging",

@@ -23,7 +23,7 @@ from processors.models import clip, resnet
 from processors.models.components import components_of
 from processors.models.coverage import Coverage
 from processors.models.self_attentions import self_attentions
-from processors.models.switched_attention import is_default, original_of, stripped, switch
+from processors.models.switched_attention import is_default, original_of, stripped, switch, switches_of
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +101,16 @@ def disable_fused_kernels(pipe: DiffusionPipeline | torch.nn.Module) -> None:
             clip.use_default_gelu(module)
 
 
+def uses_fused_kernels(pipe: DiffusionPipeline | torch.nn.Module) -> bool:
+    """Whether `enable_fused_kernels` is in effect in any part of `pipe`."""
+    return (
+        any(switches_of(attn).flash for attn in _attentions(pipe))
+        or any(dispatch.is_ours(getattr(module, "processor", None)) for module in _modules(pipe))
+        or any(isinstance(module, resnet.FusedResnetBlock2D) for module in _modules(pipe))
+        or any(clip.uses_kernels(module) for module in _modules(pipe) if isinstance(module, CLIPPreTrainedModel))
+    )
+
+
 # By the flag --FA of the runners.
 enable_flash_attention, disable_flash_attention = enable_fused_kernels, disable_fused_kernels
 
@@ -152,6 +162,12 @@ def disable_token_merging(pipe: DiffusionPipeline | torch.nn.Module) -> None:
     for attn in _attentions(pipe):
         switch(attn, ratio=None)
     _forget_processors(pipe)
+
+
+def merging_ratios(pipe: DiffusionPipeline | torch.nn.Module) -> list[float]:
+    """The share of its tokens that each self-attention with token merging merges."""
+    ratios = (switches_of(attn).ratio for attn in _attentions(pipe))
+    return [ratio for ratio in ratios if ratio is not None]
 
 
 def _forget_processors(pipe: DiffusionPipeline | torch.nn.Module) -> None:

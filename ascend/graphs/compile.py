@@ -99,6 +99,11 @@ def compile_module(
     return backend.name
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """Whether `compile_module` is in effect."""
+    return _find_graphs(module) is not None
+
+
 def decompile_module(module: nn.Module) -> None:
     """Undo `compile_module`; does nothing where it was not called.
 

@@ -51,6 +51,11 @@ def use_kernels(model: CLIPPreTrainedModel, kernels: tuple[str, ...] | None = No
             module.kernels = kernels
 
 
+def uses_kernels(model: CLIPPreTrainedModel) -> bool:
+    """Whether `use_kernels` is in effect."""
+    return bool(model.config._attn_implementation == IMPLEMENTATION)
+
+
 def use_default(model: CLIPPreTrainedModel) -> None:
     """Undo `use_kernels`."""
     if model.config._attn_implementation == IMPLEMENTATION:

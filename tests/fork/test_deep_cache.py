@@ -115,6 +115,22 @@ def test_an_explicit_schedule_needs_no_interval(tiny_sd: StableDiffusionPipeline
     assert len(full_calls) == 3
 
 
+def test_a_unet_keeps_an_interval(tiny_sd: StableDiffusionPipeline, unet: UNet2DConditionModel) -> None:
+    expected, plain = draw(tiny_sd, cache_interval=3), draw(tiny_sd)
+    tiny_sd.unet.set_cache_interval(3)
+    assert torch.equal(draw(tiny_sd), expected)
+    assert torch.equal(draw(tiny_sd, cache_interval=1), plain)  # what a call says goes first
+    assert unet.cache_interval == 1  # of another UNet
+    tiny_sd.unet.set_cache_interval(1)
+    assert torch.equal(draw(tiny_sd), plain)
+    with pytest.raises(ValueError, match="must be at least 1, but is 0"):
+        unet.set_cache_interval(0)
+    others = {"down_block_types": ("AttnDownBlock2D",) * 4, "up_block_types": ("AttnUpBlock2D",) * 4}
+    uncut = UNet2DConditionModel.from_config(dict(unet.config) | others)
+    with pytest.raises(ValueError, match="has no cache branch"):
+        uncut.set_cache_interval(2)
+
+
 def test_guidance_that_ends_midway_refreshes_the_feature(tiny_sd: StableDiffusionPipeline) -> None:
     def end_guidance(
         pipe: StableDiffusionPipeline, step: int, timestep: torch.Tensor, tensors: dict[str, torch.Tensor]

@@ -66,7 +66,7 @@ class Denoiser:
         timesteps: torch.Tensor,
         prompt_embeds: torch.Tensor,
         *,
-        cache_interval: int = 1,
+        cache_interval: int | None = None,
         cache_layer_id: int = 0,
         cache_block_id: int = 0,
         cache_schedule: str | Sequence[int] = "uniform",
@@ -77,6 +77,8 @@ class Denoiser:
     ) -> None:
         self._pipe = pipe
         self.host_timesteps = timesteps.cpu()
+        if cache_interval is None:
+            cache_interval = pipe.unet.cache_interval
         self._full_steps = get_full_steps(len(timesteps), cache_interval, cache_schedule, cache_center, cache_power)
         is_cached = len(self._full_steps) < len(timesteps)
         self._branch = (cache_block_id, cache_layer_id) if is_cached else None

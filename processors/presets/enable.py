@@ -1,0 +1,82 @@
+"""Switch a preset on and off."""
+
+import os
+from contextlib import ExitStack
+from weakref import WeakKeyDictionary
+
+import torch
+
+from ascend.device import default_device
+from processors.models.components import components_of
+from processors.presets.switches import APPLY, Target, Undo, Unsupported
+from processors.presets.table import DEFAULT, PRESETS, SWITCHES, VARIABLE, Outcome, Report, check_preset
+
+# What takes back a target's preset, in the order in which it was applied; none of it holds the target.
+_undo: WeakKeyDictionary[Target, list[Undo]] = WeakKeyDictionary()
+
+
+def enable(target: Target, preset: str | None = None, device: torch.device | None = None) -> Report:
+    """Switch on what `preset` asks for, as far as it can be on `target` where that computes.
+
+    What is on already stays as it is, and stays on when the preset is taken back. A preset that `enable` switched on
+    before is taken back first.
+
+    Args:
+        target: a pipeline of diffusers, or a model.
+        preset: "speed", "balanced", "memory" or "full". None takes the environment's `ASCEND_PRESET`, read in this
+            call, else "balanced".
+        device: on which `target` computes, if a preset that streams is to bring it there. None: where it is; from host
+            memory such a preset brings it to the best device there is.
+
+    Returns:
+        Of each switch "applied" and what shows it, "unsupported" and why, or "not asked for".
+
+    Raises:
+        ValueError: no such preset. Nothing has changed then.
+        TypeError: `target` is neither a pipeline nor a model.
+        RuntimeError: a switch failed, or an earlier preset cannot be taken back. What this call has done is undone.
+    """
+    if preset is None:
+        preset = check_preset(os.environ.get(VARIABLE, DEFAULT), VARIABLE)
+    asked = PRESETS[check_preset(preset)]
+    components_of(target)  # raises TypeError
+    disable(target)
+    place = device or _place_of(target, "streaming" in asked)
+    report, undo = Report(), list[Undo]()
+    with ExitStack() as on_error:
+        for name in SWITCHES:
+            if name not in asked:
+                report[name] = Outcome("not asked for")
+                continue
+            try:
+                shown, take_back = APPLY[name](target, place)
+            except Unsupported as reason:
+                report[name] = Outcome("unsupported", str(reason))
+                continue
+            report[name] = Outcome("applied", shown)
+            if take_back is not None:
+                undo.append(take_back)
+                on_error.callback(take_back, target)
+        on_error.pop_all()
+    _undo[target] = undo
+    return report
+
+
+def disable(target: Target) -> None:
+    """Take back what `enable` did to `target`, to the bit; does nothing where it did nothing.
+
+    Raises:
+        RuntimeError: something that was put on top since has to go first, as `share_guidance`; nothing has changed.
+    """
+    undo = _undo.get(target, [])
+    while undo:
+        undo[-1](target)
+        undo.pop()
+    _undo.pop(target, None)
+
+
+def _place_of(target: Target, streams: bool) -> torch.device:
+    """Where `target` computes."""
+    parameter = next((p for model in components_of(target).values() for p in model.parameters()), None)
+    device = torch.device("cpu") if parameter is None else parameter.device
+    return default_device() if streams and device.type == "cpu" else device

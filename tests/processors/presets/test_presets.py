@@ -1,0 +1,172 @@
+"""Presets on the CPU: what is reported is what is there, and `disable` leaves what there was, to the bit."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+from torch import nn
+
+from processors import PRESETS, disable, enable, enable_flash_attention, enable_token_merging
+from tests.preset_state import IS_ON, assert_all_off, assert_reported
+
+
+class Plain(nn.Module):
+    """No attention, no VAE, no blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.layers(x)
+        return y
+
+
+@pytest.fixture
+def plain() -> Plain:
+    torch.manual_seed(0)
+    return Plain().eval().requires_grad_(False)
+
+
+def draw(pipe: StableDiffusionPipeline) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    size = {"height": 64, "width": 64, "num_inference_steps": 3}
+    images: torch.Tensor = pipe("a cat", generator=generator, output_type="pt", **size).images
+    return images
+
+
+def state(pipe: Any) -> dict[str, torch.Tensor]:
+    return {
+        f"{n}.{k}": v.clone()
+        for n in ("unet", "vae", "text_encoder")
+        for k, v in getattr(pipe, n).state_dict().items()
+    }
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_report_on_a_pipeline_is_what_is_there(tiny_sd: StableDiffusionPipeline, preset: str) -> None:
+    before, weights = draw(tiny_sd), state(tiny_sd)
+    report = enable(tiny_sd, preset)
+    assert_reported(report, preset, tiny_sd)
+    if preset in ("speed", "memory"):  # the others compile for as long, and no other graph
+        draw(tiny_sd)
+    disable(tiny_sd)
+    assert_all_off(tiny_sd)
+    after = state(tiny_sd)
+    assert weights.keys() == after.keys() and all(torch.equal(weights[key], after[key]) for key in weights)
+    assert torch.equal(draw(tiny_sd), before)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_report_on_a_plain_module_is_what_is_there(plain: Plain, preset: str) -> None:
+    x = torch.linspace(-1, 1, 128).view(2, 64)
+    before = plain(x)
+    report = enable(plain, preset)
+    assert_reported(report, preset, plain)
+    torch.testing.assert_close(plain(x), before)
+    disable(plain)
+    assert_all_off(plain)
+    assert torch.equal(plain(x), before)
+
+
+def test_a_model_that_trains_has_its_gradients_checkpointed(tiny_sd: StableDiffusionPipeline) -> None:
+    unet = tiny_sd.unet.train().requires_grad_(True)
+    report = enable(unet, "memory")
+    assert report["gradient_checkpointing"].status == "applied" and unet.is_gradient_checkpointing
+    assert report["streaming"] == ("unsupported", "the CPU computes in host memory, where weights are anyway")
+    disable(unet)
+    assert not unet.is_gradient_checkpointing
+
+
+def test_graphs_and_quantisation_are_not_for_training(plain: Plain) -> None:
+    report = enable(plain.train().requires_grad_(True), "full")
+    assert report["graphs"] == ("unsupported", "graphs are for inference")
+    assert report["mixed_precision"].status == "unsupported"
+    x = torch.zeros(2, 64)
+    plain(x).sum().backward()
+    assert all(parameter.grad is not None for parameter in plain.parameters())
+
+
+def test_what_was_on_stays_on(tiny_sd: StableDiffusionPipeline) -> None:
+    enable_flash_attention(tiny_sd, kernels=["sdpa"])
+    enable_token_merging(tiny_sd, ratio=0.25)
+    tiny_sd.vae.enable_slicing()
+    tiny_sd.unet.set_cache_interval(2)
+    expected = draw(tiny_sd)
+    report = enable(tiny_sd, "full")
+    for name in ("fused_kernels", "token_merging", "cache_interval", "vae_slicing"):
+        assert report[name].status == "applied" and "on before" in report[name].reason
+    disable(tiny_sd)
+    assert all(IS_ON[name](tiny_sd) for name in ("fused_kernels", "token_merging", "cache_interval", "vae_slicing"))
+    assert torch.equal(draw(tiny_sd), expected)
+
+
+def test_pipelines_that_share_models_take_back_their_own(tiny_sd: StableDiffusionPipeline) -> None:
+    other = StableDiffusionImg2ImgPipeline(**tiny_sd.components)
+    enable(tiny_sd, "memory")
+    enable(other, "full")
+    disable(other)
+    assert IS_ON["fused_kernels"](tiny_sd) and IS_ON["vae_tiling"](tiny_sd)
+    assert not IS_ON["token_merging"](tiny_sd) and not IS_ON["graphs"](tiny_sd)
+    disable(tiny_sd)
+    assert_all_off(tiny_sd)
+
+
+def test_another_preset_takes_the_place_of_the_first(tiny_sd: StableDiffusionPipeline) -> None:
+    enable(tiny_sd, "memory")
+    assert_reported(enable(tiny_sd, "speed"), "speed", tiny_sd)
+    disable(tiny_sd)
+    disable(tiny_sd)
+    assert_all_off(tiny_sd)
+
+
+def test_the_environment_is_read_when_a_preset_is_enabled(plain: Plain, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert enable(plain)["graphs"].status == "applied"
+    monkeypatch.setenv("ASCEND_PRESET", "memory")
+    assert enable(plain)["graphs"].status == "not asked for"
+    monkeypatch.setenv("ASCEND_PRESET", "fast")
+    with pytest.raises(
+        ValueError, match="^ASCEND_PRESET 'fast' is not known: take one of speed, balanced, memory, full"
+    ):
+        enable(plain)
+
+
+def test_what_is_no_preset_or_no_target_changes_nothing(tiny_sd: StableDiffusionPipeline) -> None:
+    enable(tiny_sd, "memory")
+    with pytest.raises(ValueError, match="preset 'Speed' is not known"):
+        enable(tiny_sd, "Speed")
+    assert IS_ON["vae_tiling"](tiny_sd)
+    with pytest.raises(TypeError, match="expected a pipeline of diffusers or a model, got str"):
+        enable("a pipeline", "speed")  # type: ignore[arg-type]
+
+
+def test_a_switch_that_fails_takes_back_the_others(
+    tiny_sd: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_out(tile: bool = True) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(tiny_sd.vae, "enable_tiling", run_out)
+    with pytest.raises(torch.OutOfMemoryError):
+        enable(tiny_sd, "full")
+    assert_all_off(tiny_sd)
+
+
+def test_a_preset_does_not_keep_its_target_alive(plain: Plain) -> None:
+    model = Plain().eval()
+    enable(model, "memory")
+    reference = weakref.ref(model)
+    del model
+    gc.collect()
+    assert reference() is None
+
+
+def test_a_report_reads_as_a_table(plain: Plain) -> None:
+    lines = str(enable(plain, "memory")).splitlines()
+    assert "token_merging           not asked for" in lines
+    assert "vae_tiling              unsupported: there is no VAE" in lines
