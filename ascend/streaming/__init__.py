@@ -2,6 +2,6 @@
 
 from ascend.streaming.blocks import find_blocks
 from ascend.streaming.buffers import Buffers
-from ascend.streaming.stream import lend_module, stop_streaming, stream_module
+from ascend.streaming.stream import Stream, lend_module, stop_streaming, stream_module
 
-__all__ = ["Buffers", "find_blocks", "lend_module", "stop_streaming", "stream_module"]
+__all__ = ["Buffers", "Stream", "find_blocks", "lend_module", "stop_streaming", "stream_module"]

@@ -38,14 +38,14 @@ class Stream(ModelHook):
     """
 
     def __init__(self, module: nn.Module, blocks: Sequence[nn.Module], buffers: Buffers, is_mapped: bool) -> None:
-        self.buffers, self.execution_device = buffers, buffers.device
+        self.buffers, self.execution_device, self.is_mapped = buffers, buffers.device, is_mapped
         self.statistics = Statistics()
         shared = shared_tensors(module, blocks)
         self.copies = [HostCopy(block, buffers.device, is_mapped, shared) for block in blocks]
         self.orders = Orders(self.copies)
         self.held: Slot | None = None  # of the block that computes, or computed last
         self.attached: HostCopy | None = None
-        self.handles: list[Any] = []
+        self.handles: list[Any] = []  # of what ends with the stream: its hooks, graphs of its blocks
 
     def init_hook(self, module: nn.Module) -> nn.Module:
         self.buffers.reserve(self.copies)
@@ -86,11 +86,11 @@ class Stream(ModelHook):
         return output
 
     def _bring_the_rest(self, module: nn.Module) -> None:
-        """What is in no block is on the device while the model is streamed."""
+        """What is in no block is on the device while the model is streamed, aligned there as in no file."""
         held = {id(tensor) for copy in self.copies for tensor in copy.tensors()}
         for tensor in tensors_of(module):
             if id(tensor) not in held:
-                tensor.data = tensor.data.to(self.execution_device)
+                tensor.data = tensor.data.to(self.execution_device, copy=self.is_mapped)
 
     def _settle(self) -> None:
         """Leave nothing of a call, however it ended: all weights are with the host, and both buffers free."""
