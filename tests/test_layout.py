@@ -26,7 +26,7 @@ INNER_DOORS = {
     "ascend.chips": set(),
     "ascend.memory": {"ascend.cgroup"},
     "ascend.pipelines": set(),
-    "ascend.graphs": {"ascend.pipelines"},
+    "ascend.graphs": {"ascend.pipelines", "ascend.streaming"},
     "ascend.parallel": {"ascend.pipelines"},
     "ascend.planner": {"ascend.chips", "ascend.device", "ascend.memory", "ascend.streaming"},
     "ascend.streaming": set(),

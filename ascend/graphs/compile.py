@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from ascend.graphs.blocks import BlockGraphs
 from ascend.graphs.inductor import Inductor
 from ascend.graphs.static import Backend, StaticGraphs, is_moved_by_hooks
 from ascend.graphs.store import GraphStore, default_graph_cache
 from ascend.pipelines import Parts, models_at, owner_of, parts_of
+from ascend.streaming import Stream
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -35,13 +37,17 @@ def compile_pipeline(
     (attention processors, token merging, adapters, weights) gets new graphs at its next call. What is compiled
     already stays so.
 
+    A streamed component keeps its weights with the host: its blocks become graphs that take weights as arguments, in
+    torch's own layout, and equal blocks share one.
+
     Args:
         pipe: a pipeline whose components are where they are to run.
         graph_cache: where an NPU's graphs are kept for other processes; by default in the user's cache directory.
         graph_cache_limit: bytes that they may take there, 8 GiB if None; those that were not used longest go.
 
     Returns:
-        The components' names and how each runs: `"torchair"`, `"inductor"`, or `"eager"` where compiling would not
+        The components' names and how each runs: `"torchair"`, `"inductor"`, for a streamed one with the number of its
+        kinds of block, as `"torchair, one graph for each of 5 kinds of block"`, or `"eager"` where compiling would not
         pay, hooks offload it, it is on another device than the UNet, or the pipeline casts it in each call (the VAE of
         SDXL in float16), so that its parameters are no constants.
 
@@ -51,12 +57,12 @@ def compile_pipeline(
             replaced, as `share_guidance` does. The pipeline is then as it was before.
     """
     parts = parts_of(pipe)
-    device = next(getattr(pipe, parts.each_step[0]).parameters()).device
+    device = device_of(getattr(pipe, parts.each_step[0]))
     done = {}
     with ExitStack() as undo:
         for name, module in models_at(pipe, parts.each_picture + parts.each_step):
-            if _find_graphs(module) is None:
-                reason = _why_eager(pipe, parts, name, device)
+            if _find_graphs(module) is None and _find_block_graphs(module) is None:
+                reason = None if _stream_of(module) else _why_eager(pipe, parts, name, device)
                 if reason:
                     logger.warning("%s is not compiled: %s", name, reason)
                 if reason or (device.type != "npu" and name in parts.each_picture):
@@ -82,7 +88,8 @@ def decompile_pipeline(pipe: DiffusionPipeline) -> None:
 def compile_module(
     module: nn.Module, graph_cache: Path | None = None, graph_cache_limit: int | None = None, name: str | None = None
 ) -> str:
-    """Compile one module in place (see `compile_pipeline`) and return the name of the backend.
+    """Compile one module in place (see `compile_pipeline`) and return the name of the backend, of a streamed module
+    with the number of its kinds of block. `stop_streaming` ends that, too.
 
     Raises:
         RuntimeError: the backend lacks what it needs, or the module's forward was replaced.
@@ -91,6 +98,14 @@ def compile_module(
     graphs = _find_graphs(module)
     if graphs is not None:
         return graphs.backend.name
+    stream = _stream_of(module)
+    if stream is not None:
+        blocks = _find_block_graphs(module)
+        if blocks is None:
+            backend = make_backend(stream.execution_device, graph_cache, graph_cache_limit)
+            blocks = BlockGraphs([copy.module for copy in stream.copies], stream.execution_device, backend, name)
+            stream.handles.append(blocks)
+        return str(blocks)
     forward = vars(module).get("forward")
     if forward is not None and getattr(forward, "__func__", None) is not type(module).forward:
         raise RuntimeError(f"{name} cannot be compiled after its forward was replaced by {forward!r:.100}")
@@ -113,6 +128,10 @@ def decompile_module(module: nn.Module) -> None:
     graphs = _find_graphs(module)
     if graphs is not None:
         graphs.remove()
+    blocks, stream = _find_block_graphs(module), _stream_of(module)
+    if blocks is not None and stream is not None:
+        stream.handles.remove(blocks)
+        blocks.remove()
 
 
 def _why_eager(pipe: DiffusionPipeline, parts: Parts, path: str, device: torch.device) -> str | None:
@@ -132,6 +151,22 @@ def _find_graphs(module: nn.Module) -> StaticGraphs | None:
     while forward is not None and not isinstance(forward, StaticGraphs):
         forward = getattr(forward, "__wrapped__", None) or getattr(forward, "forward", None)
     return forward
+
+
+def _stream_of(module: nn.Module) -> Stream | None:
+    hook = getattr(module, "_hf_hook", None)
+    return hook if isinstance(hook, Stream) else None
+
+
+def _find_block_graphs(module: nn.Module) -> BlockGraphs | None:
+    stream = _stream_of(module)
+    return next((handle for handle in stream.handles if isinstance(handle, BlockGraphs)), None) if stream else None
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where `module` computes."""
+    stream = _stream_of(module)
+    return stream.execution_device if stream else next(module.parameters()).device
 
 
 def make_backend(device: torch.device, graph_cache: Path | None, graph_cache_limit: int | None) -> Backend:

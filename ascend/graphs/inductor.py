@@ -42,6 +42,7 @@ class Inductor:
         if device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++"))):
             raise RuntimeError("compiling for the CPU needs a C++ compiler: neither g++ nor clang++ is on the PATH")
         self._is_cpu = device.type == "cpu"
+        self._is_large = self._freezes = False  # as blocks are whose weights are arguments
         if self._is_cpu:
             _ready_compiler()
 

@@ -31,13 +31,14 @@ BY_VERSION = {*PACKAGES, *sys.stdlib_module_names} - {"diffusers"}  # of which o
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, Enum)
 
 
-def describe(module: nn.Module) -> str:
+def describe(module: nn.Module, device: torch.device | None = None) -> str:
     """A digest of the software, the chip, the code, structure and settings of `module` and its tensors' kinds.
+
+    The chip is that of `device`, where the module itself is by default.
 
     Settings are the attributes of the submodules and of the objects that they hold, such as attention processors.
     """
-    device = next(module.parameters()).device
-    digest = hashlib.sha256(platform(device).encode())
+    digest = hashlib.sha256(platform(device or next(module.parameters()).device).encode())
     for file in sorted(source_files(module)):
         digest.update(digest_of(file))
     for name, submodule in module.named_modules():

@@ -97,7 +97,7 @@ class StaticGraphs:
             if graph is None:
                 return self._make(key, leaves, tensors)
             self.graphs.move_to_end(key)
-            return _restore(*graph(*tensors))
+            return restore(*graph(*tensors))
 
     def remove(self) -> None:
         """Put the module back as it was before it was compiled.
@@ -157,16 +157,11 @@ class StaticGraphs:
             self._description = describe(self.module)
         digest = hashlib.sha256(repr((self._description, key)).encode()).hexdigest()[:32]
         call = Call(self.module, self._forward, key[0], leaves)
-        # dynamo and torchair tell compiled methods apart by their code, which all instances of a class share: torchair
-        # by the name, where graphs are kept, and within a process by the code's value. A constant makes that another.
-        own = Call.forward.__code__
-        code = own.replace(co_name=f"forward_{digest}", co_consts=(*own.co_consts, next(_made)))
         number = len(self.graphs) + 1
         logger.info("compiling %s, graph %d ...", self.name, number)
         start = time.perf_counter()
         try:
-            forward = types.MethodType(types.FunctionType(code, globals()), call)
-            made = self.backend.make(forward, digest, tensors)
+            made = self.backend.make(bind(call, digest), digest, tensors)
         except BaseException:
             if not self.graphs and vars(self.module).get("forward") is self:
                 self.remove()
@@ -177,7 +172,7 @@ class StaticGraphs:
         self.graphs[key] = made.graph
         if len(self.graphs) > MOST_GRAPHS:
             self.graphs.popitem(last=False)
-        return _restore(*made.results)
+        return restore(*made.results)
 
 
 def is_moved_by_hooks(module: nn.Module) -> bool:
@@ -209,7 +204,19 @@ class Call(nn.Module):
         return results, (), "", ""
 
 
-def _restore(values: Any, fields: tuple[str, ...], module: str, name: str) -> Any:
+def bind(call: Call, digest: str) -> types.MethodType:
+    """`call.forward` with a code of its own.
+
+    dynamo and torchair tell compiled methods apart by their code, which all instances of a class share: torchair by
+    the name, where graphs are kept, and within a process by the code's value. A constant makes that another.
+    """
+    own = Call.forward.__code__
+    code = own.replace(co_name=f"forward_{digest}", co_consts=(*own.co_consts, next(_made)))
+    return types.MethodType(types.FunctionType(code, globals()), call)
+
+
+def restore(values: Any, fields: tuple[str, ...], module: str, name: str) -> Any:
+    """What the module returned, from what `Call.forward` made of it."""
     if not fields:
         return values
     return getattr(importlib.import_module(module), name)(**dict(zip(fields, values, strict=True)))

@@ -50,12 +50,15 @@ class Watch:
 
     def has_changed(self) -> bool:
         """Whether anything is different from what it was when this was made."""
+        return self.has_other_parts() or self.has_other_tensors()
+
+    def has_other_parts(self) -> bool:
+        """Whether anything is but what is in the tensors, and where they lie."""
         try:
             return (
                 self._measure() != self._lengths
                 or list(map(type, self._objects)) != self._classes
                 or list(map(id, self._read())) != self._ids
-                or self.has_other_tensors()
             )
         except KeyError:  # an attribute has gone
             return True

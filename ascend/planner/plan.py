@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
-from ascend.streaming.stream import BUFFERS
+from ascend.streaming.buffers import BUFFERS
 
 GIB = 2**30
 RESIDENT, LENT, STREAMED, FROM_DISK = "resident", "while it runs", "streamed", "streamed from disk"

@@ -49,20 +49,22 @@ class HostCopy:
 
     def pack(self) -> None:
         """Take the module's tensors as they are now."""
-        self.sizes: dict[torch.dtype, int] = {}
-        self.places = []
+        sizes: dict[torch.dtype, int] = {}
+        places = []
         for tensor in self.tensors():
-            start = self.sizes.get(tensor.dtype, 0)
-            self.places.append(Place(tensor, start))
-            self.sizes[tensor.dtype] = start + aligned(tensor.nbytes) // tensor.element_size()
+            start = sizes.get(tensor.dtype, 0)
+            places.append(Place(tensor, start))
+            sizes[tensor.dtype] = start + aligned(tensor.nbytes) // tensor.element_size()
+        packed: Buffer = {}
         if self.is_mapped:
-            self.at_rest = [place.tensor.data for place in self.places]
-            self.packed: Buffer = {}
-            return
-        self.packed = new_buffer(self.sizes, torch.device("cpu"), pin=self.device.type != "cpu")
-        self.at_rest = [place.view(self.packed) for place in self.places]
-        for place, rest in zip(self.places, self.at_rest, strict=True):
-            rest.copy_(place.tensor.data)
+            at_rest = [place.tensor.data for place in places]
+        else:
+            packed = new_buffer(sizes, torch.device("cpu"), pin=self.device.type != "cpu")
+            at_rest = [place.view(packed) for place in places]
+            for place, rest in zip(places, at_rest, strict=True):
+                rest.copy_(place.tensor.data)
+        # At once, so that an interrupt leaves what was packed before.
+        self.sizes, self.places, self.packed, self.at_rest = sizes, places, packed, at_rest
         self.detach()
 
     def is_current(self) -> bool:

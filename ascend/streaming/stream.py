@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,9 +14,9 @@ from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_mod
 from torch import nn
 
 from ascend.streaming.blocks import find_blocks, tensors_of
-from ascend.streaming.host_copy import Buffer, HostCopy, largest_sizes, new_buffer
-
-BUFFERS = 2  # one computes, one is filled
+from ascend.streaming.buffers import Buffers, Slot
+from ascend.streaming.host_copy import HostCopy, new_buffer
+from ascend.streaming.orders import Orders, kind_of_call
 
 
 @dataclass
@@ -30,124 +29,23 @@ class Statistics:
     stalled_seconds: float = 0.0
 
 
-class Slot:
-    """One buffer on the device, and, where blocks come from files, its pinned twin with the host.
-
-    Events order what happens to it: it is filled after the block before has computed, and computes after it is filled.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.buffer: Buffer = {}
-        self.staging: Buffer = {}
-        self.block: HostCopy | None = None
-        self.filling: Future[None] | None = None
-        self.filled: Any = None
-        self.computed: Any = None
-        if device.type != "cpu":
-            module = torch.get_device_module(device)
-            self.filled, self.computed = module.Event(), module.Event()
-
-    def hold(self, sizes: dict[torch.dtype, int], staged: bool) -> None:
-        """Have room for so many elements."""
-        if any(size > len(self.buffer.get(dtype, ())) for dtype, size in sizes.items()):
-            self.buffer = {}  # before the larger one is there
-            self.buffer = new_buffer(sizes, self.device)
-            self.mark_computed()  # what had this memory before may still be read
-        if staged and any(size > len(self.staging.get(dtype, ())) for dtype, size in sizes.items()):
-            self.staging = new_buffer(sizes, torch.device("cpu"), pin=True)
-
-    def mark_computed(self) -> None:
-        """What was issued until now is the last that reads the buffer."""
-        if self.computed is not None:
-            self.computed.record(torch.get_device_module(self.device).current_stream(self.device))
-
-
-class Buffers:
-    """The two buffers of a device, which several models may share that do not run at the same time."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.slots = [Slot(device) for _ in range(BUFFERS)]
-        self.sizes: dict[torch.dtype, int] = {}
-        self.executor = ThreadPoolExecutor(1, thread_name_prefix="streaming")
-        module = None if device.type == "cpu" else torch.get_device_module(device)
-        self.stream = module.Stream(device) if module else None
-
-    def reserve(self, copies: list[HostCopy]) -> None:
-        """Take note of the blocks that will come; memory is taken when the first one does."""
-        for dtype, size in largest_sizes(copies).items():
-            self.sizes[dtype] = max(self.sizes.get(dtype, 0), size)
-
-    def start(self, block: HostCopy, slot: Slot) -> None:
-        """Begin to fill `slot` with `block`, whose turn comes next."""
-        staged = block.is_mapped and self.stream is not None
-        slot.hold(self.sizes, staged)
-        slot.block = block
-        if self.stream is not None and not staged:
-            self._fill(block, slot)  # only issues the copies
-        else:
-            slot.filling = self.executor.submit(self._fill, block, slot)
-
-    def _fill(self, block: HostCopy, slot: Slot) -> None:
-        if self.stream is None:
-            block.fill(slot.buffer)
-            return
-        module = torch.get_device_module(self.device)
-        module.set_device(self.device)  # of this thread
-        if block.is_mapped:
-            slot.filled.synchronize()  # the last copy out of the pinned twin
-            block.fill(slot.staging)
-        with module.stream(self.stream):
-            self.stream.wait_event(slot.computed)
-            if block.is_mapped:
-                for dtype, size in block.sizes.items():
-                    slot.buffer[dtype][:size].copy_(slot.staging[dtype][:size], non_blocking=True)
-            else:
-                block.fill(slot.buffer)
-            slot.filled.record(self.stream)
-
-    def finish(self, slot: Slot) -> None:
-        """What is computed from now on comes after `slot` is filled."""
-        if slot.filling is not None:
-            filling, slot.filling = slot.filling, None
-            filling.result()
-        if self.stream is not None:
-            torch.get_device_module(self.device).current_stream(self.device).wait_event(slot.filled)
-
-    def settle(self) -> None:
-        """Free both buffers, whatever was begun."""
-        for slot in self.slots:
-            if slot.block is not None:
-                slot.block = None
-                self.finish(slot)
-                slot.mark_computed()
-
-    def drop(self) -> None:
-        """Give all memory back; the next block takes it anew."""
-        self.settle()
-        for slot in self.slots:
-            slot.buffer, slot.staging = {}, {}
-
-
 class Stream(ModelHook):
     """Of a model whose blocks are streamed: brings each when it is called, and begins with the next.
 
-    Which comes next is what came next in the last call of the model, at first in the order of definition. Nothing is
+    Which comes next is what came next in the last call of this kind, at first in the order of definition. Nothing is
     brought before the model is called, as its weights may change between calls. A tensor that several blocks have, or
     that a block has and what is around it, stays on the device.
     """
 
     def __init__(self, module: nn.Module, blocks: Sequence[nn.Module], buffers: Buffers, is_mapped: bool) -> None:
-        self.buffers, self.execution_device = buffers, buffers.device
+        self.buffers, self.execution_device, self.is_mapped = buffers, buffers.device, is_mapped
         self.statistics = Statistics()
         shared = shared_tensors(module, blocks)
         self.copies = [HostCopy(block, buffers.device, is_mapped, shared) for block in blocks]
-        self.next: dict[HostCopy, HostCopy | None] = dict(zip(self.copies, [*self.copies[1:], None], strict=True))
-        self.first: HostCopy | None = self.copies[0]
-        self.last: HostCopy | None = None  # of this call
-        self.active: Slot | None = None
-        self.handles: list[Any] = []
+        self.orders = Orders(self.copies)
+        self.held: Slot | None = None  # of the block that computes, or computed last
+        self.attached: HostCopy | None = None
+        self.handles: list[Any] = []  # of what ends with the stream: its hooks, graphs of its blocks
 
     def init_hook(self, module: nn.Module) -> nn.Module:
         self.buffers.reserve(self.copies)
@@ -157,11 +55,13 @@ class Stream(ModelHook):
                 copy.module.register_forward_pre_hook(partial(self._before, copy)),
                 copy.module.register_forward_hook(partial(self._after, copy), always_call=True),
             ]
+        self.forward = end_with(module, self._settle)
         return module
 
     def detach_hook(self, module: nn.Module) -> nn.Module:
         for handle in self.handles:
             handle.remove()
+        module._old_forward = self.forward
         self._settle()
         return module
 
@@ -178,33 +78,31 @@ class Stream(ModelHook):
         self.buffers.reserve(changed)
         if changed:
             self._bring_the_rest(module)
-        self.last = None
-        self._start(self.first)
+        self._start(self.orders.begin(kind_of_call(args, kwargs)))
         return args, kwargs
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:
-        if self.last is not None:
-            self.next[self.last] = None
+        self.orders.end()
         return output
 
     def _bring_the_rest(self, module: nn.Module) -> None:
-        """What is in no block is on the device while the model is streamed."""
+        """What is in no block is on the device while the model is streamed, aligned there as in no file."""
         held = {id(tensor) for copy in self.copies for tensor in copy.tensors()}
         for tensor in tensors_of(module):
             if id(tensor) not in held:
-                tensor.data = tensor.data.to(self.execution_device)
+                tensor.data = tensor.data.to(self.execution_device, copy=self.is_mapped)
 
     def _settle(self) -> None:
-        """Leave nothing of a call that ended early."""
-        if self.active is not None:
-            assert self.active.block is not None
-            self.active.block.detach()
-            self.active = None
+        """Leave nothing of a call, however it ended: all weights are with the host, and both buffers free."""
+        if self.attached is not None:
+            self.attached.detach()
+            self.attached = None
+        self.held = None
         self.buffers.settle()
 
-    def _start(self, copy: HostCopy | None) -> Slot | None:
+    def _start(self, copy: HostCopy) -> Slot | None:
         slot = next((slot for slot in self.buffers.slots if slot.block is None), None)
-        if copy is None or slot is None:
+        if slot is None:
             return None
         self.buffers.start(copy, slot)
         self.statistics.loads += 1
@@ -214,34 +112,37 @@ class Stream(ModelHook):
     def _slot_of(self, copy: HostCopy) -> Slot:
         slot = next((slot for slot in self.buffers.slots if slot.block is copy), None)
         if slot is None:
-            self.statistics.wrong_guesses += self.last is not None
+            self.statistics.wrong_guesses += 1
             self.buffers.settle()
             slot = self._start(copy)
             assert slot is not None  # both are free
         return slot
 
     def _before(self, copy: HostCopy, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self.buffers.check_process()
+        if self.held is not None and self.held.block is copy:  # it is called again
+            self._attach(copy, self.held)
+            return
+        if self.held is not None:
+            self.held.block = None  # the next but one may come
         start = time.perf_counter()
-        slot = self._slot_of(copy)
-        if self.last is None:
-            self.first = copy
-        else:
-            self.next[self.last] = copy
-        self.last = copy
-        self.buffers.finish(slot)
+        self.held = self._slot_of(copy)
+        self.buffers.finish(self.held)
         self.statistics.stalled_seconds += time.perf_counter() - start
-        copy.attach(slot.buffer)
-        self.active = slot
-        following = self.next[copy]
-        if following is not copy:
+        self._attach(copy, self.held)
+        following = self.orders.go_on(copy)
+        if following is not None:
             self._start(following)
 
+    def _attach(self, copy: HostCopy, slot: Slot) -> None:
+        self.attached = copy
+        copy.attach(slot.buffer)
+
     def _after(self, copy: HostCopy, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self.held is not None:
+            self.held.mark_computed()
         copy.detach()
-        if self.active is not None:
-            self.active.mark_computed()
-            self.active.block = None
-            self.active = None
+        self.attached = None
 
 
 class Loan(ModelHook):
@@ -253,30 +154,48 @@ class Loan(ModelHook):
         self.copy = HostCopy(module, device, is_mapped)
         self.is_attached = False
 
+    def init_hook(self, module: nn.Module) -> nn.Module:
+        self.forward = end_with(module, self._take_back)
+        return module
+
     def detach_hook(self, module: nn.Module) -> nn.Module:
+        module._old_forward = self.forward
         self._take_back()
         return module
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        self._take_back()  # of a call that ended early
         if not self.copy.is_current():
             self.copy.pack()
         buffer = new_buffer(self.copy.sizes, self.execution_device)
         self.copy.fill(buffer)
-        self.copy.attach(buffer)
         self.is_attached = True
+        self.copy.attach(buffer)
         self.statistics.loads += 1
         self.statistics.bytes += self.copy.nbytes()
         return args, kwargs
-
-    def post_forward(self, module: nn.Module, output: Any) -> Any:
-        self._take_back()
-        return output
 
     def _take_back(self) -> None:
         if self.is_attached:
             self.copy.detach()
             self.is_attached = False
+
+
+def end_with(module: Any, end: Callable[[], None]) -> Any:
+    """Let `end` be called when the forward that accelerate's hooks are around ends, by an interrupt, too.
+
+    Returns:
+        that forward, to be put back.
+    """
+    forward = module._old_forward
+
+    def forward_to_its_end(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            end()
+
+    module._old_forward = forward_to_its_end
+    return forward
 
 
 def shared_tensors(module: nn.Module, blocks: Sequence[nn.Module]) -> frozenset[int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,8 @@ from ascend.streaming import Buffers, lend_module, stop_streaming, stream_module
 from ascend.streaming.blocks import aligned, bytes_of
 from processors import enable_fused_kernels
 from tests.ascend.streaming.test_stream import Transformer
+from tests.fork.test_npu_guards import tiny_hidream
+from tests.programs import ROOT
 from tests.tiny_models import CROSS_ATTENTION_DIM, tiny_unet
 
 HALF = torch.float16
@@ -80,6 +84,64 @@ def test_a_pipeline_is_drawn_with_models_that_take_turns(npu: torch.device, tiny
     lend_module(tiny_sd.text_encoder, npu)
     for _ in range(2):
         assert torch.equal(draw(), expected)
+
+
+@pytest.mark.parametrize("is_mapped", [False, True])
+@torch.no_grad()
+def test_a_streamed_hidream_is_the_resident_one(
+    npu: torch.device, tmp_path: Path, is_mapped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its double and single blocks are of two sizes, and hold experts."""
+    bincount = torch.Tensor.bincount  # which the emulator lacks; its result goes to the host in any case
+    monkeypatch.setattr(torch.Tensor, "bincount", lambda x: bincount(x.cpu()))
+    model, generator = tiny_hidream().to(HALF), torch.Generator().manual_seed(0)
+    shapes = {
+        "hidden_states": (1, 4, 32, 32),
+        "encoder_hidden_states_t5": (1, 8, 32),
+        "encoder_hidden_states_llama3": (2, 1, 8, 16),
+        "pooled_embeds": (1, 64),
+    }
+    inputs = {name: torch.randn(shape, generator=generator).to(npu, HALF) for name, shape in shapes.items()}
+    inputs["timesteps"] = torch.tensor([500.0], device=npu)
+    expected = model.to(npu)(**inputs).sample
+    model.to("cpu")
+    if is_mapped:
+        save_file(model.state_dict(), tmp_path / "model.safetensors")
+        model.load_state_dict(load_file(tmp_path / "model.safetensors"), assign=True)
+    stream_module(model, npu, is_mapped=is_mapped)
+    for _ in range(2):
+        assert torch.equal(model(**inputs).sample, expected)
+
+
+FORK = """
+import os, sys, torch
+from ascend.device import DeviceManager
+from ascend.streaming import stream_module
+from tests.on_npu.test_streaming import X, make_transformer
+
+device = DeviceManager("npu").device
+model, x = make_transformer(), X.to(device)
+stream_module(model, device)
+expected = model(x)
+child = os.fork()
+if child == 0:
+    if sys.argv[1] == "use":
+        try:
+            model(x)
+        except RuntimeError as error:
+            os._exit(3 if "was forked from one that streams to npu" in str(error) else 4)
+    os._exit(0)
+_, status = os.waitpid(child, 0)
+assert torch.equal(model(x), expected)
+print("child", os.waitstatus_to_exitcode(status))
+"""
+
+
+@pytest.mark.parametrize(("does", "code"), [("nothing", 0), ("use", 3)])
+def test_a_forked_process_is_told_that_the_chip_is_not_its_own(npu: torch.device, does: str, code: int) -> None:
+    command = [sys.executable, "-c", FORK, does]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert result.stdout.split() == ["child", str(code)], result.stderr
 
 
 def test_no_block_waits_for_the_device(npu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ascend.streaming import Buffers, find_blocks, lend_module, stop_streaming, stream_module
-from ascend.streaming.blocks import bytes_of
+from ascend.streaming.blocks import bytes_of, tensors_of
 from ascend.streaming.host_copy import HostCopy
 from tests.tiny_models import CROSS_ATTENTION_DIM, tiny_unet
 
@@ -130,6 +132,41 @@ def test_a_call_that_leaves_blocks_out_computes_right_and_is_counted(transformer
     assert 0 < stream.statistics.wrong_guesses <= 3
 
 
+def test_calls_of_two_kinds_in_turn_are_guessed_right(transformer: Transformer) -> None:
+    """Which blocks run follows from which arguments there are."""
+    full, short = transformer(X), transformer(X, skip=3)
+    stream = stream_module(transformer, CPU)
+    transformer(X)
+    transformer(X, skip=3)
+    assert stream.statistics.wrong_guesses == 1  # the first block after those that were left out, of a new kind
+    for _ in range(2):
+        assert torch.equal(transformer(X), full)
+        assert torch.equal(transformer(X, skip=3), short)
+    assert stream.statistics.wrong_guesses == 1
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_deep_cache_brings_no_block_in_vain(tiny_sd: StableDiffusionPipeline, layer: int) -> None:
+    """With the cut in the middle of a block, a full step calls that twice in a row."""
+
+    def draw() -> torch.Tensor:
+        cut = {"cache_interval": 2, "cache_block_id": 0, "cache_layer_id": layer}
+        generator = torch.Generator().manual_seed(0)
+        return tiny_sd("a cat", num_inference_steps=4, generator=generator, output_type="pt", **cut).images
+
+    expected = draw()
+    for largest in (None, 1):
+        stream = stream_module(tiny_sd.unet, CPU, largest=largest)
+        assert torch.equal(draw(), expected)
+        guesses, loads = stream.statistics.wrong_guesses, stream.statistics.loads
+        kinds = [len(order) for order in stream.orders.of_kinds.values()]
+        assert len(kinds) == 2 and kinds[1] < kinds[0] <= len(stream.copies)
+        assert torch.equal(draw(), expected)
+        assert stream.statistics.wrong_guesses == guesses
+        assert stream.statistics.loads == loads + 2 * kinds[0] + 2 * kinds[1]
+        stop_streaming(tiny_sd.unet)
+
+
 def test_what_changes_between_calls_is_seen(transformer: Transformer) -> None:
     stream_module(transformer, CPU)
     transformer(X)
@@ -179,7 +216,10 @@ def test_a_weight_that_several_have_stays_on_the_device() -> None:
     assert [len(copy.places) for copy in stream.copies] == [3, 2, 2, 3, 2, 3]
 
 
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+ERRORS = [RuntimeError, KeyboardInterrupt, torch.OutOfMemoryError]
+
+
+@pytest.mark.parametrize("error", ERRORS)
 def test_a_call_that_fails_leaves_a_model_that_works(transformer: Transformer, error: type[BaseException]) -> None:
     expected = transformer(X)
 
@@ -188,9 +228,11 @@ def test_a_call_that_fails_leaves_a_model_that_works(transformer: Transformer, e
 
     stream_module(transformer, CPU)
     for number in (0, 3, 5):
+        at_rest = [tensor.data_ptr() for tensor in tensors_of(transformer)]
         handle = transformer.blocks[number].linear.register_forward_hook(fail)
         with pytest.raises(error):
             transformer(X)
+        assert [tensor.data_ptr() for tensor in tensors_of(transformer)] == at_rest
         handle.remove()
         assert torch.equal(transformer(X), expected)
         handle = transformer.blocks[number].linear.register_forward_hook(fail)
@@ -200,6 +242,80 @@ def test_a_call_that_fails_leaves_a_model_that_works(transformer: Transformer, e
         stop_streaming(transformer)
         assert torch.equal(transformer(X), expected)
         stream_module(transformer, CPU)
+
+
+@pytest.mark.parametrize("error", ERRORS)
+@pytest.mark.parametrize("method", ["fill", "attach", "detach", "pack"])
+def test_an_error_in_the_streaming_itself_loses_no_weight(
+    transformer: Transformer, monkeypatch: pytest.MonkeyPatch, method: str, error: type[BaseException]
+) -> None:
+    """Ctrl-C in the middle of a copy, or no memory for it: each in the block after the next."""
+    expected = transformer(X) + 0
+    stream = stream_module(transformer, CPU)
+    if method == "pack":
+        for block in transformer.blocks:  # they lie elsewhere now, with the same values
+            block.linear.weight.data = block.linear.weight.data.clone()
+    own, calls = getattr(HostCopy, method), iter(range(100))
+
+    def fail(self: HostCopy, *args: object) -> None:
+        if next(calls) == 2:
+            raise error
+        own(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HostCopy, method, fail)
+        with pytest.raises(error):
+            transformer(X)
+    if method != "detach":  # in the midst of which its weights cannot be anywhere else
+        assert stream.attached is None and not any(slot.block for slot in stream.buffers.slots)
+    assert torch.equal(transformer(X), expected)
+    assert stream.attached is None and all(copy.is_current() for copy in stream.copies)
+
+
+def test_a_loan_ends_with_the_call_that_fails(transformer: Transformer) -> None:
+    expected = transformer(X)
+    loan = lend_module(transformer, CPU)
+    at_rest = [tensor.data_ptr() for tensor in tensors_of(transformer)]
+    for error in ERRORS:
+
+        def fail(*_: object, error: type[BaseException] = error) -> None:
+            raise error
+
+        handle = transformer.blocks[3].register_forward_hook(fail)
+        with pytest.raises(error):
+            transformer(X)
+        handle.remove()
+        assert not loan.is_attached and [tensor.data_ptr() for tensor in tensors_of(transformer)] == at_rest
+        assert torch.equal(transformer(X), expected)
+    stop_streaming(transformer)
+    assert torch.equal(transformer(X), expected)
+
+
+def fork() -> int:
+    """`os.fork` with a child that does not outlive a wait that never ends."""
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # of which the test run may have made an exception
+        signal.alarm(30)
+    return child
+
+
+@pytest.mark.parametrize("in_a_call", [False, True])
+def test_a_forked_process_streams_with_a_thread_of_its_own(transformer: Transformer, in_a_call: bool) -> None:
+    expected = transformer(X)
+    stream_module(transformer, CPU)
+    transformer(X)
+    children: list[int] = []
+    if in_a_call:
+        transformer.blocks[2].linear.register_forward_hook(lambda *_: children.append(fork()))
+        is_right = torch.equal(transformer(X), expected)
+    else:
+        children.append(fork())
+        is_right = all(torch.equal(transformer(X), expected) for _ in range(2))
+    if children[0] == 0:
+        os._exit(0 if is_right else 1)  # pytest goes on in the parent only
+    _, status = os.waitpid(children[0], 0)
+    assert is_right and os.waitstatus_to_exitcode(status) == 0
 
 
 def test_weights_come_from_a_mapped_file(transformer: Transformer, tmp_path: Path) -> None:
