@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ascend.graphs.blocks import BlockGraphs
+from ascend.graphs.static import StaticGraphs
 from processors import PRESETS, Report
 from processors.models.components import components_of
 
@@ -35,7 +37,8 @@ def _is_lower(target: Any) -> bool:
 
 def _is_graph(target: Any) -> bool:
     forwards = [vars(module).get("forward") for module in _modules(target)]
-    return any(type(forward).__name__ == "StaticGraphs" for forward in forwards)
+    makers = [getattr(getattr(forward, "func", None), "__self__", forward) for forward in forwards]  # of blocks
+    return any(isinstance(maker, StaticGraphs | BlockGraphs) for maker in makers)
 
 
 def _has_our_processor(target: Any) -> bool:

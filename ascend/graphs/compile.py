@@ -61,7 +61,7 @@ def compile_pipeline(
     done = {}
     with ExitStack() as undo:
         for name, module in models_at(pipe, parts.each_picture + parts.each_step):
-            if _find_graphs(module) is None and _find_block_graphs(module) is None:
+            if not is_compiled(module):
                 reason = None if _stream_of(module) else _why_eager(pipe, parts, name, device)
                 if reason:
                     logger.warning("%s is not compiled: %s", name, reason)
@@ -116,7 +116,7 @@ def compile_module(
 
 def is_compiled(module: nn.Module) -> bool:
     """Whether `compile_module` is in effect."""
-    return _find_graphs(module) is not None
+    return _find_graphs(module) is not None or _find_block_graphs(module) is not None
 
 
 def decompile_module(module: nn.Module) -> None:

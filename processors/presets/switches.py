@@ -146,21 +146,22 @@ def quantize(target: Target, device: torch.device) -> Done:
     if any(layers.quantized for layers in found.values()):
         return f"{ON_BEFORE}: {_words({name: layers.words() for name, layers in found.items()})}", None
     originals = {
-        (component, name): layer.weight.detach().to("cpu", copy=True)
-        for component, layers in found.items()
-        for name, layer in layers.plain.items()
+        (component, name): layer.weight for component, layers in found.items() for name, layer in layers.plain.items()
     }
     try:
         shown = quantize_weights(target)
     except ValueError as refusal:
         raise Unsupported(refusal) from refusal
+    for weight in originals.values():
+        weight.data = weight.data.cpu()
 
     def undo(target: Target) -> None:
         dequantize_weights(target)
         models = components_of(target)
         for (component, name), weight in originals.items():
             layer: Any = models[component].get_submodule(name)
-            layer.weight.data.copy_(weight)
+            weight.data = weight.data.to(layer.weight.device)
+            layer.weight = weight
 
     return _words(shown), undo
 
@@ -275,15 +276,15 @@ def compile_graphs(target: Target, device: torch.device) -> Done:
         raise Unsupported("graphs are for inference")
     if isinstance(target, nn.Module):
         if is_compiled(target):
-            return f"{ON_BEFORE}: forward is a graph", None
+            return f"{ON_BEFORE}: {type(target).__name__} is compiled", None
         try:
-            return f"forward is a graph of {compile_module(target)}", decompile_module
+            return compile_module(target), decompile_module
         except RuntimeError as refusal:
             raise Unsupported(refusal) from refusal
     if not any(kind.__name__ in PIPELINES for kind in type(target).__mro__):
         raise Unsupported(f"which models of a {type(target).__name__} run in every step is not known")
     if is_compiled(target.unet):
-        return f"{ON_BEFORE}: the UNet is a graph", None
+        return f"{ON_BEFORE}: the UNet is compiled", None
     try:
         how = compile_pipeline(target)
     except RuntimeError as refusal:
