@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 from ascend.device import DeviceError, best_dtype, find_device
+from ascend.planner.calls import Request
 from ascend.planner.memory_plan import MODES, plan_memory
-from ascend.planner.models import Request
 from ascend.planner.plan import PlanError
 
 UNITS = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}

@@ -13,28 +13,47 @@ from diffusers import StableDiffusionPipeline
 from torch import nn
 
 from ascend.planner import MODES, PlanError, Request, apply_plan, plan_memory
-from ascend.planner.activations import activation_peak
-from ascend.planner.plan import FROM_DISK, LENT, RESIDENT, STREAMED, Part, Speed, choose_plan
+from ascend.planner.activations import peak_of, record_call
+from ascend.planner.activity import FROM_DISK, LENT, RESIDENT, STREAMED, Part, Run
+from ascend.planner.allocator import MIB, Event
+from ascend.planner.plan import Speed, choose_plan
 from ascend.streaming.blocks import bytes_of
 from tests.programs import ROOT, environment
 
 CPU = torch.device("cpu")
-TEXT = Part("text_encoder", 600, 30, 100, "encode", 10)
-UNET = Part("unet", 1600, 50, 20, "denoise", 200)
-VAE = Part("vae", 160, 40, 10, "decode", 400)
+UNIT = 20 * MIB
+SPEED = Speed(link=1000.0 * UNIT, disk=100.0 * UNIT)
+
+
+def sized(units: int) -> int:
+    """Bytes of a tensor whose segment of the allocator is so large."""
+    return units * UNIT - 512
+
+
+def part(name: str, weights: int, block: int, around: int, phase: str, activations: int) -> Part:
+    events = [Event(0, sized(activations)), Event(0, None)]
+    run = Run(phase, events, (), (sized(weights),), sized(weights - around))
+    inside = (sized(weights - around),)
+    return Part(name, (*inside, sized(around)), (sized(around),), (), {torch.float16: sized(block)}, (run,))
+
+
+TEXT = part("text_encoder", 600, 30, 100, "encode", 10)
+UNET = part("unet", 1600, 50, 20, "denoise", 200)
+VAE = part("vae", 160, 40, 10, "decode", 400)
 PARTS = [TEXT, UNET, VAE]
-SPEED = Speed(link=1000.0, disk=100.0)
 
 
 def chosen(limit: int, host: int = 10_000, mode: str = "auto") -> list[str]:
-    plan = choose_plan(PARTS, limit, host, 50, SPEED, MODES[mode])
-    assert plan.peak <= limit and plan.host <= host
+    plan = choose_plan(PARTS, limit * UNIT, host * UNIT, 50, lambda: SPEED, MODES[mode])
+    assert plan.peak <= plan.required <= limit * UNIT and plan.host <= host * UNIT
     return [placement.where for placement in plan.placements]
 
 
 def test_everything_stays_where_it_fits_and_as_little_as_needed_moves_where_not() -> None:
     assert chosen(2760) == [RESIDENT, RESIDENT, RESIDENT]  # 2360 of weights and the decoder's 400
-    assert chosen(2759)[:2] == [RESIDENT, RESIDENT]  # the decoder's 160 bytes, once a picture, are the least
+    # The decoder's blocks are less, but their buffers would cut up the segment that the UNet's activations leave.
+    assert chosen(2759) == [STREAMED, RESIDENT, RESIDENT]
+    assert chosen(2700, mode="stream")[1] == STREAMED
     text, unet, vae = chosen(2400)
     assert unet == RESIDENT and {text, vae} != {RESIDENT}
     assert chosen(1000)[1] == STREAMED
@@ -46,14 +65,29 @@ def test_a_mode_says_where_the_denoiser_is() -> None:
 
 
 def test_a_plan_counts_what_is_there_at_the_same_time() -> None:
-    plan = choose_plan(PARTS, 1000, 10_000, 50, SPEED, (STREAMED,))
-    assert plan.buffers == 2 * 50
+    plan = choose_plan(PARTS, 1000 * UNIT, 10_000 * UNIT, 50, lambda: SPEED, (STREAMED,))
+    assert plan.buffers == 2 * sized(50)
     assert plan.seconds_per_step == pytest.approx(1580 / 1000)
     text = {RESIDENT: 600, LENT: 600, STREAMED: 100}[plan.where("text_encoder")]
     vae_at_rest = {RESIDENT: 160, LENT: 0, STREAMED: 10}[plan.where("vae")]
-    assert plan.phases["encode"] == 100 + 20 + text + vae_at_rest + 10
+    assert plan.phases["encode"] == pytest.approx((100 + 20 + text + vae_at_rest + 10) * UNIT, rel=1e-4)
+    assert plan.placements[1].why.startswith("as asked")
     table = plan.table()
     assert "unet" in table and "streamed" in table and "1.58 s a step" in table
+
+
+def test_speed_is_measured_where_a_choice_depends_on_it() -> None:
+    asked = []
+
+    def measure() -> Speed:
+        asked.append(True)
+        return SPEED
+
+    for mode in ("auto", "resident"):
+        assert choose_plan(PARTS, 3000 * UNIT, 10_000 * UNIT, 50, measure, MODES[mode]).is_resident
+    assert not asked
+    choose_plan(PARTS, 1000 * UNIT, 10_000 * UNIT, 50, measure)
+    assert asked
 
 
 def test_what_cannot_be_says_what_is_missing() -> None:
@@ -72,14 +106,14 @@ def test_the_peak_of_a_call_is_that_of_its_tensors() -> None:
             return z.sum(0) + 1
 
     x = torch.empty(1024, 256, device="meta")
-    assert activation_peak(Net(), {"x": x}, fused_attention=True) == 3 * 2**20
+    assert peak_of(record_call(Net(), {"x": x}, fused_attention=True)) == 3 * 2**20
     query = {"query": torch.empty(1, 1, 512, 64, device="meta")}
 
     def attend(query: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.scaled_dot_product_attention(query, query, query)
 
-    fused = activation_peak(nn.Identity(), query, fused_attention=True, call=attend)
-    assert fused == 512 * 64 * 4 and activation_peak(nn.Identity(), query, False, attend) > 512 * 512 * 4
+    fused, plain = (peak_of(record_call(nn.Identity(), query, fused, attend)) for fused in (True, False))
+    assert fused == 512 * 64 * 4 and plain > 512 * 512 * 4
 
 
 def test_a_folder_and_a_pipeline_give_the_same_plan(tiny_sd: StableDiffusionPipeline, tiny_sd_dir: Path) -> None:
