@@ -99,7 +99,7 @@ def record_call(
     Raises:
         NotImplementedError, RuntimeError: the model looks at values, which there are none of.
     """
-    experts = [len(list(part.children())) for name, part in module.named_modules() if name.endswith(".experts")]
+    experts = [len(list(part.children())) for name, part in module.named_modules() if name.split(".")[-1] == "experts"]
     with (
         Mixture(experts[0]) if experts else nullcontext(),
         FusedAttention() if fused_attention else nullcontext(),

@@ -21,9 +21,12 @@ def load_on_meta(folder: Path, dtype: torch.dtype) -> dict[str, nn.Module]:
 
     Raises:
         FileNotFoundError: there is no index, or a component lacks its configuration.
-        ValueError: a component is of a class that neither diffusers nor transformers has.
+        ValueError: the index is no JSON, or a component is of a class that neither diffusers nor transformers has.
     """
-    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    try:
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{folder / INDEX} is no JSON: {error}") from error
     models = {}
     for name, entry in index.items():
         if not (isinstance(entry, list) and len(entry) == 2 and entry[0] in ("diffusers", "transformers")):

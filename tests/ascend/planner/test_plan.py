@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,11 +14,13 @@ from diffusers import StableDiffusionPipeline
 from torch import nn
 
 from ascend.planner import MODES, PlanError, Request, apply_plan, plan_memory
+from ascend.planner.__main__ import main
 from ascend.planner.activations import peak_of, record_call
 from ascend.planner.activity import FROM_DISK, LENT, RESIDENT, STREAMED, Part, Run
 from ascend.planner.allocator import MIB, Event
 from ascend.planner.plan import Speed, choose_plan
 from ascend.streaming.blocks import bytes_of
+from processors import quantize_weights
 from tests.programs import ROOT, environment
 
 CPU = torch.device("cpu")
@@ -145,7 +148,7 @@ def test_a_pipeline_runs_as_planned_and_comes_back(
     assert torch.equal(draw(), expected)
 
 
-def test_the_program_prints_a_plan_or_one_line(tiny_sd_dir: Path, tmp_path: Path) -> None:
+def test_the_program_prints_a_plan_or_one_line(tiny_sd_dir: Path) -> None:
     def run(*arguments: object) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "ascend.planner", *arguments]
         return subprocess.run(
@@ -154,11 +157,43 @@ def test_the_program_prints_a_plan_or_one_line(tiny_sd_dir: Path, tmp_path: Path
 
     plan = json.loads(run(tiny_sd_dir, "--device", "cpu", "--memory", "stream", "--json").stdout)
     assert plan["placements"][1]["where"] == STREAMED and plan["peak"] == max(plan["phases"].values())
+    refused = run(tiny_sd_dir, "--device", "npu")
+    *_, line = refused.stderr.splitlines()
+    assert refused.returncode == 2 and line.startswith("error: device 'npu' is not there")
+
+
+def test_what_is_refused_is_one_line(tiny_sd_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, message in (
         ([tmp_path], "model_index.json"),
-        ([tiny_sd_dir, "--device", "cpu", "--memory_limit", "1KiB"], "no placement fits"),
-        ([tiny_sd_dir, "--device", "npu"], "device 'npu' is not there"),
+        ([tiny_sd_dir, "--memory_limit", "1KiB"], "no placement fits"),  # less than a block
+        ([tiny_sd_dir, "--memory_limit", "much"], "must be a size as 8GiB, not 'much'"),
     ):
-        refused = run(*arguments)
-        assert refused.returncode == 2 and refused.stderr.splitlines()[-1].startswith("error: ")
-        assert message in refused.stderr
+        with pytest.raises(SystemExit) as exit:
+            main([str(argument) for argument in (*arguments, "--device", "cpu")])
+        *_, line = capsys.readouterr().err.splitlines()
+        assert exit.value.code == 2 and line.startswith("error: ") and message in line
+
+
+@pytest.mark.parametrize("file", ["model_index.json", "unet/config.json"])
+def test_a_broken_configuration_is_one_line(
+    tiny_sd_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str
+) -> None:
+    folder = shutil.copytree(tiny_sd_dir, tmp_path / "model")
+    (folder / file).write_text("{")
+    with pytest.raises(SystemExit):
+        main([str(folder), "--device", "cpu"])
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and str(folder / file) in line
+
+
+def test_weights_of_8_bits_are_counted_as_such(tiny_sd: StableDiffusionPipeline) -> None:
+    def weights() -> dict[str, int]:
+        plan = plan_memory(tiny_sd, CPU, Request(64, 64), torch.float32, limit=2**30)
+        assert not plan.unknown and plan.peak > sum(p.weights for p in plan.placements)
+        return {p.name: p.weights for p in plan.placements}
+
+    plain = weights()
+    quantize_weights(tiny_sd.unet)
+    small = weights()
+    assert small["unet"] == bytes_of(tiny_sd.unet) < plain["unet"]
+    assert tiny_sd.unet.device == CPU  # the dry run is of a copy
