@@ -2,7 +2,6 @@
 
 import argparse
 import math
-import re
 import signal
 import sys
 import threading
@@ -20,7 +19,6 @@ BAD_INPUT = 2
 FAILED = 1
 INTERRUPTED = 128 + signal.SIGINT  # as a shell says of a command ended by a signal
 TERMINATED = 128 + signal.SIGTERM
-BYTES = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 class UserError(Exception):
@@ -156,14 +154,6 @@ def file_path(argument: str) -> Path:
         return Path(text(argument)).expanduser()
     except RuntimeError as error:
         raise argparse.ArgumentTypeError(f"'{argument}': {error}") from None
-
-
-def byte_size(argument: str) -> int:
-    """Bytes, as 8GiB, 512M or 1000000; K, M, G and T are powers of 1024."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", argument.strip(), re.IGNORECASE)
-    if match is None:
-        raise argparse.ArgumentTypeError(f"must be a size as 8GiB, not '{argument}'")
-    return int(float(match[1]) * BYTES[match[2].upper()])
 
 
 def read_prompts(path: Path) -> list[str]:

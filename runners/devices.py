@@ -12,7 +12,8 @@ import torch
 from ascend.device import DeviceManager, get_accelerator_type, get_chip
 from ascend.parallel import world_size
 from ascend.planner import MODES
-from runners.cli import ArgumentParser, UserError, byte_size, non_negative_int
+from ascend.sizes import byte_size
+from runners.cli import ArgumentParser, UserError, non_negative_int
 from runners.report import Report
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -6,30 +6,34 @@ python -m ascend.planner MODEL_DIR --device npu --height 1024 --width 1024
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
 from ascend.device import DeviceError, best_dtype, find_device
+from ascend.planner.calls import Request
 from ascend.planner.memory_plan import MODES, plan_memory
-from ascend.planner.models import Request
 from ascend.planner.plan import PlanError
+from ascend.sizes import byte_size
 
-UNITS = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+
+class ArgumentParser(argparse.ArgumentParser):
+    """Reports bad arguments as every other error."""
+
+    def error(self, message: str) -> NoReturn:
+        fail(f"{message} ({self.prog} --help lists the options)")
 
 
-def size(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)(KiB|MiB|GiB|)", text)
-    if match is None:
-        raise argparse.ArgumentTypeError(f"must be a size as 12GiB, not '{text}'")
-    return int(float(match[1]) * UNITS[match[2]])
+def fail(message: object) -> NoReturn:
+    print("error:", " ".join(str(message).split()), file=sys.stderr)
+    raise SystemExit(2)
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m ascend.planner", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
@@ -41,7 +45,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--batch", type=int, default=1, metavar="N", help="pictures at a time (1)")
     add("--steps", type=int, default=50, metavar="N", help="denoising steps (50)")
     add("--memory", choices=tuple(MODES), default="auto", help="where the denoiser is (auto)")
-    add("--memory_limit", type=size, metavar="SIZE", help="as 12GiB, of the device (what is free there)")
+    add("--memory_limit", type=byte_size, metavar="SIZE", help="as 12GiB, of the device (what is free there)")
     add("--FA", action="store_true", help="attention in a fused kernel")
     add("--json", action="store_true", help="for programs")
     return parser.parse_args(arguments)
@@ -56,8 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         fused = True if args.FA else None
         plan = plan_memory(args.model, device, request, dtype, args.steps, args.memory, args.memory_limit, fused)
     except (DeviceError, PlanError, OSError, ValueError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        raise SystemExit(2) from error
+        fail(error)
     print(plan.to_json() if args.json else plan.table())
 
 

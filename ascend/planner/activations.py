@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,22 +13,23 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ascend.planner.allocator import Event
 from ascend.streaming.blocks import aligned, tensors_of
 
 
-class PeakMemory(TorchDispatchMode):
-    """Counts the bytes of the storages that operators make, as long as a tensor has them.
+class Recorder(TorchDispatchMode):
+    """Notes when operators make storages, and when the last tensor lets go of them.
 
-    Each is rounded up as the allocators of CUDA and torch_npu round it (`kMinBlockSize` in their
-    CachingAllocator). What an operator takes inside, its workspace, is not seen.
+    What an operator takes inside, its workspace, is not seen.
 
     Attributes:
-        peak: the most that there was at once, in bytes.
+        events: in their order; storages are numbered from 0 on.
     """
 
     def __init__(self, known: list[torch.Tensor]) -> None:
         super().__init__()
-        self.live = self.peak = 0
+        self.events: list[Event] = []
+        self.count = 0
         self.seen: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
         for tensor in known:
             self.seen.add(tensor.untyped_storage())
@@ -40,16 +42,35 @@ class PeakMemory(TorchDispatchMode):
         return result
 
     def _count(self, storage: torch.UntypedStorage) -> None:
-        if storage in self.seen:
+        if storage in self.seen or not storage.nbytes():
             return
         self.seen.add(storage)
-        size = aligned(storage.nbytes())
-        self.live += size
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._forget, size)
+        self.events.append(Event(self.count, storage.nbytes()))
+        weakref.finalize(storage, self._forget, self.count)
+        self.count += 1
 
-    def _forget(self, size: int) -> None:
-        self.live -= size
+    def _forget(self, number: int) -> None:
+        self.events.append(Event(number, None))
+
+
+class Mixture(TorchFunctionMode):
+    """Stands in for the values that HiDream's transformer reads, which meta has not.
+
+    Each expert gets as many rows as the others, where `MOEFeedForwardSwiGLU.moe_infer` counts them by `bincount`. The
+    sizes of the picture, which `patchify` makes a tensor of, stay on the CPU.
+    """
+
+    def __init__(self, experts: int) -> None:
+        super().__init__()
+        self.experts = experts
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.bincount:
+            rows, more = divmod(args[0].numel(), self.experts)
+            return torch.tensor([rows + (expert < more) for expert in range(self.experts)], device="cpu")
+        if func is torch.tensor:
+            return func(*args, **((kwargs or {}) | {"device": "cpu"}))
+        return func(*args, **(kwargs or {}))
 
 
 class FusedAttention(TorchFunctionMode):
@@ -64,10 +85,10 @@ class FusedAttention(TorchFunctionMode):
 
 
 @torch.no_grad()
-def activation_peak(
+def record_call(
     module: nn.Module, inputs: dict[str, Any], fused_attention: bool, call: Callable[..., Any] | None = None
-) -> int:
-    """Bytes that a call takes at its peak, results included, inputs and weights not.
+) -> list[Event]:
+    """What a call takes of memory and gives back, results included, inputs and weights not.
 
     Args:
         module: on the meta device.
@@ -78,11 +99,29 @@ def activation_peak(
     Raises:
         NotImplementedError, RuntimeError: the model looks at values, which there are none of.
     """
-    known = [*tensors_of(module), *(leaf for leaf in tree_leaves(inputs) if isinstance(leaf, torch.Tensor))]
-    with PeakMemory(known) as memory:
-        if fused_attention:
-            with FusedAttention():
-                (call or module)(**inputs)
+    experts = [len(list(part.children())) for name, part in module.named_modules() if name.split(".")[-1] == "experts"]
+    with (
+        Mixture(experts[0]) if experts else nullcontext(),
+        FusedAttention() if fused_attention else nullcontext(),
+        Recorder([*tensors_of(module), *tensors_in(inputs)]) as recorder,
+    ):
+        (call or module)(**inputs)
+    return recorder.events
+
+
+def tensors_in(inputs: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, torch.Tensor)]
+
+
+def peak_of(events: list[Event]) -> int:
+    """Bytes of the tensors that there are at once, at the most, each rounded up as allocators do."""
+    sizes: dict[int, int] = {}
+    live = peak = 0
+    for number, size in events:
+        if size is None:
+            live -= sizes[number]
         else:
-            (call or module)(**inputs)
-    return memory.peak
+            sizes[number] = aligned(size)
+            live += sizes[number]
+            peak = max(peak, live)
+    return peak

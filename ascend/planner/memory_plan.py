@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Hashable, Iterable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
@@ -14,21 +15,23 @@ from torch import nn
 from ascend.chips import TORCH_ATTENTION, has_operator
 from ascend.device import get_chip
 from ascend.memory import read_memory
-from ascend.planner.activations import activation_peak
-from ascend.planner.models import Call, Request, calls_of, load_on_meta
-from ascend.planner.plan import FROM_DISK, LENT, RESIDENT, STREAMED, MemoryPlan, Part, choose_plan
+from ascend.planner.activations import record_call, tensors_in
+from ascend.planner.activity import FROM_DISK, LENT, RESIDENT, STREAMED, Part, Run
+from ascend.planner.allocator import Event
+from ascend.planner.calls import Call, Request, calls_of
+from ascend.planner.models import load_on_meta, to_meta
+from ascend.planner.plan import MemoryPlan, choose_plan
 from ascend.planner.speed import measure_speed
 from ascend.streaming import Buffers, find_blocks, lend_module, stream_module
-from ascend.streaming.blocks import bytes_of, tensors_of
+from ascend.streaming.blocks import aligned, bytes_of, tensors_of
+from ascend.streaming.stream import shared_tensors
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 LARGEST_BLOCK = 2**28  # bytes: two of them are little beside activations, and long enough for the link's full rate
-# Of the limit: what the allocator cannot use, as its segments are larger than tensors. SD2.1 streamed on an emulated
-# 310P3 fails with 5 % more than its tensors take at their peak, and runs with 10 %.
-MARGIN = 0.1
 MODES = {"auto": None, "resident": (RESIDENT,), "stream": (STREAMED,), "disk": (FROM_DISK,)}
+HALVES = ("encoder", "decoder")
 OTHER_PHASES = {"text": "encode", "vae": "decode", "image": "encode"}  # of components that are not known, by a part
 
 
@@ -49,7 +52,7 @@ def plan_memory(
         request: what is drawn.
         dtype: in which the models run.
         mode: a key of MODES; all but "auto" say where the denoiser is.
-        limit: bytes of device memory, what is free by default; the plan leaves MARGIN of it to the allocator.
+        limit: bytes of device memory, what is free by default.
         fused_attention: whether attention's scores are never in memory as a whole. By default on devices where
             torch's own attention is fused; 310P wants `enable_fused_kernels`.
 
@@ -60,48 +63,85 @@ def plan_memory(
     models = load_on_meta(source, dtype) if isinstance(source, Path) else modules_of(source)
     if fused_attention is None:
         fused_attention = device.type != "npu" or has_operator(get_chip(device), TORCH_ATTENTION)
-    calls = calls_of(models, request, dtype)
-    order = {"encode": 0, "denoise": 1, "decode": 2}
-    parts = [part_of(name, model, calls.get(name), fused_attention) for name, model in models.items()]
+    bare = {name: to_meta(model) for name, model in models.items()}
+    calls = calls_of(bare, request, dtype)
+    parts = [part_of(name, model, calls.get(name), fused_attention) for name, model in bare.items()]
     memory = read_memory(device)
     if limit is None:
         limit = memory["free"] + memory["reserved"] - memory["allocated"]
-    return choose_plan(
-        sorted(parts, key=lambda part: order[part.phase]),
-        int(limit * (1 - MARGIN)),
-        read_memory(torch.device("cpu"))["free"],
-        steps,
-        measure_speed(device, folder),
-        MODES[mode],
-    )
+    host = read_memory(torch.device("cpu"))["free"]
+    return choose_plan(parts, limit, host, steps, partial(measure_speed, device, folder), MODES[mode])
 
 
 def modules_of(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
     return {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
 
 
-def part_of(name: str, model: nn.Module, call: Call | None, fused_attention: bool) -> Part:
-    """The sizes of one component."""
+def part_of(name: str, model: nn.Module, calls: list[Call] | None, fused_attention: bool) -> Part:
+    """What one component takes.
+
+    Args:
+        model: on the meta device.
+        calls: None if they are not known.
+    """
     blocks = list(find_blocks(model, LARGEST_BLOCK).values())
-    weights, block = bytes_of(model), max(map(bytes_of, blocks), default=0)
-    around = weights - sum(map(bytes_of, blocks))
-    if call is None:
+    shared = shared_tensors(model, blocks)
+    inside = {id(tensor) for block in blocks for tensor in tensors_of(block)} - shared
+    halves = [getattr(model, half) for half in HALVES] if is_halved(model) else []
+    lent = {id(tensor) for half in halves or [model] for tensor in tensors_of(half)}
+    tensors = in_order_of_moving(model)
+    block: dict[Hashable, int] = {}
+    for entry in blocks:
+        for dtype, size in sizes_by_dtype(tensor for tensor in tensors_of(entry) if id(tensor) not in shared).items():
+            block[dtype] = max(block.get(dtype, 0), size)
+    if calls is None:
         phase = next((phase for part, phase in OTHER_PHASES.items() if part in name), "denoise")
-        return Part(name, weights, block, around, phase, None)
-    target = call.target(model)
-    activations = activation_peak(to_meta(target), call.inputs, fused_attention)
-    return Part(name, weights, block, around, call.phase, activations)
+        runs = [run_of(phase, model, None, ())]
+    else:
+        runs = [
+            run_of(
+                call.phase,
+                call.target(model),
+                record_call(call.target(model), call.inputs, fused_attention),
+                tuple(tensor.nbytes for tensor in tensors_in(call.inputs)),
+            )
+            for call in calls
+        ]
+    return Part(
+        name,
+        tuple(tensor.nbytes for tensor in tensors),
+        tuple(tensor.nbytes for tensor in tensors_of(model) if id(tensor) not in inside),
+        tuple(tensor.nbytes for tensor in tensors if id(tensor) not in lent),
+        block,
+        tuple(runs),
+    )
 
 
-def to_meta(model: nn.Module) -> nn.Module:
-    """A copy without values, unless it has none."""
-    if all(parameter.is_meta for parameter in model.parameters()):
-        return model
-    memo: dict[int, Any] = {}
-    for tensor in tensors_of(model):
-        bare = torch.empty_like(tensor, device="meta")
-        memo[id(tensor)] = nn.Parameter(bare, False) if isinstance(tensor, nn.Parameter) else bare
-    return copy.deepcopy(model, memo)
+def run_of(phase: str, target: nn.Module, events: list[Event] | None, inputs: tuple[int, ...]) -> Run:
+    streamed = sum(map(bytes_of, find_blocks(target, LARGEST_BLOCK).values()))
+    return Run(phase, events, inputs, tuple(sizes_by_dtype(tensors_of(target)).values()), streamed)
+
+
+def in_order_of_moving(model: nn.Module) -> list[torch.Tensor]:
+    """Parameters and buffers, each once, as `model.to` takes them: those of its children first."""
+    found: dict[int, torch.Tensor] = {}
+    for child in model.children():
+        found |= {id(tensor): tensor for tensor in in_order_of_moving(child)}
+    own = (*model.parameters(recurse=False), *model.buffers(recurse=False))
+    return list((found | {id(tensor): tensor for tensor in own}).values())
+
+
+def sizes_by_dtype(tensors: Iterable[torch.Tensor]) -> dict[torch.dtype, int]:
+    """Bytes of a buffer for each dtype, as `HostCopy` lays it out."""
+    sizes: dict[torch.dtype, int] = {}
+    for tensor in tensors:
+        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + aligned(tensor.nbytes)
+    return sizes
+
+
+def is_halved(model: nn.Module) -> bool:
+    """A pipeline calls the encoder and the decoder of a VAE, and not the VAE."""
+    return all(hasattr(model, half) for half in HALVES)
 
 
 class Executes(ModelHook):
@@ -140,8 +180,7 @@ def place(model: nn.Module, where: str, device: torch.device, buffers: Buffers) 
         model.to(device)
         add_hook_to_module(model, Executes(device))
         return
-    # A pipeline calls the encoder and the decoder of a VAE, and not the VAE.
-    halves = [getattr(model, half) for half in ("encoder", "decoder") if hasattr(model, "decoder")]
+    halves = [getattr(model, half) for half in HALVES] if is_halved(model) else []
     for part in halves or [model]:
         if where == LENT:
             lend_module(part, device)
@@ -149,7 +188,7 @@ def place(model: nn.Module, where: str, device: torch.device, buffers: Buffers) 
             stream_module(part, device, buffers, LARGEST_BLOCK, is_mapped=where == FROM_DISK)
     if halves:
         for name, child in model.named_children():
-            if name not in ("encoder", "decoder"):
+            if name not in HALVES:
                 child.to(device)
         add_hook_to_module(model, Executes(device))
 

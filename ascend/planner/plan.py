@@ -4,25 +4,16 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 
+from ascend.planner.activity import FROM_DISK, LENT, RESIDENT, STREAMED, Part, activity_of, buffer_of, in_order, total
+from ascend.planner.allocator import required_memory, reserved_by
 from ascend.streaming.buffers import BUFFERS
 
 GIB = 2**30
-RESIDENT, LENT, STREAMED, FROM_DISK = "resident", "while it runs", "streamed", "streamed from disk"
-
-
-class Part(NamedTuple):
-    """A component: bytes of all weights, of its largest block (0: it has none) and of what is around its blocks."""
-
-    name: str
-    weights: int
-    block: int
-    around: int
-    phase: str
-    activations: int | None  # bytes; None: not known
 
 
 class Speed(NamedTuple):
@@ -30,6 +21,9 @@ class Speed(NamedTuple):
 
     link: float
     disk: float
+
+
+STILL = Speed(1.0, 1.0)  # of weights that stay where they are
 
 
 @dataclass(frozen=True)
@@ -49,7 +43,8 @@ class MemoryPlan:
     """Attributes:
     placements: of each component.
     buffers: bytes of the two buffers that streamed blocks share.
-    phases: bytes on the device in each phase, activations included.
+    phases: bytes of tensors on the device in each phase, activations included.
+    required: bytes of device memory with which it runs: tensors, and what the allocator cannot use around them.
     limit: bytes that there are.
     host: bytes of weights that stay in host memory.
     seconds_per_step: that weights are under way in a denoising step, if nothing is hidden behind computation.
@@ -59,6 +54,7 @@ class MemoryPlan:
     placements: tuple[Placement, ...]
     buffers: int
     phases: dict[str, int]
+    required: int
     limit: int
     host: int
     seconds_per_step: float
@@ -85,7 +81,8 @@ class MemoryPlan:
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
         ]
         phases = ", ".join(f"{phase} {gib(size)}" for phase, size in self.phases.items())
-        lines.append(f"peak {gib(self.peak)} of {gib(self.limit)} ({phases}); buffers {gib(self.buffers)}")
+        lines.append(f"peak {gib(self.peak)} ({phases}), buffers of {gib(self.buffers)} included")
+        lines.append(f"runs with {gib(self.required)} of the device, and there are {gib(self.limit)}")
         lines += [
             f"{name}: what its calls take beside weights is not known, and not in the plan" for name in self.unknown
         ]
@@ -105,30 +102,62 @@ def gib(size: float) -> str:
 
 
 def choose_plan(
-    parts: list[Part], limit: int, host: int, steps: int, speed: Speed, allowed: tuple[str, ...] | None = None
+    parts: list[Part],
+    limit: int,
+    host: int,
+    steps: int,
+    measure: Callable[[], Speed],
+    allowed: tuple[str, ...] | None = None,
 ) -> MemoryPlan:
     """The placement whose weights are under way for the shortest time, of those that fit.
 
     Args:
-        parts: in the order in which they run.
+        parts: in the order in which they go to the device.
         limit: bytes of device memory for all of it.
         host: bytes of host memory for weights that are not on the device.
         steps: denoising steps of a picture.
+        measure: says how fast weights travel; called if some have to.
         allowed: the ways in which a denoiser may be placed; all by default. Others may always leave the device.
 
     Raises:
         PlanError: none fits.
     """
-    plans = [make_plan(parts, choice, limit, steps, speed) for choice in _choices(parts, allowed)]
-    fitting = [plan for plan in plans if plan.peak <= limit and plan.host <= host]
-    if not fitting:
-        smallest = min(plans, key=lambda plan: (plan.peak > limit, max(0, plan.host - host), plan.peak))
-        raise PlanError(
-            f"no placement fits: the smallest takes {gib(smallest.peak)} of the device's {gib(limit)} "
-            f"({', '.join(f'{p.name} {p.where}' for p in smallest.placements)}) and {gib(smallest.host)} of the "
-            f"host's {gib(host)}; take a smaller --height and --width, fewer --num_images, or a chip with more memory"
-        )
-    return min(fitting, key=lambda plan: (sum(p.seconds for p in plan.placements), plan.peak))
+    everywhere = (RESIDENT,) * len(parts)
+    choices = list(_choices(parts, allowed))
+    if everywhere in choices:
+        plan = _fitted(parts, everywhere, make_plan(parts, everywhere, limit, steps, STILL, allowed), host)
+        if plan:
+            return plan
+        choices.remove(everywhere)
+    speed = measure()
+    plans = [(make_plan(parts, choice, limit, steps, speed, allowed), choice) for choice in choices]
+    plans.sort(key=lambda entry: (sum(p.seconds for p in entry[0].placements), entry[0].peak))
+    for plan, choice in plans:
+        fitted = _fitted(parts, choice, plan, host)
+        if fitted:
+            return fitted
+    plan, choice = min(plans, key=lambda entry: (entry[0].peak > limit, max(0, entry[0].host - host), entry[0].peak))
+    raise PlanError(
+        f"no placement fits: the smallest takes {gib(_required(parts, choice, plan))} of the device's {gib(limit)} "
+        f"({', '.join(f'{p.name} {p.where}' for p in plan.placements)}) and {gib(plan.host)} of the "
+        f"host's {gib(host)}; take a smaller --height and --width, fewer --num_images, or a chip with more memory"
+    )
+
+
+def _fitted(parts: list[Part], choice: tuple[str, ...], plan: MemoryPlan, host: int) -> MemoryPlan | None:
+    """The plan with what it requires, if there is so much."""
+    if plan.peak > plan.limit or plan.host > host:
+        return None  # without the allocator's help
+    reserved = reserved_by(activity_of(parts, choice), plan.limit)
+    return replace(plan, required=_required(parts, choice, plan, reserved)) if reserved is not None else None
+
+
+def _required(parts: list[Part], choice: tuple[str, ...], plan: MemoryPlan, enough: int | None = None) -> int:
+    activity = activity_of(parts, choice)
+    if enough is None:
+        enough = reserved_by(activity, sys.maxsize)
+        assert enough is not None  # of a device without a limit
+    return required_memory(activity, plan.peak, enough)
 
 
 def _choices(parts: list[Part], allowed: tuple[str, ...] | None) -> Iterator[tuple[str, ...]]:
@@ -137,36 +166,45 @@ def _choices(parts: list[Part], allowed: tuple[str, ...] | None) -> Iterator[tup
         pairs = list(zip(parts, choice, strict=True))
         if any(where in (STREAMED, FROM_DISK) and not part.block for part, where in pairs):
             continue
-        if any(part.phase == "denoise" and where == LENT for part, where in pairs):
+        if any(part.denoises and where == LENT for part, where in pairs):
             continue  # streaming is never worse
-        if allowed and any(part.phase == "denoise" and where not in allowed for part, where in pairs):
+        if allowed and any(part.denoises and where not in allowed for part, where in pairs):
             continue
         yield choice
 
 
-def make_plan(parts: list[Part], choice: tuple[str, ...], limit: int, steps: int, speed: Speed) -> MemoryPlan:
-    """What a placement of `parts` takes."""
-    streamed = [part for part, where in zip(parts, choice, strict=True) if where in (STREAMED, FROM_DISK)]
-    buffers = BUFFERS * max((part.block for part in streamed), default=0)
-    placements, phases = [], dict.fromkeys((part.phase for part in parts), buffers)
-    for part, where in zip(parts, choice, strict=True):
-        always = {RESIDENT: part.weights, LENT: 0}.get(where, part.around)
-        for phase in phases:
-            phases[phase] += always
-        runs = always + (part.weights if where == LENT else 0)
+def make_plan(
+    parts: list[Part],
+    choice: tuple[str, ...],
+    limit: int,
+    steps: int,
+    speed: Speed,
+    allowed: tuple[str, ...] | None = None,
+) -> MemoryPlan:
+    """What a placement of `parts` takes; what it requires is left open."""
+    pairs = list(zip(parts, choice, strict=True))
+    buffers = BUFFERS * total(buffer_of(pairs).values())
+    placements = []
+    for part, where in pairs:
+        lent = max(total(run.loan) for run in part.runs) if where == LENT else 0
+        why = _why(part, where, bool(allowed) and part.denoises)
         seconds = seconds_under_way(part, where, steps, speed)
-        placements.append(Placement(part.name, where, part.weights, runs, seconds, _why(part, where)))
-    for phase in phases:
-        here = [(part, where) for part, where in zip(parts, choice, strict=True) if part.phase == phase]
-        phases[phase] += max((part.weights if where == LENT else 0) + (part.activations or 0) for part, where in here)
+        on_device = total(part.stays(where)) + lent
+        placements.append(Placement(part.name, where, total(part.weights), on_device, seconds, why))
+    always = buffers + sum(total(part.stays(where)) for part, where in pairs)
+    phases: dict[str, int] = {}
+    for phase, runs in in_order(pairs):
+        always += sum(total(run.inputs) for _, _, run in runs)
+        phases[phase] = always + max((total(run.loan) if where == LENT else 0) + run.peak for _, where, run in runs)
     return MemoryPlan(
         tuple(placements),
         buffers,
         phases,
+        0,
         limit,
         sum(p.weights for p in placements if p.where in (LENT, STREAMED)),
-        sum(p.seconds / steps for p, part in zip(placements, parts, strict=True) if part.phase == "denoise"),
-        tuple(part.name for part in parts if part.activations is None),
+        sum(p.seconds / steps for p, part in zip(placements, parts, strict=True) if part.denoises),
+        tuple(part.name for part in parts if any(run.events is None for run in part.runs)),
     )
 
 
@@ -174,16 +212,20 @@ def seconds_under_way(part: Part, where: str, steps: int, speed: Speed) -> float
     """Of the weights of one picture on their way to the device."""
     if where == RESIDENT:
         return 0.0
-    times = steps if part.phase == "denoise" else 1
-    moved = part.weights if where == LENT else part.weights - part.around
     bandwidth = min(speed.link, speed.disk) if where == FROM_DISK else speed.link
-    return times * moved / bandwidth
+    moved = 0
+    for run in part.runs:
+        times = steps if run.phase == "denoise" else 1
+        moved += times * (total(run.loan) if where == LENT else run.streamed)
+    return moved / bandwidth
 
 
-def _why(part: Part, where: str) -> str:
+def _why(part: Part, where: str, asked: bool) -> str:
     if where == RESIDENT:
-        return "fits"
+        return "as asked" if asked else "fits"
     if where == LENT:
         return "runs once a picture, and others need the room"
-    blocks = f"does not fit beside the others: blocks of up to {gib(part.block)}"
-    return blocks if where == STREAMED else f"{blocks}, and host memory does not hold it"
+    blocks = f"blocks of up to {gib(total(part.block.values()))}"
+    if asked:
+        return f"as asked: {blocks}"
+    return f"does not fit beside the others{', nor in host memory' if where == FROM_DISK else ''}: {blocks}"

@@ -4,13 +4,13 @@ import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from ascend.sizes import byte_size
 from processors.kernels.select import check_kernels, kernel_names
 from processors.merging.processor import check_ratio
 from runners.cache_options import DEFAULT_INTERVAL, cache_interval, cache_options, cache_schedule
 from runners.cli import (
     ArgumentParser,
     UserError,
-    byte_size,
     file_path,
     finite_float,
     image_size,

@@ -108,7 +108,7 @@ def plan(
         raise UserError(
             "--memory disk wants a folder in diffusers' layout: a checkpoint in one file has other weights"
         )
-    request = Request(args.height, args.width, args.num_images, args.guidance_scale > 1)
+    request = Request(args.height, args.width, args.num_images, args.guidance_scale > 1, bool(args.image))
     fused = True if args.FA else None
     try:
         found = plan_memory(

@@ -169,6 +169,14 @@ def test_sums_of_integers(dtype: torch.dtype) -> None:
     assert_close(x.to("npu").cumsum(0), x.cumsum(0))
 
 
+@pytest.mark.parametrize("dtype", INTEGERS, ids=str)
+def test_counts(dtype: torch.dtype) -> None:
+    x, weights = numbers((40,), dtype).abs(), numbers((40,), torch.float32)
+    assert_close(x.to("npu").bincount(), x.bincount())
+    assert_close(x.to("npu").bincount(minlength=20), x.bincount(minlength=20))
+    assert_close(x.to("npu").bincount(weights.to("npu")), x.bincount(weights))
+
+
 @pytest.mark.parametrize("name", INDICES)
 def test_indices(name: str) -> None:
     x = numbers((3, 4, 6), torch.float32)

@@ -16,11 +16,11 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
+from ascend.sizes import byte_size
 from runners import fonts
 from runners.cli import (
     Terminated,
     UserError,
-    byte_size,
     file_path,
     one_line_errors,
     read_prompts,

@@ -77,6 +77,8 @@ ACLNN(Sort, (Tensor self, bool stable, int64_t dim, bool descending, OutTensor v
 ACLNN(Topk, (Tensor self, int64_t k, int64_t dim, bool largest, bool sorted, OutTensor values, OutTensor indices) {
     put_pair(values, indices, at::topk(self, k, dim, largest, sorted));
 })
+FUNCTION(Bincount, (Tensor self, Tensor weights, int64_t minlength),
+         at::bincount(self, weights.defined() ? std::optional(weights) : std::nullopt, minlength))
 FUNCTION(SearchSorted, (Tensor sequence, Tensor self, bool int32, bool right, Tensor sorter),
          at::searchsorted(sequence, self, int32, right, std::nullopt, sorter.defined() ? std::optional(sorter) : std::nullopt))
 FUNCTION(SearchSorteds, (Tensor sequence, Scalar self, bool int32, bool right, Tensor sorter),

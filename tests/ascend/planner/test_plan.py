@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,28 +14,49 @@ from diffusers import StableDiffusionPipeline
 from torch import nn
 
 from ascend.planner import MODES, PlanError, Request, apply_plan, plan_memory
-from ascend.planner.activations import activation_peak
-from ascend.planner.plan import FROM_DISK, LENT, RESIDENT, STREAMED, Part, Speed, choose_plan
+from ascend.planner.__main__ import main
+from ascend.planner.activations import peak_of, record_call
+from ascend.planner.activity import FROM_DISK, LENT, RESIDENT, STREAMED, Part, Run
+from ascend.planner.allocator import MIB, Event
+from ascend.planner.plan import Speed, choose_plan
 from ascend.streaming.blocks import bytes_of
+from processors import quantize_weights
 from tests.programs import ROOT, environment
 
 CPU = torch.device("cpu")
-TEXT = Part("text_encoder", 600, 30, 100, "encode", 10)
-UNET = Part("unet", 1600, 50, 20, "denoise", 200)
-VAE = Part("vae", 160, 40, 10, "decode", 400)
+UNIT = 20 * MIB
+SPEED = Speed(link=1000.0 * UNIT, disk=100.0 * UNIT)
+
+
+def sized(units: int) -> int:
+    """Bytes of a tensor whose segment of the allocator is so large."""
+    return units * UNIT - 512
+
+
+def part(name: str, weights: int, block: int, around: int, phase: str, activations: int) -> Part:
+    events = [Event(0, sized(activations)), Event(0, None)]
+    run = Run(phase, events, (), (sized(weights),), sized(weights - around))
+    inside = (sized(weights - around),)
+    return Part(name, (*inside, sized(around)), (sized(around),), (), {torch.float16: sized(block)}, (run,))
+
+
+TEXT = part("text_encoder", 600, 30, 100, "encode", 10)
+UNET = part("unet", 1600, 50, 20, "denoise", 200)
+VAE = part("vae", 160, 40, 10, "decode", 400)
 PARTS = [TEXT, UNET, VAE]
-SPEED = Speed(link=1000.0, disk=100.0)
 
 
 def chosen(limit: int, host: int = 10_000, mode: str = "auto") -> list[str]:
-    plan = choose_plan(PARTS, limit, host, 50, SPEED, MODES[mode])
-    assert plan.peak <= limit and plan.host <= host
+    plan = choose_plan(PARTS, limit * UNIT, host * UNIT, 50, lambda: SPEED, MODES[mode])
+    assert plan.peak <= plan.required <= limit * UNIT and plan.host <= host * UNIT
     return [placement.where for placement in plan.placements]
 
 
 def test_everything_stays_where_it_fits_and_as_little_as_needed_moves_where_not() -> None:
     assert chosen(2760) == [RESIDENT, RESIDENT, RESIDENT]  # 2360 of weights and the decoder's 400
-    assert chosen(2759)[:2] == [RESIDENT, RESIDENT]  # the decoder's 160 bytes, once a picture, are the least
+    # The decoder's blocks are less, but their buffers would cut up the segment that the UNet's activations leave.
+    assert chosen(2759) == [STREAMED, RESIDENT, RESIDENT]
+    assert chosen(2700, mode="stream")[1] == STREAMED
     text, unet, vae = chosen(2400)
     assert unet == RESIDENT and {text, vae} != {RESIDENT}
     assert chosen(1000)[1] == STREAMED
@@ -46,14 +68,29 @@ def test_a_mode_says_where_the_denoiser_is() -> None:
 
 
 def test_a_plan_counts_what_is_there_at_the_same_time() -> None:
-    plan = choose_plan(PARTS, 1000, 10_000, 50, SPEED, (STREAMED,))
-    assert plan.buffers == 2 * 50
+    plan = choose_plan(PARTS, 1000 * UNIT, 10_000 * UNIT, 50, lambda: SPEED, (STREAMED,))
+    assert plan.buffers == 2 * sized(50)
     assert plan.seconds_per_step == pytest.approx(1580 / 1000)
     text = {RESIDENT: 600, LENT: 600, STREAMED: 100}[plan.where("text_encoder")]
     vae_at_rest = {RESIDENT: 160, LENT: 0, STREAMED: 10}[plan.where("vae")]
-    assert plan.phases["encode"] == 100 + 20 + text + vae_at_rest + 10
+    assert plan.phases["encode"] == pytest.approx((100 + 20 + text + vae_at_rest + 10) * UNIT, rel=1e-4)
+    assert plan.placements[1].why.startswith("as asked")
     table = plan.table()
     assert "unet" in table and "streamed" in table and "1.58 s a step" in table
+
+
+def test_speed_is_measured_where_a_choice_depends_on_it() -> None:
+    asked = []
+
+    def measure() -> Speed:
+        asked.append(True)
+        return SPEED
+
+    for mode in ("auto", "resident"):
+        assert choose_plan(PARTS, 3000 * UNIT, 10_000 * UNIT, 50, measure, MODES[mode]).is_resident
+    assert not asked
+    choose_plan(PARTS, 1000 * UNIT, 10_000 * UNIT, 50, measure)
+    assert asked
 
 
 def test_what_cannot_be_says_what_is_missing() -> None:
@@ -72,14 +109,14 @@ def test_the_peak_of_a_call_is_that_of_its_tensors() -> None:
             return z.sum(0) + 1
 
     x = torch.empty(1024, 256, device="meta")
-    assert activation_peak(Net(), {"x": x}, fused_attention=True) == 3 * 2**20
+    assert peak_of(record_call(Net(), {"x": x}, fused_attention=True)) == 3 * 2**20
     query = {"query": torch.empty(1, 1, 512, 64, device="meta")}
 
     def attend(query: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.scaled_dot_product_attention(query, query, query)
 
-    fused = activation_peak(nn.Identity(), query, fused_attention=True, call=attend)
-    assert fused == 512 * 64 * 4 and activation_peak(nn.Identity(), query, False, attend) > 512 * 512 * 4
+    fused, plain = (peak_of(record_call(nn.Identity(), query, fused, attend)) for fused in (True, False))
+    assert fused == 512 * 64 * 4 and plain > 512 * 512 * 4
 
 
 def test_a_folder_and_a_pipeline_give_the_same_plan(tiny_sd: StableDiffusionPipeline, tiny_sd_dir: Path) -> None:
@@ -111,7 +148,7 @@ def test_a_pipeline_runs_as_planned_and_comes_back(
     assert torch.equal(draw(), expected)
 
 
-def test_the_program_prints_a_plan_or_one_line(tiny_sd_dir: Path, tmp_path: Path) -> None:
+def test_the_program_prints_a_plan_or_one_line(tiny_sd_dir: Path) -> None:
     def run(*arguments: object) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "ascend.planner", *arguments]
         return subprocess.run(
@@ -120,11 +157,43 @@ def test_the_program_prints_a_plan_or_one_line(tiny_sd_dir: Path, tmp_path: Path
 
     plan = json.loads(run(tiny_sd_dir, "--device", "cpu", "--memory", "stream", "--json").stdout)
     assert plan["placements"][1]["where"] == STREAMED and plan["peak"] == max(plan["phases"].values())
+    refused = run(tiny_sd_dir, "--device", "npu")
+    *_, line = refused.stderr.splitlines()
+    assert refused.returncode == 2 and line.startswith("error: device 'npu' is not there")
+
+
+def test_what_is_refused_is_one_line(tiny_sd_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, message in (
         ([tmp_path], "model_index.json"),
-        ([tiny_sd_dir, "--device", "cpu", "--memory_limit", "1KiB"], "no placement fits"),
-        ([tiny_sd_dir, "--device", "npu"], "device 'npu' is not there"),
+        ([tiny_sd_dir, "--memory_limit", "1KiB"], "no placement fits"),  # less than a block
+        ([tiny_sd_dir, "--memory_limit", "much"], "must be a size as 8GiB, not 'much'"),
     ):
-        refused = run(*arguments)
-        assert refused.returncode == 2 and refused.stderr.splitlines()[-1].startswith("error: ")
-        assert message in refused.stderr
+        with pytest.raises(SystemExit) as exit:
+            main([str(argument) for argument in (*arguments, "--device", "cpu")])
+        *_, line = capsys.readouterr().err.splitlines()
+        assert exit.value.code == 2 and line.startswith("error: ") and message in line
+
+
+@pytest.mark.parametrize("file", ["model_index.json", "unet/config.json"])
+def test_a_broken_configuration_is_one_line(
+    tiny_sd_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str
+) -> None:
+    folder = shutil.copytree(tiny_sd_dir, tmp_path / "model")
+    (folder / file).write_text("{")
+    with pytest.raises(SystemExit):
+        main([str(folder), "--device", "cpu"])
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and str(folder / file) in line
+
+
+def test_weights_of_8_bits_are_counted_as_such(tiny_sd: StableDiffusionPipeline) -> None:
+    def weights() -> dict[str, int]:
+        plan = plan_memory(tiny_sd, CPU, Request(64, 64), torch.float32, limit=2**30)
+        assert not plan.unknown and plan.peak > sum(p.weights for p in plan.placements)
+        return {p.name: p.weights for p in plan.placements}
+
+    plain = weights()
+    quantize_weights(tiny_sd.unet)
+    small = weights()
+    assert small["unet"] == bytes_of(tiny_sd.unet) < plain["unet"]
+    assert tiny_sd.unet.device == CPU  # the dry run is of a copy

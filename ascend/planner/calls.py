@@ -1,0 +1,151 @@
+"""How a picture calls the models of its pipeline: shapes and dtypes, without values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+HIDREAM = "HiDreamImageTransformer2DModel"
+CLIP_TOKENS, HIDREAM_TOKENS = 77, 128  # to which pipelines pad prompts; the latter is max_sequence_length's default
+
+
+class Request(NamedTuple):
+    """What is drawn: pixels, pictures at a time, whether guidance doubles them, whether it begins with an image."""
+
+    height: int
+    width: int
+    batch: int = 1
+    guidance: bool = True
+    image: bool = False
+
+    @property
+    def rows(self) -> int:
+        """Of a denoiser's batch."""
+        return self.batch * (2 if self.guidance else 1)
+
+
+class Call(NamedTuple):
+    """One way in which a component runs: in each step or once a picture, with these arguments."""
+
+    phase: str  # "encode", "denoise" or "decode"
+    inputs: dict[str, Any]
+    target: Callable[[nn.Module], nn.Module] = lambda module: module
+
+
+def calls_of(models: dict[str, nn.Module], request: Request, dtype: torch.dtype) -> dict[str, list[Call]]:
+    """How each component runs in a picture. Those of classes that are not known here are left out.
+
+    Args:
+        models: on the meta device.
+    """
+    calls = {}
+    for name, model in models.items():
+        make = CALLS.get(type(model).__name__)
+        if make is not None:
+            calls[name] = make(model, models, request, dtype)
+    return calls
+
+
+def _meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _latents(models: dict[str, nn.Module], request: Request) -> tuple[int, int]:
+    vae: Any = models["vae"]
+    scale = 2 ** (len(vae.config.block_out_channels) - 1)
+    return request.height // scale, request.width // scale
+
+
+def _tokens(models: dict[str, nn.Module]) -> int:
+    is_hidream = any(type(model).__name__ == HIDREAM for model in models.values())
+    return HIDREAM_TOKENS if is_hidream else CLIP_TOKENS
+
+
+def _text(model: Any, models: dict[str, nn.Module], request: Request, dtype: torch.dtype) -> list[Call]:
+    length = min(getattr(model.config, "max_position_embeddings", CLIP_TOKENS), _tokens(models))
+    return [Call("encode", {"input_ids": _meta(1, length, dtype=torch.int64), "output_hidden_states": True})]
+
+
+def _t5(model: Any, models: dict[str, nn.Module], request: Request, dtype: torch.dtype) -> list[Call]:
+    ids = _meta(1, HIDREAM_TOKENS, dtype=torch.int64)
+    return [Call("encode", {"input_ids": ids})]  # of a mask, which is little, transformers looks at the values
+
+
+def _llama(model: Any, models: dict[str, nn.Module], request: Request, dtype: torch.dtype) -> list[Call]:
+    ids = _meta(1, HIDREAM_TOKENS, dtype=torch.int64)
+    # HiDream's pipeline asks for both.
+    return [Call("encode", {"input_ids": ids, "output_hidden_states": True, "output_attentions": True})]
+
+
+def _conditions(model: Any, models: dict[str, nn.Module], request: Request, dtype: torch.dtype) -> dict[str, Any]:
+    """What the UNet and ControlNets are called with in each step."""
+    width = model.config.cross_attention_dim
+    inputs: dict[str, Any] = {
+        "sample": _meta(request.rows, model.config.in_channels, *_latents(models, request), dtype=dtype),
+        "timestep": _meta(dtype=torch.int64),
+        "encoder_hidden_states": _meta(
+            request.rows, CLIP_TOKENS, width if isinstance(width, int) else width[0], dtype=dtype
+        ),
+    }
+    if model.config.addition_embed_type == "text_time":
+        text = model.config.projection_class_embeddings_input_dim - 6 * model.config.addition_time_embed_dim
+        inputs["added_cond_kwargs"] = {
+            "text_embeds": _meta(request.rows, text, dtype=dtype),
+            "time_ids": _meta(request.rows, 6, dtype=dtype),
+        }
+    return inputs
+
+
+def _controlnet(model: Any, models: dict[str, nn.Module], request: Request, dtype: torch.dtype) -> list[Call]:
+    picture = _meta(request.rows, model.config.conditioning_channels, request.height, request.width, dtype=dtype)
+    return [Call("denoise", _conditions(model, models, request, dtype) | {"controlnet_cond": picture})]
+
+
+def _unet(model: Any, models: dict[str, nn.Module], request: Request, dtype: torch.dtype) -> list[Call]:
+    inputs = _conditions(model, models, request, dtype)
+    for other in models.values():
+        if type(other).__name__ == "ControlNetModel":
+            (call,) = _controlnet(other, models, request, dtype)
+            down, middle = other(**call.inputs, return_dict=False)
+            inputs |= {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
+    return [Call("denoise", inputs)]
+
+
+def _hidream(model: Any, models: dict[str, nn.Module], request: Request, dtype: torch.dtype) -> list[Call]:
+    rows, config = request.rows, model.config
+    t5, llama = config.caption_channels
+    layers = max(config.llama_layers) + 1
+    inputs = {
+        "hidden_states": _meta(rows, config.in_channels, *_latents(models, request), dtype=dtype),
+        "timesteps": _meta(rows, dtype=torch.int64),
+        "encoder_hidden_states_t5": _meta(rows, HIDREAM_TOKENS, t5, dtype=dtype),
+        "encoder_hidden_states_llama3": _meta(layers, rows, HIDREAM_TOKENS, llama, dtype=dtype),
+        "pooled_embeds": _meta(rows, config.text_emb_dim, dtype=dtype),
+        "return_dict": False,
+    }
+    return [Call("denoise", inputs)]
+
+
+def _vae(model: Any, models: dict[str, nn.Module], request: Request, dtype: torch.dtype) -> list[Call]:
+    latents = _meta(request.batch, model.config.latent_channels, *_latents(models, request), dtype=dtype)
+    calls = [Call("decode", {"sample": latents}, attrgetter("decoder"))]
+    if request.image:
+        picture = _meta(request.batch, model.config.in_channels, request.height, request.width, dtype=dtype)
+        calls.insert(0, Call("encode", {"sample": picture}, attrgetter("encoder")))
+    return calls
+
+
+CALLS: dict[str, Callable[[Any, dict[str, nn.Module], Request, torch.dtype], list[Call]]] = {
+    "AutoencoderKL": _vae,
+    "CLIPTextModel": _text,
+    "CLIPTextModelWithProjection": _text,
+    "ControlNetModel": _controlnet,
+    HIDREAM: _hidream,
+    "LlamaForCausalLM": _llama,
+    "T5EncoderModel": _t5,
+    "UNet2DConditionModel": _unet,
+}
