@@ -4,10 +4,10 @@
     python scripts/benchmarks/memory_plans.py --device cpu --model hidream --pixels 256
 
 Of SD2.1-base at its true size a picture, of HiDream's transformer at a quarter of its width some steps. Weights are
-random: a folder of 2.6 or 0.6 GB is written to a temporary place first. Each row is one mode of --memory: what the plan
-says the device will hold at its peak, what its allocator counted, whether the result is the one of a resident model, and
-the memory with which the plan says it runs. With --limits each is computed twice more, with 3 % more than that and with
-10 % less: the former has to run, the latter to fail.
+random: a folder of 2.6 or 0.6 GB is written to a temporary place first. Each row is one mode of --memory: what the
+plan says the device will hold at its peak, what its allocator counted, whether the result is the one of a resident
+model, and the memory with which the plan says it runs. With --limits each is computed twice more, with 3 % more than
+that and with 10 % less: the former has to run, the latter to fail.
 """
 
 from __future__ import annotations
