@@ -21,6 +21,7 @@ from runners.images import save_png
 from runners.model_dir import require_patched_diffusers
 from runners.report import Report, versions
 from runners.stable_diffusion.batch_rows import Picture, is_complete
+from runners.stable_diffusion.encoded_prompts import EncodedPrompts
 from runners.stable_diffusion.pictures import call_pipeline
 from runners.stable_diffusion.pipeline import (
     accelerate,
@@ -65,6 +66,7 @@ class Painter:
         scheduler = check_before_loading(self.args, model, self.manager.device, report)
         self.pipe = make_pipeline(self.args, model, scheduler, self.manager, dtype, report)
         self.pipe.set_progress_bar_config(disable=True)
+        self.encoded = EncodedPrompts(self.pipe)
         self.about = {
             "flags": accelerate(self.pipe, self.args, report),
             "device": {**get_device_info(self.manager.device), "dtype": str(dtype)},
@@ -104,7 +106,7 @@ class Painter:
         report = Report()
         check_prompts(args, [picture.prompt, picture.negative_prompt])
         warn_of_long_prompts(self.pipe, args, [picture.prompt, picture.negative_prompt], report)
-        call = call_pipeline(self.pipe, args, self.manager, 0, args.cache)
+        call = call_pipeline(self.pipe, args, self.manager, 0, args.cache, self.encoded)
         for warning in call.warnings:
             report.warn(warning)
 

@@ -15,6 +15,7 @@ from PIL import Image
 from ascend.device import DeviceManager
 from runners.messages import shown
 from runners.overflow import clear_overflow_flag, overflow_warning
+from runners.stable_diffusion.encoded_prompts import EncodedPrompts
 from runners.stable_diffusion.inputs import call_arguments, keep_the_rest
 from runners.stable_diffusion.prompts import text_arguments
 
@@ -96,7 +97,12 @@ def warm_up(
 
 
 def call_pipeline(
-    pipe: StableDiffusionPipeline, args: argparse.Namespace, manager: DeviceManager, number: int, cache: dict[str, Any]
+    pipe: StableDiffusionPipeline,
+    args: argparse.Namespace,
+    manager: DeviceManager,
+    number: int,
+    cache: dict[str, Any],
+    encoded: EncodedPrompts | None = None,
 ) -> Call:
     """The pictures of prompt `number`. Each has its own generator, on the CPU: any one can be drawn again alone."""
     loop_end = 0.0
@@ -114,7 +120,7 @@ def call_pipeline(
     manager.synchronize()
     start = time.perf_counter()
     drawn = pipe(
-        **text_arguments(pipe, args, args.prompts[number]),
+        **text_arguments(pipe, args, args.prompts[number], encoded),
         num_inference_steps=args.steps,
         **call_arguments(args),
         guidance_scale=args.guidance_scale,

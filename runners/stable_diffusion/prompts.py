@@ -16,6 +16,8 @@ from runners.weight_files import first_line
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
+    from runners.stable_diffusion.encoded_prompts import EncodedPrompts
+
 
 def check_prompts(args: argparse.Namespace, prompts: Iterable[str]) -> None:
     """Parse what --prompt_weights has to read, before anything is loaded.
@@ -53,10 +55,17 @@ def check_prompts(args: argparse.Namespace, prompts: Iterable[str]) -> None:
             raise UserError(f"--prompt_weights: '{prompt}' names an adapter: give it by --lora")
 
 
-def text_arguments(pipe: StableDiffusionPipeline, args: argparse.Namespace, prompt: str) -> dict[str, Any]:
-    """What a call of the pipeline takes of `prompt` and of the negative prompt."""
+def text_arguments(
+    pipe: StableDiffusionPipeline, args: argparse.Namespace, prompt: str, encoded: EncodedPrompts | None = None
+) -> dict[str, Any]:
+    """What a call of the pipeline takes of `prompt` and of the negative prompt, by way of `encoded` if given."""
     if not args.prompt_weights:
-        return {"prompt": prompt, "negative_prompt": args.negative_prompt}
+        if encoded is None:
+            return {"prompt": prompt, "negative_prompt": args.negative_prompt}
+        embeds = {"prompt_embeds": encoded.encode(prompt)}
+        if args.guidance_scale > 1:
+            embeds["negative_prompt_embeds"] = encoded.encode(args.negative_prompt)
+        return embeds
     from compel import CompelForSD
 
     with torch.no_grad():

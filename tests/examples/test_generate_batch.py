@@ -201,6 +201,15 @@ def test_a_worker_draws_what_run_sd_draws(parse: Callable, painter: Any, run_sd:
     assert (painter.folder / "x.png").stat().st_mtime_ns == before, "drawn twice"
 
 
+def test_a_worker_encodes_a_prompt_once(parse: Callable, painter: Any) -> None:
+    encoded: list[int] = []
+    painter.pipe.text_encoder.register_forward_hook(lambda *_: encoded.append(1))
+    for number, prompt in enumerate(("a red circle", "a blue square", "a red circle")):
+        _, row = row_of(parse, prompt=prompt, id=str(number), seed=number)
+        assert painter(row)["error"] == ""
+    assert len(encoded) == 3  # of two prompts and the negative one
+
+
 def test_weights_exchanged_while_a_run_goes_on_are_refused(parse: Callable, tiny_sd_dir: Path, tmp_path: Path) -> None:
     model = shutil.copytree(tiny_sd_dir, tmp_path / "model")
     args = parse("--model_path", model)
