@@ -8,8 +8,9 @@ import torch
 
 from ascend.device import default_device
 from processors.models.components import components_of
-from processors.presets.switches import APPLY, Target, Undo, Unsupported
+from processors.presets.switches import APPLY
 from processors.presets.table import DEFAULT, PRESETS, SWITCHES, VARIABLE, Outcome, Report, check_preset
+from processors.presets.target import Target, Undo, Unsupported
 
 # What takes back a target's preset, in the order in which it was applied; none of it holds the target.
 _undo: WeakKeyDictionary[Target, list[Undo]] = WeakKeyDictionary()
@@ -37,7 +38,7 @@ def enable(target: Target, preset: str | None = None, device: torch.device | Non
         RuntimeError: a switch failed, or an earlier preset cannot be taken back. What this call has done is undone.
     """
     if preset is None:
-        preset = check_preset(os.environ.get(VARIABLE, DEFAULT), VARIABLE)
+        preset = check_preset(os.environ.get(VARIABLE) or DEFAULT, VARIABLE)
     asked = PRESETS[check_preset(preset)]
     components_of(target)  # raises TypeError
     disable(target)
@@ -56,7 +57,7 @@ def enable(target: Target, preset: str | None = None, device: torch.device | Non
             report[name] = Outcome("applied", shown)
             if take_back is not None:
                 undo.append(take_back)
-                on_error.callback(take_back, target)
+                on_error.callback(take_back)
         on_error.pop_all()
     _undo[target] = undo
     return report
@@ -65,12 +66,15 @@ def enable(target: Target, preset: str | None = None, device: torch.device | Non
 def disable(target: Target) -> None:
     """Take back what `enable` did to `target`, to the bit; does nothing where it did nothing.
 
+    Of weights that were changed in between the change stays. Call it before the pipeline goes, if its models stay in
+    use, and before `save_pretrained` of integer weights.
+
     Raises:
-        RuntimeError: something that was put on top since has to go first, as `share_guidance`; nothing has changed.
+        RuntimeError: something that was put on top since has to go first, as `share_guidance`; call it again then.
     """
     undo = _undo.get(target, [])
     while undo:
-        undo[-1](target)
+        undo[-1]()
         undo.pop()
     _undo.pop(target, None)
 

@@ -1,27 +1,42 @@
 """Each switch of the presets: whether a target can have it, doing it, what shows it, and its inverse.
 
 A function takes the target and the device on which it computes, and returns what shows that the switch is on, and what
-takes it back: None where it was on before, as then it is not the preset's to take. What takes it back may not hold the
-target, which would live for ever.
+takes it back: None where it was on before, as then it is not the preset's to take. What takes it back acts on the very
+models that were changed, as a pipeline may have others by then; it does not keep them alive.
 """
 
-from collections.abc import Callable, Iterator
+import inspect
+import weakref
+from collections.abc import Callable
 from operator import methodcaller
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
+from accelerate.hooks import remove_hook_from_module
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import nn
 
-from ascend.device import best_dtype
-from ascend.graphs.compile import compile_module, compile_pipeline, decompile_module, decompile_pipeline, is_compiled
-from ascend.pipelines import PIPELINES
-from ascend.planner import PlanError, Request, apply_plan, plan_memory
-from ascend.streaming import stop_streaming, stream_module
+from ascend.graphs.compile import compile_module, compile_pipeline, decompile_module, is_compiled
+from ascend.pipelines import PIPELINES, models_at, parts_of
+from ascend.planner import MemoryPlan, PlanError, Request, apply_plan, plan_memory
+from ascend.planner.memory_plan import Executes
+from ascend.planner.plan import FROM_DISK
+from ascend.streaming import Buffers, stop_streaming, stream_module
 from processors.models.components import components_of
-from processors.models.linear_layers import LinearLayers
 from processors.presets.table import CACHE_INTERVAL, MERGE_RATIO
-from processors.quantization import dequantize_weights, quantize_weights
+from processors.presets.target import (
+    ON_BEFORE,
+    Done,
+    Target,
+    Undo,
+    Unsupported,
+    find_model,
+    require_at_rest,
+    require_inference,
+    trains,
+    words_of,
+)
+from processors.presets.weights import lay_channels_last, lower_precision, quantize
 from processors.switches import (
     disable_fused_kernels,
     disable_token_merging,
@@ -31,18 +46,23 @@ from processors.switches import (
     uses_fused_kernels,
 )
 
-Target: TypeAlias = DiffusionPipeline | nn.Module
-Undo = Callable[[Any], None]
-Done = tuple[str, Undo | None]
-ON_BEFORE = "on before"
 CHECKPOINTING = (
     ("enable_gradient_checkpointing", "disable_gradient_checkpointing"),  # of diffusers' models
     ("gradient_checkpointing_enable", "gradient_checkpointing_disable"),  # of transformers'
 )
 
 
-class Unsupported(Exception):
-    """The target, or the device, cannot have a switch; the message says why."""
+def undo_by(function: Callable[[Any], Any], *models: Any) -> Undo:
+    """Calls `function` with each of `models` that there still is."""
+    references = [weakref.ref(model) for model in models]
+
+    def undo() -> None:
+        for reference in references:
+            model = reference()
+            if model is not None:
+                function(model)
+
+    return undo
 
 
 def fuse_kernels(target: Target, device: torch.device) -> Done:
@@ -50,7 +70,8 @@ def fuse_kernels(target: Target, device: torch.device) -> Done:
     before: list[str] = []
     done: dict[str, str] = {}
     refusals: list[str] = []
-    for name, model in components_of(target).items():
+    models = components_of(target)
+    for name, model in models.items():
         if uses_fused_kernels(model):
             before.append(name)
             continue
@@ -60,12 +81,8 @@ def fuse_kernels(target: Target, device: torch.device) -> Done:
             refusals.append(f"{name}: {refusal}")
     if not done and not before:
         raise Unsupported("; ".join(refusals) or "there is no model")
-
-    def undo(target: Target) -> None:
-        for name in done.keys() & components_of(target).keys():
-            disable_fused_kernels(components_of(target)[name])
-
-    return _words({name: ON_BEFORE for name in before} | done), undo if done else None
+    undo = undo_by(disable_fused_kernels, *(models[name] for name in done))
+    return words_of({name: ON_BEFORE for name in before} | done), undo if done else None
 
 
 def merge_tokens(target: Target, device: torch.device) -> Done:
@@ -73,127 +90,27 @@ def merge_tokens(target: Target, device: torch.device) -> Done:
     if ratios:
         return f"{ON_BEFORE}: {len(ratios)} self-attentions merge {max(ratios):.0%} of their tokens", None
     try:
-        return _words(enable_token_merging(target, MERGE_RATIO)), disable_token_merging
+        shown = enable_token_merging(target, MERGE_RATIO)
     except ValueError as refusal:
         raise Unsupported(refusal) from refusal
+    return words_of(shown), undo_by(disable_token_merging, *components_of(target).values())
 
 
 def keep_interval(target: Target, device: torch.device) -> Done:
-    """See `set_cache_interval` of the fork's UNet."""
-    unet = _unet(target)
+    """See `set_cache_interval` of the fork's UNet, which the pipelines with an argument `cache_interval` read."""
+    unet = find_model(target, "set_cache_interval")
     if unet is None:
         raise Unsupported("DeepCache is for a UNet2DConditionModel, and there is none")
+    is_model = isinstance(target, nn.Module)
+    if not is_model and "cache_interval" not in inspect.signature(type(target).__call__).parameters:
+        raise Unsupported(f"{type(target).__name__} has no cache")
     if unet.cache_interval > 1:
         return f"{ON_BEFORE}: unet.cache_interval is {unet.cache_interval}", None
     try:
         unet.set_cache_interval(CACHE_INTERVAL)
     except ValueError as refusal:
         raise Unsupported(refusal) from refusal
-    return f"unet.cache_interval is {CACHE_INTERVAL}", lambda target: _unet(target).set_cache_interval(1)
-
-
-def lower_precision(target: Target, device: torch.device) -> Done:
-    """The device's best dtype: autocast for a model that trains, whose weights stay, else the weights themselves.
-
-    The weights that there were wait in host memory.
-    """
-    dtype = best_dtype(device)
-    name = str(dtype).removeprefix("torch.")
-    if dtype == torch.float32:
-        raise Unsupported(f"float32 is the best dtype on {device}")
-    if _trains(target):
-        return _autocast(target, device, dtype)
-    _require_at_rest(target)
-    originals = {
-        key: tensor.detach().to("cpu", copy=True)
-        for key, tensor in _tensors(target)
-        if tensor.is_floating_point() and tensor.dtype != dtype
-    }
-    if not originals:
-        return f"{ON_BEFORE}: all weights are {name}", None
-    for key, tensor in _tensors(target):
-        if key in originals:
-            tensor.data = tensor.data.to(dtype)
-
-    def undo(target: Target) -> None:
-        for key, tensor in _tensors(target):
-            if key in originals:
-                tensor.data = originals[key].to(tensor.device)
-
-    return f"{len(originals)} tensors are {name}", undo
-
-
-def _autocast(target: Target, device: torch.device, dtype: torch.dtype) -> Done:
-    assert isinstance(target, nn.Module)
-    if "forward" in vars(target):
-        raise Unsupported(f"the forward of {type(target).__name__} was replaced")
-    target.forward = torch.autocast(device.type, dtype)(target.forward)
-
-    def undo(target: Any) -> None:
-        del target.forward
-
-    return f"forward computes under autocast of {str(dtype).removeprefix('torch.')}", undo
-
-
-def quantize(target: Target, device: torch.device) -> Done:
-    """See `quantize_weights`. The weights that there were wait in host memory."""
-    if device.type == "cpu":
-        raise Unsupported("the float weights wait in host memory, which would hold more and not less")
-    if _trains(target):
-        raise Unsupported("integer weights cannot be trained")
-    models = components_of(target)
-    found = {name: LinearLayers.of(model) for name, model in models.items()}
-    if any(layers.quantized for layers in found.values()):
-        return f"{ON_BEFORE}: {_words({name: layers.words() for name, layers in found.items()})}", None
-    originals = {
-        (component, name): layer.weight for component, layers in found.items() for name, layer in layers.plain.items()
-    }
-    try:
-        shown = quantize_weights(target)
-    except ValueError as refusal:
-        raise Unsupported(refusal) from refusal
-    for weight in originals.values():
-        weight.data = weight.data.cpu()
-
-    def undo(target: Target) -> None:
-        dequantize_weights(target)
-        models = components_of(target)
-        for (component, name), weight in originals.items():
-            layer: Any = models[component].get_submodule(name)
-            weight.data = weight.data.to(layer.weight.device)
-            layer.weight = weight
-
-    return _words(shown), undo
-
-
-def lay_channels_last(target: Target, device: torch.device) -> Done:
-    if device.type == "npu":
-        raise Unsupported("an NPU's convolutions have layouts of their own, which torch_npu chooses")
-    _require_at_rest(target)
-    keys = {key for key, tensor in _tensors(target) if _has_layout(tensor, torch.contiguous_format)}
-    if not keys:
-        if any(_has_layout(tensor, torch.channels_last) for _, tensor in _tensors(target)):
-            return f"{ON_BEFORE}: no weight of a convolution has another layout", None
-        raise Unsupported("there is no convolution whose weights have a layout")
-    _lay(target, keys, torch.channels_last)
-    shown = f"the weights of {len(keys)} convolutions are channels_last"
-    return shown, lambda target: _lay(target, keys, torch.contiguous_format)
-
-
-def _has_layout(tensor: torch.Tensor, layout: torch.memory_format) -> bool:
-    """Whether it has this layout and not the other as well, as kernels of one pixel have."""
-    others = {torch.contiguous_format, torch.channels_last} - {layout}
-    return (
-        tensor.dim() == 4
-        and tensor.is_contiguous(memory_format=layout)
-        and not any(tensor.is_contiguous(memory_format=other) for other in others)
-    )
-
-
-def _lay(target: Target, keys: set[str], layout: torch.memory_format) -> None:
-    for key, tensor in _tensors(target):
-        if key in keys:
-            tensor.data = tensor.data.contiguous(memory_format=layout)
+    return f"unet.cache_interval is {CACHE_INTERVAL}", undo_by(methodcaller("set_cache_interval", 1), unet)
 
 
 def slice_vae(target: Target, device: torch.device) -> Done:
@@ -207,91 +124,128 @@ def tile_vae(target: Target, device: torch.device) -> Done:
 
 
 def _set_on_vae(target: Target, what: str) -> Done:
-    vae = _vae(target)
+    vae = find_model(target, f"use_{what}")
     if vae is None:
         raise Unsupported("there is no VAE")
     if getattr(vae, f"use_{what}"):
         return f"{ON_BEFORE}: vae.use_{what}", None
     getattr(vae, f"enable_{what}")()
-    return f"vae.use_{what}", lambda target: getattr(_vae(target), f"disable_{what}")()
+    return f"vae.use_{what}", undo_by(methodcaller(f"disable_{what}"), vae)
 
 
 def checkpoint_gradients(target: Target, device: torch.device) -> Done:
-    if not _trains(target):
+    name = trains(target)
+    if name is None:
         raise Unsupported("nothing is trained: no parameter of a model in training mode wants a gradient")
-    if getattr(target, "is_gradient_checkpointing", False):
+    model: Any = components_of(target)[name]
+    if getattr(model, "is_gradient_checkpointing", False):
         return f"{ON_BEFORE}: is_gradient_checkpointing", None
     for on, off in CHECKPOINTING:
-        if hasattr(target, on):
+        if hasattr(model, on):
             try:
-                getattr(target, on)()
+                getattr(model, on)()
             except ValueError as refusal:
                 raise Unsupported(refusal) from refusal
-            return "is_gradient_checkpointing", methodcaller(off)
-    raise Unsupported(f"{type(target).__name__} has no gradient checkpointing")
+            return f"{name}.is_gradient_checkpointing", undo_by(methodcaller(off), model)
+    raise Unsupported(f"{type(model).__name__} has no gradient checkpointing")
 
 
 def stream(target: Target, device: torch.device) -> Done:
     """The denoiser of a pipeline, or a model, streamed; the rest as the planner chooses."""
     if device.type == "cpu":
         raise Unsupported("the CPU computes in host memory, where weights are anyway")
-    if _trains(target):
-        raise Unsupported("a streamed model cannot train")
-    _require_at_rest(target)
-    homes = {
-        name: parameter.device
-        for name, model in components_of(target).items()
+    require_inference(target)
+    require_at_rest(target)
+    models = components_of(target)
+    if any(is_compiled(model) for model in models.values()):
+        raise Unsupported("a graph holds the weights: decompile first")
+    homes = [
+        (weakref.ref(model), parameter.device)
+        for model in models.values()
         if (parameter := next(model.parameters(), None)) is not None
-    }
-    if isinstance(target, nn.Module):
-        try:
-            buffers = stream_module(target, device).buffers
-        except ValueError as refusal:
-            raise Unsupported(refusal) from refusal
-        shown = f"{type(target._hf_hook).__name__} hook on {device}"
-    else:
-        try:
-            plan = plan_memory(target, device, _usual_request(target), _dtype(target), mode="stream")
-        except (PlanError, KeyError) as refusal:
-            raise Unsupported(refusal) from refusal
-        target.to("cpu", silence_dtype_warnings=True)
-        buffers = apply_plan(target, plan, device)
-        shown = _words({placement.name: placement.where for placement in plan.placements})
+    ]
+    buffers: list[Buffers] = []
+    references = [weakref.ref(model) for model in models.values()]
 
-    def undo(target: Target) -> None:
-        if isinstance(target, nn.Module):
-            stop_streaming(target)
-        else:
-            target.remove_all_hooks()
-        buffers.drop()
-        for name, model in components_of(target).items():
-            if name in homes:
-                model.to(homes[name])
+    def undo() -> None:
+        for reference in references:
+            for module in getattr(reference(), "modules", list)():
+                _stop_our_streaming(module)
+        for each in buffers:
+            each.drop()
+        for origin, home in homes:
+            model = origin()
+            if model is not None and not any(hasattr(module, "_hf_hook") for module in model.modules()):
+                model.to(home)
 
+    try:
+        shown = _stream(target, device, buffers)
+    except BaseException:
+        undo()
+        raise
     return shown, undo
 
 
+def _stop_our_streaming(module: nn.Module) -> None:
+    stop_streaming(module)
+    if isinstance(vars(module).get("_hf_hook"), Executes):
+        remove_hook_from_module(module)
+
+
+def _stream(target: Target, device: torch.device, buffers: list[Buffers]) -> str:
+    if isinstance(target, nn.Module):
+        try:
+            buffers.append(stream_module(target, device).buffers)
+        except ValueError as refusal:
+            raise Unsupported(refusal) from refusal
+        return f"{type(target).__name__} is streamed to {device}"
+    target.to("cpu", silence_dtype_warnings=True)  # first: what it has of the device is room
+    plan = _plan(target, device)
+    buffers.append(apply_plan(target, plan, device))
+    return words_of({placement.name: placement.where for placement in plan.placements})
+
+
+def _plan(pipe: DiffusionPipeline, device: torch.device) -> MemoryPlan:
+    dtype = next(next(iter(components_of(pipe).values())).parameters()).dtype
+    try:
+        plan = plan_memory(pipe, device, _usual_request(pipe), dtype, mode="stream")
+    except (PlanError, ValueError) as refusal:
+        raise Unsupported(refusal) from refusal
+    if any(placement.where == FROM_DISK for placement in plan.placements):
+        raise Unsupported("host memory does not hold the weights, and a preset knows no folder: see apply_plan")
+    return plan
+
+
+def _usual_request(pipe: Any) -> Request:
+    """A picture of the size that the model was trained for."""
+    denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
+    size = getattr(pipe, "default_sample_size", None) or getattr(denoiser, "config", {}).get("sample_size") or 64
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    scale = getattr(pipe, "vae_scale_factor", 8)
+    return Request(height * scale, width * scale)
+
+
 def compile_graphs(target: Target, device: torch.device) -> Done:
-    if _trains(target):
-        raise Unsupported("graphs are for inference")
+    require_inference(target)
     if isinstance(target, nn.Module):
         if is_compiled(target):
             return f"{ON_BEFORE}: {type(target).__name__} is compiled", None
         try:
-            return compile_module(target), decompile_module
+            return compile_module(target), undo_by(decompile_module, target)
         except RuntimeError as refusal:
             raise Unsupported(refusal) from refusal
     if not any(kind.__name__ in PIPELINES for kind in type(target).__mro__):
         raise Unsupported(f"which models of a {type(target).__name__} run in every step is not known")
-    if is_compiled(target.unet):
-        return f"{ON_BEFORE}: the UNet is compiled", None
+    parts = parts_of(target)
+    new = [model for _, model in models_at(target, parts.each_picture + parts.each_step) if not is_compiled(model)]
     try:
         how = compile_pipeline(target)
     except RuntimeError as refusal:
         raise Unsupported(refusal) from refusal
+    made = [model for model in new if is_compiled(model)]
     if set(how.values()) == {"eager"}:
         raise Unsupported("no model is where its weights stay")
-    return _words(how), decompile_pipeline
+    return words_of(how), undo_by(decompile_module, *made) if made else None
 
 
 APPLY: dict[str, Callable[[Target, torch.device], Done]] = {
@@ -307,49 +261,3 @@ APPLY: dict[str, Callable[[Target, torch.device], Done]] = {
     "channels_last": lay_channels_last,
     "graphs": compile_graphs,
 }
-
-
-def _words(report: dict[str, str]) -> str:
-    return "; ".join(f"{name}: {words}" for name, words in report.items())
-
-
-def _unet(target: Target) -> Any:
-    unets = [model for model in components_of(target).values() if hasattr(model, "set_cache_interval")]
-    return unets[0] if unets else None
-
-
-def _vae(target: Target) -> Any:
-    vaes = [model for model in components_of(target).values() if hasattr(model, "use_slicing")]
-    return vaes[0] if vaes else None
-
-
-def _trains(target: Target) -> bool:
-    is_model = isinstance(target, nn.Module)
-    return is_model and target.training and any(parameter.requires_grad for parameter in target.parameters())
-
-
-def _tensors(target: Target) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters and buffers, each once, by the name of the component and their own."""
-    seen = set()
-    for component, model in components_of(target).items():
-        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            if id(tensor) not in seen:
-                seen.add(id(tensor))
-                yield f"{component}.{name}", tensor
-
-
-def _require_at_rest(target: Target) -> None:
-    for name, model in components_of(target).items():
-        if any(hasattr(module, "_hf_hook") for module in model.modules()):
-            raise Unsupported(f"hooks move the weights of {name} already")
-
-
-def _dtype(pipe: DiffusionPipeline) -> torch.dtype:
-    return next(next(iter(components_of(pipe).values())).parameters()).dtype
-
-
-def _usual_request(pipe: DiffusionPipeline) -> Request:
-    """A picture of the size that the model was trained for."""
-    size = getattr(_unet(pipe), "config", {}).get("sample_size") or 64
-    height, width = size if isinstance(size, (list, tuple)) else (size, size)
-    return Request(height * pipe.vae_scale_factor, width * pipe.vae_scale_factor)

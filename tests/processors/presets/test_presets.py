@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline, StableDiffusionXLInpaintPipeline
+from peft import LoraConfig
 from torch import nn
 
 from processors import PRESETS, disable, enable, enable_flash_attention, enable_token_merging
 from tests.preset_state import IS_ON, assert_all_off, assert_reported
+from tests.tiny_models import tiny_unet
+from tests.tiny_pipelines import make_pipeline
 
 
 class Plain(nn.Module):
@@ -85,7 +89,7 @@ def test_a_model_that_trains_has_its_gradients_checkpointed(tiny_sd: StableDiffu
 
 def test_graphs_and_quantisation_are_not_for_training(plain: Plain) -> None:
     report = enable(plain.train().requires_grad_(True), "full")
-    assert report["graphs"] == ("unsupported", "graphs are for inference")
+    assert report["graphs"] == ("unsupported", "Plain is in training mode and wants gradients; eval() ends that")
     assert report["mixed_precision"].status == "unsupported"
     x = torch.zeros(2, 64)
     plain(x).sum().backward()
@@ -127,6 +131,8 @@ def test_another_preset_takes_the_place_of_the_first(tiny_sd: StableDiffusionPip
 
 def test_the_environment_is_read_when_a_preset_is_enabled(plain: Plain, monkeypatch: pytest.MonkeyPatch) -> None:
     assert enable(plain)["graphs"].status == "applied"
+    monkeypatch.setenv("ASCEND_PRESET", "")
+    assert enable(plain)["graphs"].status == "applied"
     monkeypatch.setenv("ASCEND_PRESET", "memory")
     assert enable(plain)["graphs"].status == "not asked for"
     monkeypatch.setenv("ASCEND_PRESET", "fast")
@@ -164,6 +170,96 @@ def test_a_preset_does_not_keep_its_target_alive(plain: Plain) -> None:
     del model
     gc.collect()
     assert reference() is None
+
+
+@pytest.fixture
+def half(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on an accelerator, whose best dtype is another than float32."""
+    monkeypatch.setattr("processors.presets.weights.best_dtype", lambda device: torch.bfloat16)
+
+
+def test_the_models_that_were_changed_are_restored_whatever_became_of_the_pipeline(
+    tiny_sd: StableDiffusionPipeline, half: None
+) -> None:
+    first, second = tiny_sd.unet, tiny_unet().eval()
+    weights = [{key: value.clone() for key, value in unet.state_dict().items()} for unet in (first, second)]
+    enable(tiny_sd, "memory")
+    assert first.dtype == torch.bfloat16
+    tiny_sd.unet, tiny_sd.vae = second, None
+    disable(tiny_sd)
+    for unet, before in zip((first, second), weights, strict=True):
+        assert_all_off(unet)
+        assert all(torch.equal(before[key], value) for key, value in unet.state_dict().items())
+
+
+def test_weights_are_restored_beneath_adapters_and_beside_new_ones(
+    tiny_sd: StableDiffusionPipeline, half: None
+) -> None:
+    expected = draw(tiny_sd)
+    enable(tiny_sd, "memory")
+    tiny_sd.unet.fuse_qkv_projections()
+    disable(tiny_sd)
+    assert {parameter.dtype for parameter in tiny_sd.unet.parameters()} == {torch.float32}
+    tiny_sd.unet.unfuse_qkv_projections()
+    enable(tiny_sd, "memory")
+    tiny_sd.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]), "late")
+    disable(tiny_sd)
+    assert {parameter.dtype for parameter in tiny_sd.unet.parameters()} == {torch.float32}
+    tiny_sd.unet.delete_adapters("late")
+    assert torch.equal(draw(tiny_sd), expected)
+
+
+def test_weights_that_were_changed_since_stay_changed(
+    plain: Plain, half: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    bias = plain.layers[2].bias.clone()
+    enable(plain, "memory")
+    plain.layers[0].weight.data.fill_(0.5)
+    disable(plain)
+    assert plain.layers[0].weight.eq(0.5).all() and plain.layers[0].weight.dtype == torch.float32
+    assert torch.equal(plain.layers[2].bias, bias)
+    assert "1 weights were changed since the preset was enabled" in caplog.text
+
+
+def test_a_copy_of_a_model_under_autocast_computes_on_its_own(plain: Plain, half: None) -> None:
+    enable(plain.train().requires_grad_(True), "balanced")
+    average = copy.deepcopy(plain)
+    x = torch.ones(2, 64)
+    expected = average(x)
+    assert expected.dtype == torch.bfloat16
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter.zero_()
+    assert torch.equal(average(x), expected)
+    disable(plain)
+    assert plain(x).dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+
+
+def test_what_is_kept_in_float32_stays(half: None) -> None:
+    model = Plain().eval()
+    model._keep_in_fp32_modules = ["2"]
+    model.register_buffer("frequencies", torch.ones(3), persistent=False)
+    enable(model, "memory")
+    assert model.layers[0].weight.dtype == torch.bfloat16
+    assert model.layers[2].weight.dtype == model.frequencies.dtype == torch.float32
+
+
+def test_a_pipeline_with_a_model_that_trains_keeps_its_weights(tiny_sd: StableDiffusionPipeline, half: None) -> None:
+    tiny_sd.unet.train()
+    report = enable(tiny_sd, "full")
+    assert report["gradient_checkpointing"].status == "applied" and tiny_sd.unet.is_gradient_checkpointing
+    for name in ("mixed_precision", "graphs"):
+        assert report[name] == ("unsupported", "unet is in training mode and wants gradients; eval() ends that")
+    disable(tiny_sd)
+    assert not tiny_sd.unet.is_gradient_checkpointing
+
+
+def test_a_pipeline_that_reads_no_interval_has_no_cache() -> None:
+    pipe = make_pipeline("SDXL")
+    parts = pipe.components | {"image_encoder": None, "feature_extractor": None}
+    other = StableDiffusionXLInpaintPipeline(**parts)
+    assert enable(other, "speed")["cache_interval"] == ("unsupported", "StableDiffusionXLInpaintPipeline has no cache")
+    disable(other)
 
 
 def test_a_report_reads_as_a_table(plain: Plain) -> None:
