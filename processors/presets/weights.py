@@ -76,7 +76,8 @@ class Cast:
             if tensor.dtype != self.usual or self.usual == dtype or id(tensor) in kept:
                 self.left[tensor] = None
             else:
-                self.originals[tensor] = tensor.detach().to("cpu", copy=True)
+                # On the CPU the very memory: kernels there round by its alignment, which a mapped file decides.
+                self.originals[tensor] = tensor.data.cpu()
                 tensor.data = tensor.data.to(dtype)
 
     def undo(self) -> None:
