@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.metadata
+import numbers
 import sys
 from collections.abc import Callable, Iterator
 from enum import Enum
@@ -120,7 +121,9 @@ def _text(value: Any, depth: int) -> str:
     if isinstance(value, functools.partial):
         return f"{_text(value.func, depth)} of {_text([value.args, value.keywords], depth)}"
     if callable(value) and hasattr(value, "__qualname__"):
-        return _name(value)
+        return _name(value) + _bound(value)
+    if isinstance(value, numbers.Number):  # NumPy's, which are plain to no one else
+        return repr(value)
     if depth and isinstance(value, dict):
         items = sorted(f"{key}={_text(item, depth - 1)}" for key, item in value.items() if key not in NO_SETTINGS)
         return f"{_name(type(value))}{items}"
@@ -131,6 +134,22 @@ def _text(value: Any, depth: int) -> str:
     if depth and is_plain_object(value):
         return f"{_name(type(value))}({'; '.join(_settings(value, depth - 1))})"
     return _name(type(value))
+
+
+def _bound(function: Any) -> str:
+    """The plain values that a function computes with beside its arguments: of its closure and defaults."""
+    cells = [_content(cell) for cell in getattr(function, "__closure__", None) or ()]
+    named = getattr(function, "__kwdefaults__", None) or {}
+    values = [*cells, *(getattr(function, "__defaults__", None) or ()), *named.values()]
+    texts = [repr(value) for value in values if isinstance(value, (*PLAIN, numbers.Number))]
+    return f" with {texts}" if texts else ""
+
+
+def _content(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # it is empty
+        return None
 
 
 def _name(code: Any) -> str:

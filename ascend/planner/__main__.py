@@ -27,6 +27,19 @@ class ArgumentParser(argparse.ArgumentParser):
         fail(f"{message} ({self.prog} --help lists the options)")
 
 
+def positive_int(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1, not '{text}'")
+    return int(text)
+
+
+def image_size(text: str) -> int:
+    size = positive_int(text)
+    if size % 8:
+        raise argparse.ArgumentTypeError(f"must be a multiple of 8, not {size}")
+    return size
+
+
 def fail(message: object) -> NoReturn:
     print("error:", " ".join(str(message).split()), file=sys.stderr)
     raise SystemExit(2)
@@ -40,10 +53,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("model", type=Path, metavar="MODEL_DIR", help="a folder in diffusers' layout")
     add("--device", metavar="NAME", help="npu, cuda or cpu, or one of several as npu:1 (the best there is)")
     add("--dtype", choices=("float32", "float16", "bfloat16"), help="(the device's best)")
-    add("--height", type=int, default=512, metavar="PIXELS", help="(512)")
-    add("--width", type=int, default=512, metavar="PIXELS", help="(512)")
-    add("--batch", type=int, default=1, metavar="N", help="pictures at a time (1)")
-    add("--steps", type=int, default=50, metavar="N", help="denoising steps (50)")
+    add("--height", type=image_size, default=512, metavar="PIXELS", help="multiple of 8 (512)")
+    add("--width", type=image_size, default=512, metavar="PIXELS", help="multiple of 8 (512)")
+    add("--batch", type=positive_int, default=1, metavar="N", help="pictures at a time (1)")
+    add("--steps", type=positive_int, default=50, metavar="N", help="denoising steps (50)")
     add("--memory", choices=tuple(MODES), default="auto", help="where the denoiser is (auto)")
     add("--memory_limit", type=byte_size, metavar="SIZE", help="as 12GiB, of the device (what is free there)")
     add("--FA", action="store_true", help="attention in a fused kernel")

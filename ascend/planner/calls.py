@@ -55,7 +55,9 @@ def _meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _latents(models: dict[str, nn.Module], request: Request) -> tuple[int, int]:
-    vae: Any = models["vae"]
+    vae: Any = models.get("vae")
+    if vae is None:
+        raise ValueError("there is no component named vae, which says how large latents are")
     scale = 2 ** (len(vae.config.block_out_channels) - 1)
     return request.height // scale, request.width // scale
 

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 LARGEST_BLOCK = 2**28  # bytes: two of them are little beside activations, and long enough for the link's full rate
 MODES = {"auto": None, "resident": (RESIDENT,), "stream": (STREAMED,), "disk": (FROM_DISK,)}
 HALVES = ("encoder", "decoder")
-OTHER_PHASES = {"text": "encode", "vae": "decode", "image": "encode"}  # of components that are not known, by a part
+# Of components that are not known, by a part of their names.
+OTHER_PHASES = {"text": "encode", "vae": "decode", "image": "encode", "safety": "decode"}
 
 
 def plan_memory(

@@ -69,7 +69,8 @@ class MemoryPlan:
         return all(placement.where == RESIDENT for placement in self.placements)
 
     def where(self, name: str) -> str:
-        return next(placement.where for placement in self.placements if placement.name == name)
+        """Of a component that the plan does not know, as one of another library, that it comes for its calls."""
+        return next((placement.where for placement in self.placements if placement.name == name), LENT)
 
     def table(self) -> str:
         rows = [("component", "weights", "where", "on the device", "s a picture", "why")]
@@ -129,6 +130,8 @@ def choose_plan(
         if plan:
             return plan
         choices.remove(everywhere)
+    if not choices:
+        raise PlanError(f"no component of {', '.join(part.name for part in parts)} has blocks to stream")
     speed = measure()
     plans = [(make_plan(parts, choice, limit, steps, speed, allowed), choice) for choice in choices]
     plans.sort(key=lambda entry: (sum(p.seconds for p in entry[0].placements), entry[0].peak))

@@ -24,7 +24,7 @@ def _collect(module: nn.Module, prefix: str, largest: int | None, blocks: dict[s
         if not isinstance(child, nn.ModuleList):
             _collect(child, f"{prefix}{name}.", largest, blocks)
             continue
-        for number, entry in enumerate(child):
+        for number, entry in child.named_children():  # not its items, as diffusers keeps None among attentions
             path = f"{prefix}{name}.{number}"
             if largest is not None and bytes_of(entry) > largest and _has_lists(entry):
                 _collect(entry, f"{path}.", largest, blocks)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,23 @@ def test_the_choice_of_kernels_of_a_transformer_is_part_of_its_description() -> 
         enable_flash_attention(model, kernels=kernels)
         seen.add(describe(model))
     assert len(seen) == 5
+
+
+def test_what_a_function_closes_over_is_part_of_a_description() -> None:
+    """Blocks that differ in such a value alone would share a graph."""
+
+    def described(scale: object) -> str:
+        model = torch.nn.Linear(2, 2)
+        model.function = lambda x: x * scale
+        return describe(model)
+
+    def defaulted(scale: object) -> str:
+        model = torch.nn.Linear(2, 2)
+        model.function, model.scale = lambda x, by=scale: x * by, np.float32(scale)
+        return describe(model)
+
+    for describe_with in (described, defaulted):
+        assert describe_with(1.0) == describe_with(1.0) != describe_with(2.0)
 
 
 def test_a_model_in_another_folder_is_described_the_same(tiny_sd: StableDiffusionPipeline) -> None:

@@ -186,6 +186,43 @@ def test_a_broken_configuration_is_one_line(
     assert line.startswith("error: ") and str(folder / file) in line
 
 
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("model_index.json", "[1]", "must hold an object, not a list"),
+        ("model_index.json", "{}", "names no model"),
+        ("text_encoder/config.json", '{"hidden_size": "a"}', "has no configuration of a CLIPTextModel"),
+    ],
+)
+def test_a_folder_of_something_else_is_one_line(
+    tiny_sd_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str, text: str, message: str
+) -> None:
+    folder = shutil.copytree(tiny_sd_dir, tmp_path / "model")
+    (folder / file).write_text(text)
+    with pytest.raises(SystemExit):
+        main([str(folder), "--device", "cpu"])
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and message in line
+
+
+@pytest.mark.parametrize("argument", ["--steps", "--batch", "--height", "--width"])
+@pytest.mark.parametrize("value", ["0", "-8", "x"])
+def test_a_number_that_cannot_be_is_one_line(
+    tiny_sd_dir: Path, capsys: pytest.CaptureFixture[str], argument: str, value: str
+) -> None:
+    with pytest.raises(SystemExit):
+        main([str(tiny_sd_dir), argument, value])
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: argument {argument}: must be a whole number from 1, not '{value}'")
+
+
+def test_a_safety_checker_is_planned_and_runs_after_the_picture(tiny_sd: StableDiffusionPipeline) -> None:
+    tiny_sd.register_modules(safety_checker=torch.nn.Linear(4, 4))
+    plan = plan_memory(tiny_sd, CPU, Request(64, 64), torch.float32, mode="stream", limit=2**30)
+    assert plan.where("safety_checker") == "resident" and "safety_checker" in plan.unknown
+    assert plan.where("of another library") == "while it runs"
+
+
 def test_weights_of_8_bits_are_counted_as_such(tiny_sd: StableDiffusionPipeline) -> None:
     def weights() -> dict[str, int]:
         plan = plan_memory(tiny_sd, CPU, Request(64, 64), torch.float32, limit=2**30)
