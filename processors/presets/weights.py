@@ -8,11 +8,12 @@ import logging
 import threading
 import weakref
 from collections import Counter
-from typing import Any
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
-from torch.utils.weak import WeakIdKeyDictionary
 
 from ascend.device import best_dtype
 from processors.kernels.quantized import QuantizedLinear, dequantize
@@ -32,6 +33,8 @@ from processors.presets.target import (
 from processors.quantization import quantize_weights
 
 logger = logging.getLogger(__name__)
+
+Place: TypeAlias = Callable[[], torch.Tensor | None]
 
 
 def lower_precision(target: Target, device: torch.device) -> Done:
@@ -65,25 +68,31 @@ class Cast:
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         self.dtype, self.model = dtype, weakref.ref(model)
+        places = {id(find()): find for find in _places(model)}
         tensors = [tensor for tensor in tensors_of(model) if tensor.is_floating_point()]
         kept = _kept_in_float32(model)
         sizes = Counter[torch.dtype]()
         for tensor in tensors:
             sizes[tensor.dtype] += tensor.numel()
         self.usual = max(sizes, key=sizes.__getitem__, default=dtype)
-        self.originals, self.left = WeakIdKeyDictionary(), WeakIdKeyDictionary()
+        self.originals: list[tuple[Place, torch.Tensor]] = []
+        self.left: list[Place] = []
         for tensor in tensors:
             if tensor.dtype != self.usual or self.usual == dtype or id(tensor) in kept:
-                self.left[tensor] = None
+                self.left.append(places[id(tensor)])
             else:
                 # On the CPU the very memory: kernels there round by its alignment, which a mapped file decides.
-                self.originals[tensor] = tensor.data.cpu()
+                self.originals.append((places[id(tensor)], tensor.data.cpu()))
                 tensor.data = tensor.data.to(dtype)
 
     def undo(self) -> None:
         """Values that were changed since are kept, in the dtype of before; so is what came since."""
-        changed = 0
-        for tensor, original in list(self.originals.items()):
+        changed, known = 0, {id(find()) for find in self.left}
+        for find, original in self.originals:
+            tensor = find()
+            if tensor is None:
+                continue
+            known.add(id(tensor))
             if tensor.dtype == self.dtype and torch.equal(original.to(self.dtype), tensor.detach().cpu()):
                 tensor.data = original.to(tensor.device)
             else:
@@ -93,8 +102,22 @@ class Cast:
         if changed:
             logger.warning("%d weights were changed since the preset was enabled: they stay changed", changed)
         for tensor in tensors_of(model) if model is not None and self.usual != self.dtype else ():
-            if tensor.dtype == self.dtype and tensor not in self.originals and tensor not in self.left:
+            if tensor.dtype == self.dtype and id(tensor) not in known:
                 tensor.data = tensor.data.to(self.usual)
+
+
+def _places(model: nn.Module) -> Iterator[Place]:
+    """Finds each parameter and buffer again: a parameter stays itself when a module moves, a buffer its name."""
+    for parameter in model.parameters():
+        yield weakref.ref(parameter)
+    for module in model.modules():
+        for name in module._buffers:
+            yield partial(_buffer, weakref.ref(module), name)
+
+
+def _buffer(module: weakref.ref[nn.Module], name: str) -> torch.Tensor | None:
+    holder = module()
+    return None if holder is None else holder._buffers.get(name)
 
 
 def _kept_in_float32(model: nn.Module) -> set[int]:

@@ -209,6 +209,15 @@ def test_weights_are_restored_beneath_adapters_and_beside_new_ones(
     assert torch.equal(draw(tiny_sd), expected)
 
 
+def test_buffers_are_restored_after_the_model_moved(plain: Plain, half: None) -> None:
+    """Which gives it other ones, where a parameter stays itself."""
+    plain.register_buffer("scale", torch.tensor([1.2345678]))
+    enable(plain, "memory")
+    plain.double().bfloat16()
+    disable(plain)
+    assert plain.scale.item() == torch.tensor(1.2345678).item()
+
+
 def test_weights_that_were_changed_since_stay_changed(
     plain: Plain, half: None, caplog: pytest.LogCaptureFixture
 ) -> None:
