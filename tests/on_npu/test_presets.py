@@ -1,4 +1,8 @@
-"""Presets on a chip: what is reported is on the object, pictures come of it, and `disable` restores to the bit."""
+"""Presets on a chip: what is reported is on the object, pictures come of it, and `disable` restores to the bit.
+
+"full", which compiles a graph for each kind of block, is slow:
+python -m emulator run --soc Ascend310P3 -- python -m pytest -m slow tests/on_npu/test_presets.py
+"""
 
 from __future__ import annotations
 
@@ -30,7 +34,14 @@ def weights(pipe: StableDiffusionPipeline) -> dict[str, torch.Tensor]:
 
 # From host memory where a preset streams; another home would compile the same graphs once more.
 @pytest.mark.parametrize(
-    ("preset", "home"), [("speed", "npu"), ("balanced", "npu"), ("memory", "npu"), ("memory", "cpu"), ("full", "cpu")]
+    ("preset", "home"),
+    [
+        ("speed", "npu"),
+        ("balanced", "npu"),
+        ("memory", "npu"),
+        ("memory", "cpu"),
+        pytest.param("full", "cpu", marks=pytest.mark.slow),
+    ],
 )
 def test_a_report_on_a_pipeline_is_what_is_there(
     npu: torch.device, tiny_sd: StableDiffusionPipeline, preset: str, home: str
