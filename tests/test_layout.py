@@ -35,7 +35,12 @@ INNER_DOORS = {
     "processors.kernels": set(),
     "processors.models": {"processors.kernels", "processors.merging"},
     "processors.merging": {"processors.kernels", "processors.models"},
-    "processors.presets": {"processors.models", "processors.quantization", "processors.switches"},
+    "processors.presets": {
+        "processors.kernels",
+        "processors.models",
+        "processors.quantization",
+        "processors.switches",
+    },
 }
 FILES = {path: ast.parse(path.read_bytes()) for name in (*DOORS, "tests") for path in (ROOT / name).rglob("*.py")}
 
