@@ -160,22 +160,19 @@ def stream(target: Target, device: torch.device) -> Done:
     if any(is_compiled(model) for model in models.values()):
         raise Unsupported("a graph holds the weights: decompile first")
     homes = [
-        (weakref.ref(model), parameter.device)
-        for model in models.values()
-        if (parameter := next(model.parameters(), None)) is not None
+        (weakref.ref(model), getattr(next(model.parameters(), None), "device", None)) for model in models.values()
     ]
     buffers: list[Buffers] = []
-    references = [weakref.ref(model) for model in models.values()]
 
     def undo() -> None:
-        for reference in references:
-            for module in getattr(reference(), "modules", list)():
+        there = [(model, home) for reference, home in homes if (model := reference()) is not None]
+        for model, _ in there:
+            for module in model.modules():
                 _stop_our_streaming(module)
         for each in buffers:
             each.drop()
-        for origin, home in homes:
-            model = origin()
-            if model is not None and not any(hasattr(module, "_hf_hook") for module in model.modules()):
+        for model, home in there:
+            if home is not None and not any(hasattr(module, "_hf_hook") for module in model.modules()):
                 model.to(home)
 
     try:

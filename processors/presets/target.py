@@ -1,12 +1,12 @@
 """What the switches of presets ask of a target."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
-import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import nn
 
+from ascend.streaming.blocks import tensors_of
 from processors.models.components import components_of
 
 Target: TypeAlias = DiffusionPipeline | nn.Module
@@ -43,11 +43,6 @@ def require_at_rest(target: Target) -> None:
             raise Unsupported(f"hooks move the weights of {name} already")
         if any(tensor.is_meta for tensor in tensors_of(model)):
             raise Unsupported(f"{name} has no weights, it is on the meta device")
-
-
-def tensors_of(model: nn.Module) -> Iterator[torch.Tensor]:
-    """Parameters and buffers, each once."""
-    yield from {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}.values()
 
 
 def find_model(target: Target, attribute: str) -> Any:

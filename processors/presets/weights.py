@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ascend.device import best_dtype
+from ascend.streaming.blocks import tensors_of
 from processors.kernels.quantized import QuantizedLinear, dequantize
 from processors.models.components import components_of
 from processors.models.linear_layers import LinearLayers
@@ -26,7 +27,6 @@ from processors.presets.target import (
     Unsupported,
     require_at_rest,
     require_inference,
-    tensors_of,
     trains,
     words_of,
 )
