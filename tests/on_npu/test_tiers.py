@@ -92,7 +92,7 @@ def test_tensors_of_the_npu_come_back_to_the_bit(npu: torch.device, tmp_path: Pa
 def test_four_threads_share_a_store(npu: torch.device, tmp_path: Path) -> None:
     with TieredStore(tiers(npu, tmp_path, 32 * KIB, 64 * KIB, MIB)) as store:
         work_in_threads(store, threads=4, operations=2000)
-        assert all(column(store, "hits")) and all(column(store, "tensors"))
+        assert all(column(store, "hits"))
 
 
 def test_the_caller_computes_on_what_is_still_being_copied(npu: torch.device, tmp_path: Path) -> None:

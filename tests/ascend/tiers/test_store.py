@@ -65,7 +65,7 @@ def test_of_ten_tensors_in_a_tier_for_four_none_is_dropped(tmp_path: Path, peaks
 def test_four_threads_share_a_store(tmp_path: Path) -> None:
     with TieredStore([Tier("cpu", 32 * KIB), Tier("cpu", 64 * KIB), Tier(tmp_path, MIB)]) as store:
         work_in_threads(store, threads=4, operations=10_000)
-        assert all(column(store, "hits")) and all(column(store, "tensors"))
+        assert all(column(store, "hits"))
         assert len(files(tmp_path)) == column(store, "tensors")[2]
         assert_within_budgets(store)
     assert not list(tmp_path.iterdir())
