@@ -15,9 +15,10 @@ from ascend.parallel import Mesh, ParallelError, process_group, share_guidance, 
 from ascend.placement import place_pipeline
 from ascend.planner import MemoryPlan, PlanError, apply_plan, plan_memory
 from ascend.streaming import lend_module, stop_streaming, stream_module
-from ascend.tiers import Tier, TieredStore
+from ascend.tiers import AdapterStore, Tier, TieredStore
 
 __all__ = [
+    "AdapterStore",
     "DeviceError",
     "DeviceManager",
     "MemoryPlan",

@@ -74,13 +74,14 @@ def digest_of_files(folder: Path, files: Sequence[Path]) -> str:
     size are noticed whatever their dates say.
     """
     with ThreadPoolExecutor() as pool:
-        digests = pool.map(_sha256, files)
+        digests = pool.map(digest_of_file, files)
         names = (path.relative_to(folder) if path.is_relative_to(folder) else "" for path in files)
         lines = sorted(f"{name} {digest}" for name, digest in zip(names, digests, strict=True))
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def _sha256(path: Path) -> str:
+def digest_of_file(path: Path) -> str:
+    """SHA-256 of its content, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -15,7 +15,8 @@ Who knows the `VGPUStack` of APT-Transformer finds here:
 | `VGPUStackLinear` | nothing: `put` the detached weight, and `get` it where a layer runs |
 """
 
+from ascend.tiers.adapters import AdapterStore
 from ascend.tiers.media import DamagedFileError, TierError
 from ascend.tiers.store import Tier, TieredStore, default_store
 
-__all__ = ["DamagedFileError", "Tier", "TierError", "TieredStore", "default_store"]
+__all__ = ["AdapterStore", "DamagedFileError", "Tier", "TierError", "TieredStore", "default_store"]

@@ -6,6 +6,10 @@
 
     {"prompt": "a lighthouse at dawn"}
     {"prompt": "a red circle", "id": "circle-7", "seed": 7, "negative_prompt": "blue"}
+    {"prompt": "a red circle", "lora": ["loras/ink.safetensors:0.8", "loras/night.safetensors"]}
+
+A row may name LoRA adapters, by paths relative to the file's folder. A worker keeps those of earlier rows in memory;
+with --dynamo a change of adapters compiles anew, so let rows of one adapter follow each other.
 
 Each picture becomes output_dir/images/NAME.png with its settings inside and, when the picture is whole, NAME.json.
 NAME is the id, without one a digest of all that decides what the picture looks like. The same command once more goes

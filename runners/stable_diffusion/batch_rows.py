@@ -12,9 +12,10 @@ from typing import Any
 
 from runners.cli import UserError
 from runners.stable_diffusion.arguments import MAX_SEED
+from runners.stable_diffusion.row_adapters import AdapterFiles, content_of
 
 PAINTERS = ("torch", "torch_npu", "diffusers", "transformers")  # whose versions can change a picture
-COLUMNS = ("prompt", "id", "seed", "negative_prompt")
+COLUMNS = ("prompt", "id", "seed", "negative_prompt", "lora")
 MAX_NAME_BYTES = 128  # of an id, which becomes a file's name with more around it
 
 
@@ -24,7 +25,10 @@ class BadRow(ValueError):
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture to draw. `digest` is of all that decides what it looks like, `name` that of its files."""
+    """One picture to draw. `digest` is of all that decides what it looks like, `name` that of its files.
+
+    `lora` is what `AdapterFiles.read` makes of the row's.
+    """
 
     name: str
     digest: str
@@ -32,6 +36,7 @@ class Picture:
     negative_prompt: str
     seed: int
     place: str  # in the file of prompts
+    lora: str = ""
 
     def __str__(self) -> str:
         return f"{self.place} ({self.name})"
@@ -85,7 +90,12 @@ def read_parquet(path: Path) -> list[tuple[str, Any]]:
 
 
 def make_picture(
-    record: Any, number: int, place: str, args: argparse.Namespace, appearance: dict[str, Any]
+    record: Any,
+    number: int,
+    place: str,
+    args: argparse.Namespace,
+    appearance: dict[str, Any],
+    files: AdapterFiles,
 ) -> Picture:
     """The picture of row `number`, counted from 0. Raises BadRow."""
     if isinstance(record, ValueError):
@@ -105,9 +115,18 @@ def make_picture(
         seed = int(seed)  # what Parquet makes of a column where some are missing
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed <= MAX_SEED:
         raise BadRow(f"seed must be a whole number from 0 to {MAX_SEED}, not {seed!r}")
-    digest = digest_of({"prompt": prompt, "negative_prompt": negative_prompt, "seed": seed} | appearance)
+    content = {"prompt": prompt, "negative_prompt": negative_prompt, "seed": seed} | appearance
+    lora = ""
+    if record.get("lora") is not None:
+        try:
+            lora = files.read(record["lora"])
+        except ValueError as error:
+            raise BadRow(str(error)) from error
+    if lora:
+        content["lora"] = content_of(lora)
+    digest = digest_of(content)
     name = digest if record.get("id") is None else name_of(record["id"])
-    return Picture(name, digest, prompt, negative_prompt, seed, place)
+    return Picture(name, digest, prompt, negative_prompt, seed, place, lora)
 
 
 def text_of(record: dict[str, Any], column: str) -> str | None:
@@ -172,11 +191,12 @@ def plan(
 ) -> tuple[list[Picture], list[Failure]]:
     """The pictures of all good rows, and the bad rows. Raises UserError where two rows make one picture."""
     appearance = appearance_of(args, kind)
+    files = AdapterFiles(args.prompts.parent)
     pictures: dict[str, Picture] = {}
     failures = []
     for number, (place, record) in enumerate(records):
         try:
-            picture = make_picture(record, number, place, args, appearance)
+            picture = make_picture(record, number, place, args, appearance, files)
         except BadRow as error:
             failures.append(Failure(place, str(error)))
             continue

@@ -30,6 +30,7 @@ from runners.stable_diffusion.pipeline import (
     settings_in_use,
 )
 from runners.stable_diffusion.prompts import check_prompts, warn_of_long_prompts
+from runners.stable_diffusion.row_adapters import AdapterSwitch, loras_of
 
 
 class Painter:
@@ -67,6 +68,7 @@ class Painter:
         self.pipe = make_pipeline(self.args, model, scheduler, self.manager, dtype, report)
         self.pipe.set_progress_bar_config(disable=True)
         self.encoded = EncodedPrompts(self.pipe)
+        self.adapters = AdapterSwitch(self.pipe)
         self.about = {
             "flags": accelerate(self.pipe, self.args, report),
             "device": {**get_device_info(self.manager.device), "dtype": str(dtype)},
@@ -103,6 +105,9 @@ class Painter:
         """Draw and save `picture`. The result is warnings."""
         args = argparse.Namespace(**vars(self.args))
         args.prompts, args.negative_prompt, args.seed = [picture.prompt], picture.negative_prompt, picture.seed
+        args.lora = loras_of(picture.lora)
+        self.adapters.use(picture.lora)
+        self.encoded.adapters = picture.lora
         report = Report()
         check_prompts(args, [picture.prompt, picture.negative_prompt])
         warn_of_long_prompts(self.pipe, args, [picture.prompt, picture.negative_prompt], report)

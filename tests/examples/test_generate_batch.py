@@ -15,6 +15,10 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
 from PIL import Image
 
 from runners.cli import UserError
@@ -208,6 +212,68 @@ def test_a_worker_encodes_a_prompt_once(parse: Callable, painter: Any) -> None:
         _, row = row_of(parse, prompt=prompt, id=str(number), seed=number)
         assert painter(row)["error"] == ""
     assert len(encoded) == 3  # of two prompts and the negative one
+
+
+def save_adapter(pipe: Any, path: Path, seed: int) -> Path:
+    """A LoRA of the UNet and the text encoder, with random weights."""
+    torch.manual_seed(seed)
+    pipe.unet.add_adapter(LoraConfig(r=4, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    pipe.text_encoder.add_adapter(LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+    layers = {
+        "unet_lora_layers": get_peft_model_state_dict(pipe.unet),
+        "text_encoder_lora_layers": get_peft_model_state_dict(pipe.text_encoder),
+    }
+    path.parent.mkdir(exist_ok=True)
+    StableDiffusionPipeline.save_lora_weights(path.parent, weight_name=path.name, **layers)
+    pipe.unload_lora_weights()
+    return path
+
+
+NAMES = ("ink", "night")
+
+
+@pytest.mark.parametrize("flags", [["--FA"], ["--memory", "stream", "--TOME"]], ids=" ".join)
+def test_each_row_is_drawn_with_its_adapters(
+    parse: Callable, tiny_sd: Any, run_sd: Callable, tmp_path: Path, flags: list[str]
+) -> None:
+    ink, night = (save_adapter(tiny_sd, tmp_path / "loras" / f"{name}.safetensors", len(name)) for name in NAMES)
+    rows: list[dict[str, Any]] = [
+        {"id": "ink", "lora": "loras/ink.safetensors:0.5"},
+        {"id": "none"},
+        {"id": "both", "lora": ["loras/night.safetensors", str(ink)]},
+        {"id": "ink-again", "seed": 0, "lora": ["loras/ink.safetensors:0.5"]},
+    ]
+    pictures, failures = plan(parse(*flags), *({"prompt": "a red circle", "seed": 0} | row for row in rows))
+    assert not failures and len({picture.digest for picture in pictures}) == 3
+    painter = batch.Painter(parse(*flags), "cpu")
+    for picture in pictures:
+        assert painter(batch.asdict(picture))["error"] == ""
+    drawn = {picture.name: np.asarray(Image.open(painter.folder / f"{picture.name}.png")) for picture in pictures}
+    options = {"ink": ["--lora", f"{ink}:0.5"], "none": [], "both": ["--lora", night, "--lora", ink]}
+    for name, loras in options.items():
+        assert run_sd("--prompt", "a red circle", *flags, *loras).code == 0
+        [path] = (tmp_path / "out").glob("*.png")
+        assert np.array_equal(np.asarray(Image.open(path)), drawn[name])
+        path.unlink()
+    assert np.array_equal(drawn["ink"], drawn["ink-again"]) and not np.array_equal(drawn["ink"], drawn["none"])
+    assert json.loads((painter.folder / "ink.json").read_text())["settings"]["lora"] == {str(ink): 0.5}
+
+
+def test_adapters_of_a_row_that_are_none_are_its_failure(parse: Callable, tiny_sd: Any, tmp_path: Path) -> None:
+    adapter = save_adapter(tiny_sd, tmp_path / "a.safetensors", 0)
+    reasons = {
+        "absent.safetensors": "absent.safetensors does not exist",
+        "a.safetensors:x": "'x'",
+        3: "lora must be FILE, FILE:SCALE or a list of such, not 3",
+        ("a.safetensors", "a.safetensors:2"): "names one adapter twice",
+    }
+    for lora, reason in reasons.items():
+        [], [failure] = plan(parse(), {"prompt": "a", "lora": lora})
+        assert reason in failure.reason and "--" not in failure.reason
+    [picture], [] = plan(parse(), {"prompt": "a", "lora": str(adapter)})
+    painter = batch.Painter(parse(), "cpu")
+    adapter.write_bytes(save_adapter(tiny_sd, tmp_path / "b.safetensors", 1).read_bytes())
+    assert "a.safetensors is not the file that the run began with" in painter(batch.asdict(picture))["error"]
 
 
 def test_weights_exchanged_while_a_run_goes_on_are_refused(parse: Callable, tiny_sd_dir: Path, tmp_path: Path) -> None:

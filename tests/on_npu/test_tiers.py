@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
+from peft import LoraConfig
 
-from ascend import Tier, TieredStore
+from ascend import AdapterStore, Tier, TieredStore
 from ascend.tiers import default_store
 from tests.tier_work import assert_within_budgets, column, random_tensor, same_bits, work_in_threads
 
@@ -157,3 +159,28 @@ def test_accelerators_are_first_and_not_pinned(npu: torch.device) -> None:
         TieredStore([Tier("cpu", MIB), Tier("npu:0", MIB)])
     with pytest.raises(ValueError, match="the tier npu:0 cannot be pinned"):
         TieredStore([Tier("npu:0", MIB, pinned=True)])
+
+
+def test_adapters_come_from_the_tiers_as_they_went(
+    npu: torch.device, tiny_sd: StableDiffusionPipeline, tmp_path: Path
+) -> None:
+    tiny_sd.to(npu)
+    pictures = {}
+    for seed, name in enumerate(("a", "b")):
+        torch.manual_seed(seed)
+        tiny_sd.unet.add_adapter(LoraConfig(r=4, target_modules=["to_q", "proj_in"], init_lora_weights=False), name)
+        tiny_sd.set_adapters([name])
+        pictures[name] = draw(tiny_sd)
+    assert not torch.equal(pictures["a"], pictures["b"])
+    with TieredStore(tiers(npu, tmp_path, 8 * KIB, 16 * KIB, MIB)) as store:
+        adapters = AdapterStore(tiny_sd, store)
+        for name in "abba":
+            adapters.use({name: 1.0})
+            assert all(p.device == npu for path, p in tiny_sd.unet.named_parameters() if f".{name}." in path)
+            assert torch.equal(draw(tiny_sd), pictures[name])
+        assert column(store, "hits")[2]
+
+
+def draw(pipe: StableDiffusionPipeline) -> torch.Tensor:
+    options = {"num_inference_steps": 2, "height": 64, "width": 64, "output_type": "latent"}
+    return pipe("a cat", generator=torch.manual_seed(0), **options).images

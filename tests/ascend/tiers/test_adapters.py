@@ -1,0 +1,143 @@
+"""Adapters whose weights are in tiers: pictures are those of diffusers alone, and those not in use take no memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+
+from ascend import AdapterStore, Tier, TieredStore
+from ascend.tiers import TierError
+
+MIB = 2**20
+SCALES: list[dict[str, float]] = [{"a": 1.0}, {}, {"b": 0.5}, {"a": 0.25, "c": 1.0}, {"c": 1.0}, {"a": 1.0}]
+
+
+@pytest.fixture
+def files(tiny_sd: StableDiffusionPipeline, tmp_path: Path) -> dict[str, Path]:
+    """Three adapters: of the UNet, of the UNet with another rank and alpha, and of UNet and text encoder."""
+    kinds: dict[str, dict[str, Any]] = {"a": {"r": 4}, "b": {"r": 2, "lora_alpha": 8}, "c": {"r": 4}}
+    paths = {}
+    for seed, (name, kind) in enumerate(kinds.items()):
+        torch.manual_seed(seed)
+        config = LoraConfig(target_modules=["to_q", "to_v", "proj_in"], init_lora_weights=False, **kind)
+        tiny_sd.unet.add_adapter(config)
+        layers: dict[str, Any] = {"unet_lora_layers": get_peft_model_state_dict(tiny_sd.unet)}
+        if name == "b":
+            about = {
+                key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()
+            }
+            layers["unet_lora_adapter_metadata"] = about
+        if name == "c":
+            tiny_sd.text_encoder.add_adapter(LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+            layers["text_encoder_lora_layers"] = get_peft_model_state_dict(tiny_sd.text_encoder)
+        StableDiffusionPipeline.save_lora_weights(tmp_path, weight_name=f"{name}.safetensors", **layers)
+        paths[name] = tmp_path / f"{name}.safetensors"
+        tiny_sd.unload_lora_weights()
+    return paths
+
+
+def draw(pipe: StableDiffusionPipeline) -> torch.Tensor:
+    return pipe(
+        "a cat", num_inference_steps=2, height=64, width=64, generator=torch.manual_seed(0), output_type="latent"
+    ).images
+
+
+def expected(pipe: StableDiffusionPipeline, files: Mapping[str, Path], scales: Mapping[str, float]) -> torch.Tensor:
+    """Of diffusers alone."""
+    for name in scales:
+        pipe.load_lora_weights(files[name].parent, weight_name=files[name].name, adapter_name=name)
+    if scales:
+        pipe.set_adapters(list(scales), list(scales.values()))
+    picture = draw(pipe)
+    pipe.unload_lora_weights()
+    return picture
+
+
+def bytes_of(pipe: StableDiffusionPipeline) -> int:
+    modules = (pipe.unet, pipe.text_encoder)
+    return sum(
+        parameter.nbytes for module in modules for name, parameter in module.named_parameters() if "lora_" in name
+    )
+
+
+def test_pictures_are_those_of_the_adapters_in_use(
+    tiny_sd: StableDiffusionPipeline, files: dict[str, Path], tmp_path: Path
+) -> None:
+    wanted = [expected(tiny_sd, files, scales) for scales in SCALES]
+    assert not torch.equal(wanted[0], wanted[1]) and not torch.equal(wanted[3], wanted[4])
+    with TieredStore([Tier("cpu", 8 * 2**10), Tier(tmp_path / "tier", MIB)]) as store:
+        adapters = AdapterStore(tiny_sd, store)
+        for name, path in files.items():
+            adapters.load(name, path)
+            assert bytes_of(tiny_sd) == 0
+        for scales, picture in zip(SCALES, wanted, strict=True):
+            adapters.use(scales)
+            assert torch.equal(draw(tiny_sd), picture)
+        assert adapters.store.stats()["demotions"] and list((tmp_path / "tier").rglob("*.safetensors"))
+        adapters.use({})
+        assert bytes_of(tiny_sd) == 0
+        for name in files:
+            adapters.remove(name)
+        assert [tier["tensors"] for tier in store.stats()["tiers"]] == [0, 0]
+        assert torch.equal(draw(tiny_sd), wanted[1])
+        assert not any("lora_" in name for name, _ in tiny_sd.unet.named_parameters())
+
+
+def test_what_was_written_to_an_adapter_in_use_is_kept(
+    tiny_sd: StableDiffusionPipeline, files: dict[str, Path]
+) -> None:
+    with TieredStore([Tier("cpu", MIB), Tier("cpu", MIB)]) as store:
+        adapters = AdapterStore(tiny_sd, store)
+        adapters.load("a", files["a"])
+        adapters.use({"a": 1.0})
+        with torch.no_grad():
+            for name, parameter in tiny_sd.unet.named_parameters():
+                if "lora_B" in name:
+                    parameter.mul_(2)
+        trained = draw(tiny_sd)
+        adapters.use({})
+        adapters.use({"a": 1.0})
+        assert torch.equal(draw(tiny_sd), trained)
+
+
+def test_adapters_that_the_pipeline_has_are_taken_over(
+    tiny_sd: StableDiffusionPipeline, files: dict[str, Path]
+) -> None:
+    plain, wanted = draw(tiny_sd), expected(tiny_sd, files, {"a": 1.0})
+    tiny_sd.load_lora_weights(files["a"].parent, weight_name="a.safetensors", adapter_name="a")
+    with TieredStore([Tier("cpu", MIB)]) as store:
+        adapters = AdapterStore(tiny_sd, store)
+        assert adapters.names() == ["a"] and torch.equal(draw(tiny_sd), plain)
+        adapters.prefetch(["a"])
+        adapters.use({"a": 1.0})
+        assert torch.equal(draw(tiny_sd), wanted)
+
+
+def test_bad_adapters_leave_all_as_it_was(
+    tiny_sd: StableDiffusionPipeline, files: dict[str, Path], tmp_path: Path
+) -> None:
+    wanted = expected(tiny_sd, files, {"a": 1.0})
+    size = sum(tensor.nbytes for tensor in load_file(files["a"]).values())
+    other = tmp_path / "other.safetensors"
+    save_file({f"transformer.x.lora_{side}.weight": torch.ones(4, 4) for side in "AB"}, other)
+    with TieredStore([Tier("cpu", size + 100)]) as store:
+        adapters = AdapterStore(tiny_sd, store)
+        adapters.load("a", files["a"])
+        adapters.use({"a": 1.0})
+        with pytest.raises(ValueError, match="there is an adapter 'a' already"):
+            adapters.load("a", files["b"])
+        with pytest.raises(ValueError, match="there is no adapter 'x'; there are: a"):
+            adapters.use({"x": 1.0})
+        with pytest.raises(TierError, match="fits in no tier"):
+            adapters.load("b", files["b"])
+        with pytest.raises(ValueError, match="none of the weights in .*other.safetensors is of a layer of this"):
+            adapters.load("other", other)
+        assert adapters.names() == ["a"] and torch.equal(draw(tiny_sd), wanted)
