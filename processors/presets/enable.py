@@ -33,14 +33,14 @@ def enable(target: Target, preset: str | None = None, device: torch.device | Non
         Of each switch "applied" and what shows it, "unsupported" and why, or "not asked for".
 
     Raises:
-        ValueError: no such preset. Nothing has changed then.
+        ValueError: no such preset, or a model of `target` is under the preset of another target. Nothing has changed.
         TypeError: `target` is neither a pipeline nor a model.
         RuntimeError: a switch failed, or an earlier preset cannot be taken back. What this call has done is undone.
     """
     if preset is None:
         preset = check_preset(os.environ.get(VARIABLE) or DEFAULT, VARIABLE)
     asked = PRESETS[check_preset(preset)]
-    components_of(target)  # raises TypeError
+    _require_no_other(target)
     disable(target)
     place = device or _place_of(target, "streaming" in asked)
     report, undo = Report(), list[Undo]()
@@ -77,6 +77,24 @@ def disable(target: Target) -> None:
         undo[-1]()
         undo.pop()
     _undo.pop(target, None)
+
+
+def _require_no_other(target: Target) -> None:
+    """Two presets on one model, taken back in another order, would leave a pipeline's parts in several dtypes.
+
+    Raises:
+        TypeError: `target` is neither a pipeline nor a model.
+    """
+    modules = {module for model in components_of(target).values() for module in model.modules()}
+    for other in list(_undo):
+        if other is target:
+            continue
+        for name, model in components_of(other).items():
+            if not modules.isdisjoint(model.modules()):
+                raise ValueError(
+                    f"the {name} of a {type(other).__name__} is under a preset already, and this "
+                    f"{type(target).__name__} shares it: that one holds for both, or disable it first"
+                )
 
 
 def _place_of(target: Target, streams: bool) -> torch.device:

@@ -110,13 +110,18 @@ def test_what_was_on_stays_on(tiny_sd: StableDiffusionPipeline) -> None:
     assert torch.equal(draw(tiny_sd), expected)
 
 
-def test_pipelines_that_share_models_take_back_their_own(tiny_sd: StableDiffusionPipeline) -> None:
+def test_a_preset_is_of_one_target_alone(tiny_sd: StableDiffusionPipeline) -> None:
     other = StableDiffusionImg2ImgPipeline(**tiny_sd.components)
+    enable(tiny_sd.unet, "memory")
+    for target in (tiny_sd, other, tiny_sd.unet.mid_block):
+        with pytest.raises(ValueError, match="UNet2DConditionModel is under a preset already, and this .* shares it"):
+            enable(target, "full")
+    enable(tiny_sd.vae, "memory")
+    disable(tiny_sd.unet)
+    disable(tiny_sd.vae)
     enable(tiny_sd, "memory")
-    enable(other, "full")
-    disable(other)
-    assert IS_ON["fused_kernels"](tiny_sd) and IS_ON["vae_tiling"](tiny_sd)
-    assert not IS_ON["token_merging"](tiny_sd) and not IS_ON["graphs"](tiny_sd)
+    with pytest.raises(ValueError, match="the vae of a StableDiffusionPipeline is under a preset already"):
+        enable(StableDiffusionImg2ImgPipeline(**tiny_sd.components).vae)
     disable(tiny_sd)
     assert_all_off(tiny_sd)
 
