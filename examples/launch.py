@@ -10,6 +10,7 @@ ended, and the exit code is the one of the rank that failed first.
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -55,7 +56,12 @@ def parse_arguments() -> argparse.Namespace:
     )
     add("--nnodes", type=positive_int, default=1, metavar="N", help="machines, each with as many devices (1)")
     add("--node_rank", type=non_negative_int, default=0, metavar="N", help="which of the machines this one is (0)")
-    add("--log_dir", type=file_path, metavar="DIR", help="where the other ranks' output goes (a new temporary folder)")
+    add(
+        "--log_dir",
+        type=file_path,
+        metavar="DIR",
+        help="where the other ranks' output goes (a temporary folder, kept if one fails)",
+    )
     add("command", nargs="+", metavar="-- SCRIPT ...", help="the script and its arguments")
     arguments = parser.parse_args()
     if arguments.nnodes > 1 and arguments.rdzv_endpoint.endswith(":0"):
@@ -71,6 +77,8 @@ def main() -> None:
     machines = Machines(arguments.rdzv_endpoint, arguments.nnodes, arguments.node_rank)
     with one_line_errors():
         launch(arguments.device_list, log_dir, arguments.command, machines)
+        if arguments.log_dir is None:
+            shutil.rmtree(log_dir, ignore_errors=True)
 
 
 if __name__ == "__main__":

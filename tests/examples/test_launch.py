@@ -45,8 +45,11 @@ def test_two_devices_draw_the_pictures_of_one(tiny_sd_dir: Path, tmp_path: Path)
     prompts = ["--prompt", "a red circle", "--prompt", "a blue square", "--num_images", 2]
     alone = [sys.executable, *draw(tmp_path / "one", tiny_sd_dir, *prompts)]
     subprocess.run(list(map(str, alone)), check=True, capture_output=True, env=ENVIRONMENT)
-    result = launch("0,1", *draw(tmp_path / "two", tiny_sd_dir, *prompts))
+    (tmp_path / "temporary").mkdir()
+    command = draw(tmp_path / "two", tiny_sd_dir, *prompts)
+    result = launch("0,1", *command, environment={"TMPDIR": str(tmp_path / "temporary")})
     assert result.returncode == 0, result.stderr
+    assert not list((tmp_path / "temporary").glob("diffusers-npu-*"))
     one, two = pictures(tmp_path / "one"), pictures(tmp_path / "two")
     assert len(one) == 4 and one.keys() == two.keys()
     for name, picture in one.items():  # a batch of half the size may sum in another order
