@@ -111,7 +111,7 @@ def test_what_the_pipeline_has_of_the_device_is_its_own_to_plan_with(
 
 @pytest.mark.parametrize("where", [RESIDENT, LENT, STREAMED])
 def test_a_vae_that_sdxl_casts_takes_what_was_planned(npu: torch.device, where: str) -> None:
-    manager, pipe, size = DeviceManager(npu), make_pipeline("SDXL"), 192
+    manager, pipe, size = DeviceManager(npu), make_pipeline("SDXL"), 64
     pipe.to(HALF, silence_dtype_warnings=True)
     bare = {name: to_meta(model) for name, model in modules_of(pipe).items()}
     parts = [part_of(name, bare, Request(size, size), HALF, fused_attention=True) for name in bare]
