@@ -30,12 +30,12 @@ from transformers import (
 from ascend.planner import MemoryPlan, plan_memory
 from ascend.planner.activations import peak_of, record_call
 from ascend.planner.activity import Part
-from ascend.planner.calls import Request, calls_of
+from ascend.planner.calls import Request, calls_of, usual_request
 from ascend.planner.memory_plan import part_of
 from ascend.planner.models import to_meta
 from tests.processors.test_order import ip_adapter
 from tests.tiny_models import CROSS_ATTENTION_DIM
-from tests.tiny_pipelines import tiny_xl_unet
+from tests.tiny_pipelines import make_pipeline, tiny_xl_unet
 
 CHANNELS = {"block_out_channels": (32, 64), "layers_per_block": 1}
 VAE = {
@@ -123,6 +123,15 @@ def test_images_of_ip_adapters_are_inputs_where_the_adapter_is_known(tiny_sd: St
     assert plan().phases["denoise"] > plain.phases["denoise"] and not plan().unknown
     tiny_sd.unet.encoder_hid_proj.image_projection_layers[0] = IPAdapterFullImageProjection(8, CROSS_ATTENTION_DIM)
     assert plan().unknown == {"unet": "what its IP-Adapter's IPAdapterFullImageProjection is called with is not known"}
+
+
+@pytest.mark.parametrize("name", ["inpainting", "ControlNet", "SDXL image-to-image"])
+def test_a_pipeline_s_usual_picture_is_of_its_models_size(name: str) -> None:
+    pipe = make_pipeline(name)
+    request = usual_request(pipe)
+    assert request == Request(128, 128, image=name != "ControlNet")
+    plan = plan_memory(pipe, torch.device("cpu"), request, torch.float32, limit=2**30)
+    assert not plan.unknown and plan.is_resident
 
 
 def test_the_image_encoder_of_an_ip_adapter_is_known() -> None:
