@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.hooks import remove_hook_from_module
 from safetensors import safe_open
 
-from ascend.memory import read_memory
+from ascend.planner.activity import FROM_DISK
+from ascend.planner.calls import Request, usual_request
+from ascend.planner.memory_plan import apply_plan, modules_of, plan_memory
+from ascend.planner.plan import PlanError
+from ascend.streaming import Stream
+from ascend.streaming.blocks import tensors_of
 
-# What is left for activations when the weights stay on the device.
-ACTIVATION_SHARE = 0.3
+UNKNOWN_SHARE = 0.3  # of the memory, for components whose calls are not known
 
 
 def load_safetensors(path: str | os.PathLike[str], device: torch.device) -> dict[str, torch.Tensor]:
@@ -50,56 +57,95 @@ def _shards(path: Path) -> list[Path]:
     return files
 
 
-def fits(weights: int, resident: int, memory: dict[str, int]) -> bool:
-    """Whether a model leaves its activations `ACTIVATION_SHARE` of the device memory that there is for both.
-
-    Args:
-        weights: bytes of all the parameters.
-        resident: bytes of those that are on the device already.
-        memory: of the device, from `read_memory`.
-    """
-    unused = memory["reserved"] - memory["allocated"]  # held by torch's allocator, as good as free
-    return weights <= (memory["free"] + unused + resident) * (1 - ACTIVATION_SHARE)
-
-
-def place_pipeline(pipe: Any, device: torch.device) -> list[str]:
+def place_pipeline(
+    pipe: Any,
+    device: torch.device,
+    request: Request | None = None,
+    limit: int | None = None,
+    fused_attention: bool | None = None,
+) -> list[str]:
     """Bring a diffusers pipeline to `device`, in a way that its memory allows and leaves the pictures as they are.
 
-    Where the weights do not fit beside their activations, each component is on the device only while it runs, and the
-    VAE decodes one picture at a time. Call it before `compile_pipeline`, which leaves components that move as they
-    are, and as often as you like: an earlier offloading is undone.
+    `plan_memory` says where each component is to be. Where not all of them stay on the device, the VAE decodes one
+    picture at a time, too. What components take whose calls are not known is not in the plan: `UNKNOWN_SHARE` of the
+    memory is left for it. Call it before `compile_pipeline`, and as often as you like: it undoes what it did before.
+
+    Args:
+        request: what is drawn, by default one picture of the size that the pipeline draws by default.
+        limit, fused_attention: as for `plan_memory`.
 
     Returns:
         What was done, in words.
 
     Raises:
-        RuntimeError: the weights do not fit, and they cannot move, as the forward of a module was replaced.
+        PlanError: no placement fits, or the dry run of a model fails. What was offloaded is in host memory then.
+        RuntimeError: weights would have to move, and cannot, as the forward of a module was replaced.
     """
-    modules = [component for component in pipe.components.values() if isinstance(component, torch.nn.Module)]
-    parameters = {parameter for module in modules for parameter in module.parameters()}
-    weights = sum(parameter.nbytes for parameter in parameters)
-    resident = sum(parameter.nbytes for parameter in parameters if parameter.device == device)
-    if device.type == "cpu" or fits(weights, resident, read_memory(device)):
-        pipe.remove_all_hooks()  # those of an earlier offloading would move the components again
-        pipe.to(device, silence_dtype_warnings=True)  # of half precision on the CPU, which runs, if slowly
-        return [f"all components are on {device}"]
+    if any(hasattr(module, "_hf_hook") for module in _all_modules(pipe)):
+        _require_own_forwards(pipe)
+        _undo_offloading(pipe)
+    if device.type == "cpu":
+        return [_place_whole(pipe, device)]
+    make_plan = partial(
+        plan_memory, pipe, device, request or usual_request(pipe), _dtype_of(pipe), fused_attention=fused_attention
+    )
+    plan = make_plan(limit=limit)
+    if plan.unknown:
+        plan = make_plan(limit=int(plan.limit * (1 - UNKNOWN_SHARE)))
+    left = [
+        f"{UNKNOWN_SHARE:.0%} of the memory are left for what the {name} takes beside its weights: {why}"
+        for name, why in plan.unknown.items()
+    ]
+    if plan.is_resident:
+        return [_place_whole(pipe, device), *left]
+    if any(placement.where == FROM_DISK for placement in plan.placements):
+        raise PlanError("host memory does not hold the weights either: apply_plan streams them from a model's folder")
     _require_own_forwards(pipe)
-    pipe.enable_model_cpu_offload(device=device)
-    done = [f"components move to {device} in turn: {weights / 2**30:.1f} GiB do not fit at once"]
+    pipe.to("cpu", silence_dtype_warnings=True)  # first: components change places
+    apply_plan(pipe, plan, device)
+    done = [f"{placement.name}: {placement.where} ({placement.why})" for placement in plan.placements]
     if getattr(pipe, "vae", None) is not None:
         pipe.vae.enable_slicing()
         done.append("the VAE decodes one picture at a time")
-    return done
+    return done + left
+
+
+def _dtype_of(pipe: Any) -> torch.dtype:
+    """In which the denoiser computes, or what there is."""
+    models = [getattr(pipe, name, None) for name in ("unet", "transformer")] + list(modules_of(pipe).values())
+    tensors = (tensor for model in models if model is not None for tensor in tensors_of(model))
+    return next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.float32)
+
+
+def _all_modules(pipe: Any) -> Iterator[torch.nn.Module]:
+    for model in modules_of(pipe).values():
+        yield from model.modules()
+
+
+def _undo_offloading(pipe: Any) -> None:
+    hooks = [getattr(module, "_hf_hook", None) for module in _all_modules(pipe)]
+    pipe.remove_all_hooks()
+    for model in modules_of(pipe).values():  # also of parts, as the halves of a VAE
+        remove_hook_from_module(model, recurse=True)
+    for hook in hooks:
+        if isinstance(hook, Stream):
+            hook.buffers.drop()
+
+
+def _place_whole(pipe: Any, device: torch.device) -> str:
+    if any(tensor.device != device for model in modules_of(pipe).values() for tensor in tensors_of(model)):
+        _require_own_forwards(pipe)
+        pipe.to(device, silence_dtype_warnings=True)  # of half precision on the CPU, which runs, if slowly
+    return f"all components are on {device}"
 
 
 def _require_own_forwards(pipe: Any) -> None:
     """Graphs and shared batches replace a forward; accelerate's hooks do too, and are theirs to move."""
-    for name, component in pipe.components.items():
-        modules = component.modules() if isinstance(component, torch.nn.Module) else ()
-        if any(_has_other_forward(module) and not hasattr(module, "_hf_hook") for module in modules):
+    for name, model in modules_of(pipe).items():
+        if any(_has_other_forward(module) and not hasattr(module, "_hf_hook") for module in model.modules()):
             raise RuntimeError(
-                f"the weights do not fit on the device at once, and those of the {name} cannot move, as it is "
-                "compiled or shared: place the pipeline first, or undo that by decompile_pipeline or unshare_guidance"
+                f"weights have to move, and those of the {name} cannot, as it is compiled or shared: place the "
+                "pipeline first, or undo that by decompile_pipeline or unshare_guidance"
             )
 
 

@@ -83,6 +83,6 @@ class DeviceManager:
         """See `ascend.placement.load_safetensors`."""
         return load_safetensors(path, self.device)
 
-    def set_memory_efficient_mode(self, pipe: Any) -> list[str]:
-        """See `ascend.placement.place_pipeline`."""
-        return place_pipeline(pipe, self.device)
+    def set_memory_efficient_mode(self, pipe: Any, **options: Any) -> list[str]:
+        """See `ascend.placement.place_pipeline`, whose `options` these are."""
+        return place_pipeline(pipe, self.device, **options)

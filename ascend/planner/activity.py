@@ -17,54 +17,73 @@ STEPS = 2  # the second one finds what the first left in the allocator; later on
 
 
 @dataclass(frozen=True)
+class Weights:
+    """Of a component, in bytes of its tensors, in the order in which they go to the device.
+
+    Attributes:
+        tensors: all.
+        around: those in no block.
+        beside: those that stay on the device while what runs is lent.
+        block: a buffer that holds any of its blocks, for each dtype; empty if it has none.
+    """
+
+    tensors: tuple[int, ...]
+    around: tuple[int, ...]
+    beside: tuple[int, ...]
+    block: dict[Hashable, int]
+
+    def on_device(self, where: str) -> tuple[int, ...]:
+        """While another component runs."""
+        return {RESIDENT: self.tensors, LENT: self.beside}.get(where, self.around)
+
+
+@dataclass(frozen=True)
 class Run:
     """One way in which a component runs, once a picture or in each step.
 
     Attributes:
         phase: of PHASES.
-        events: what a call makes and frees; None: not known.
+        events: what a call makes and frees, as far as is known.
         inputs: bytes of each of its tensors, which are kept until the picture is there.
         loan: bytes of the buffers for what runs, where that is lent.
         streamed: bytes of the blocks of what runs.
+        cast: the component's weights meanwhile, where the pipeline casts them to another dtype and back.
     """
 
     phase: str
-    events: list[Event] | None
+    events: list[Event]
     inputs: tuple[int, ...]
     loan: tuple[int, ...]
     streamed: int
+    cast: Weights | None = None
 
     @cached_property
     def peak(self) -> int:
         """Bytes of activations at once, as far as is known."""
-        return peak_of(self.events or [])
+        return peak_of(self.events)
 
 
 @dataclass(frozen=True)
 class Part:
-    """A component, in bytes of its tensors, in the order in which they go to the device.
-
-    Attributes:
-        weights: of all.
-        around: of those in no block.
-        beside: of those that stay on the device while what runs is lent.
-        block: of a buffer that holds any of its blocks, for each dtype; empty if it has none.
-    """
+    """A component. Attributes: `unknown`: why it is not known what its calls take beside weights, if it is not."""
 
     name: str
-    weights: tuple[int, ...]
-    around: tuple[int, ...]
-    beside: tuple[int, ...]
-    block: dict[Hashable, int]
+    weights: Weights
     runs: tuple[Run, ...]
+    unknown: str | None = None
 
     @property
     def denoises(self) -> bool:
         return any(run.phase == "denoise" for run in self.runs)
 
-    def stays(self, where: str) -> tuple[int, ...]:
-        """What is on the device at all times."""
-        return {RESIDENT: self.weights, LENT: self.beside}.get(where, self.around)
+    @property
+    def casts(self) -> tuple[Weights, ...]:
+        return tuple(run.cast for run in self.runs if run.cast)
+
+    def growth(self, run: Run, where: str) -> int:
+        """Bytes that it has more of the device while it runs, activations and buffers for blocks aside."""
+        cast = total(run.cast.on_device(where)) - total(self.weights.on_device(where)) if run.cast else 0
+        return cast + (total(run.loan) if where == LENT else 0)
 
 
 def total(sizes: Iterable[int]) -> int:
@@ -75,8 +94,9 @@ def buffer_of(pairs: list[tuple[Part, str]]) -> dict[Hashable, int]:
     """Bytes, for each dtype, of a buffer that holds any block of the parts that are streamed."""
     sizes: dict[Hashable, int] = {}
     for part, where in pairs:
-        for dtype, size in part.block.items() if where in (STREAMED, FROM_DISK) else ():
-            sizes[dtype] = max(sizes.get(dtype, 0), size)
+        for weights in (part.weights, *part.casts) if where in (STREAMED, FROM_DISK) else ():
+            for dtype, size in weights.block.items():
+                sizes[dtype] = max(sizes.get(dtype, 0), size)
     return sizes
 
 
@@ -105,6 +125,14 @@ class Tape:
     def free(self, numbers: range) -> None:
         self.events += [Event(number, None) for number in numbers]
 
+    def cast(self, numbers: range, sizes: Iterable[int]) -> range:
+        """One after the other becomes a tensor of another size."""
+        first = self.count
+        for number, size in zip(numbers, sizes, strict=True):
+            self.make([size])
+            self.events.append(Event(number, None))
+        return range(first, self.count)
+
     def copy(self, events: list[Event]) -> None:
         self.events += [Event(self.count + number, size) for number, size in events]
         self.count += sum(size is not None for _, size in events)
@@ -114,19 +142,22 @@ def activity_of(parts: list[Part], choice: tuple[str, ...]) -> list[Event]:
     """All that is made and freed on the device, from the first weight to the picture."""
     pairs = list(zip(parts, choice, strict=True))
     tape, buffer = Tape(), buffer_of(pairs)
-    for part, where in pairs:
-        tape.make(part.stays(where))
+    held = {part.name: tape.make(part.weights.on_device(where)) for part, where in pairs}
     has_buffers = False
     for phase, runs in in_order(pairs):
         for _, _, run in runs:
             tape.make(run.inputs)
         for _ in range(STEPS if phase == "denoise" else 1):
-            for _, where, run in runs:
+            for part, where, run in runs:
+                if run.cast:
+                    held[part.name] = tape.cast(held[part.name], run.cast.on_device(where))
                 if where in (STREAMED, FROM_DISK) and not has_buffers:
                     has_buffers = True  # from now on
                     for _ in range(BUFFERS):
                         tape.make(buffer.values())
                 lent = tape.make(run.loan if where == LENT else ())
-                tape.copy(run.events or [])
+                tape.copy(run.events)
                 tape.free(lent)
+                if run.cast:
+                    held[part.name] = tape.cast(held[part.name], part.weights.on_device(where))
     return tape.events

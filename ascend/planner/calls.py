@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -28,26 +29,46 @@ class Request(NamedTuple):
         return self.batch * (2 if self.guidance else 1)
 
 
+def usual_request(pipe: Any) -> Request:
+    """A picture of the size that `pipe` draws by default."""
+    denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
+    size = getattr(pipe, "default_sample_size", None) or getattr(denoiser, "config", {}).get("sample_size") or 64
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    scale = getattr(pipe, "vae_scale_factor", 8)
+    begins_with_image = "strength" in inspect.signature(type(pipe).__call__).parameters
+    return Request(height * scale, width * scale, image=begins_with_image)
+
+
 class Call(NamedTuple):
-    """One way in which a component runs: in each step or once a picture, with these arguments."""
+    """One way in which a component runs: in each step or once a picture, with these arguments.
+
+    `cast` is the dtype that the pipeline casts the component to for this call, where it does.
+    """
 
     phase: str  # "encode", "denoise" or "decode"
     inputs: dict[str, Any]
     target: Callable[[nn.Module], nn.Module] = lambda module: module
+    cast: torch.dtype | None = None
 
 
-def calls_of(models: dict[str, nn.Module], request: Request, dtype: torch.dtype) -> dict[str, list[Call]]:
-    """How each component runs in a picture. Those of classes that are not known here are left out.
+class UnknownCallError(ValueError):
+    """It is not known with what a component is called; the message says why."""
+
+
+def calls_of(model: nn.Module, models: dict[str, nn.Module], request: Request, dtype: torch.dtype) -> list[Call]:
+    """How a component runs in a picture.
 
     Args:
-        models: on the meta device.
+        model: on the meta device.
+        models: all components of its pipeline, there, too.
+
+    Raises:
+        UnknownCallError: its class is not known here, or a part of it, or how large latents are.
     """
-    calls = {}
-    for name, model in models.items():
-        make = CALLS.get(type(model).__name__)
-        if make is not None:
-            calls[name] = make(model, models, request, dtype)
-    return calls
+    make = CALLS.get(type(model).__name__)
+    if make is None:
+        raise UnknownCallError(f"how pipelines call a {type(model).__name__} is not known")
+    return make(model, models, request, dtype)
 
 
 def _meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -57,7 +78,7 @@ def _meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 def _latents(models: dict[str, nn.Module], request: Request) -> tuple[int, int]:
     vae: Any = models.get("vae")
     if vae is None:
-        raise ValueError("there is no component named vae, which says how large latents are")
+        raise UnknownCallError("there is no component named vae, which says how large latents are")
     scale = 2 ** (len(vae.config.block_out_channels) - 1)
     return request.height // scale, request.width // scale
 
@@ -93,13 +114,31 @@ def _conditions(model: Any, models: dict[str, nn.Module], request: Request, dtyp
             request.rows, CLIP_TOKENS, width if isinstance(width, int) else width[0], dtype=dtype
         ),
     }
-    if model.config.addition_embed_type == "text_time":
+    if is_xl(model):
         text = model.config.projection_class_embeddings_input_dim - 6 * model.config.addition_time_embed_dim
         inputs["added_cond_kwargs"] = {
             "text_embeds": _meta(request.rows, text, dtype=dtype),
             "time_ids": _meta(request.rows, 6, dtype=dtype),
         }
+    adapters: Any = getattr(model, "encoder_hid_proj", None)
+    if type(adapters).__name__ == "MultiIPAdapterImageProjection":
+        images = [
+            _meta(request.rows, 1, _embedding_of(layer), dtype=dtype) for layer in adapters.image_projection_layers
+        ]
+        inputs["added_cond_kwargs"] = inputs.get("added_cond_kwargs", {}) | {"image_embeds": images}
     return inputs
+
+
+def _embedding_of(projection: Any) -> int:
+    """Channels of the image embedding that an IP-Adapter projects."""
+    if type(projection).__name__ != "ImageProjection":
+        raise UnknownCallError(f"what its IP-Adapter's {type(projection).__name__} is called with is not known")
+    return projection.image_embeds.in_features
+
+
+def is_xl(model: Any) -> bool:
+    """Whether a UNet or a ControlNet is conditioned on sizes and a pooled prompt, as SDXL's."""
+    return getattr(model.config, "addition_embed_type", None) == "text_time"
 
 
 def _controlnet(model: Any, models: dict[str, nn.Module], request: Request, dtype: torch.dtype) -> list[Call]:
@@ -133,18 +172,32 @@ def _hidream(model: Any, models: dict[str, nn.Module], request: Request, dtype: 
 
 
 def _vae(model: Any, models: dict[str, nn.Module], request: Request, dtype: torch.dtype) -> list[Call]:
-    latents = _meta(request.batch, model.config.latent_channels, *_latents(models, request), dtype=dtype)
-    calls = [Call("decode", {"sample": latents}, attrgetter("decoder"))]
+    # SDXL's pipelines encode in float32 and decode in what is not float16.
+    unet = models.get("unet")
+    is_cast = model.config.force_upcast and model.dtype != torch.float32 and unet is not None and is_xl(unet)
+    cast = torch.float32 if is_cast else None
+    casts = {"encode": cast, "decode": cast if model.dtype == torch.float16 else None}
+
+    def call(phase: str, half: str, channels: int, height: int, width: int) -> Call:
+        sample = _meta(request.batch, channels, height, width, dtype=casts[phase] or model.dtype)
+        return Call(phase, {"sample": sample}, attrgetter(half), casts[phase])
+
+    calls = [call("decode", "decoder", model.config.latent_channels, *_latents(models, request))]
     if request.image:
-        picture = _meta(request.batch, model.config.in_channels, request.height, request.width, dtype=dtype)
-        calls.insert(0, Call("encode", {"sample": picture}, attrgetter("encoder")))
+        calls.insert(0, call("encode", "encoder", model.config.in_channels, request.height, request.width))
     return calls
+
+
+def _image_encoder(model: Any, models: dict[str, nn.Module], request: Request, dtype: torch.dtype) -> list[Call]:
+    size = model.config.image_size
+    return [Call("encode", {"pixel_values": _meta(1, model.config.num_channels, size, size, dtype=dtype)})]
 
 
 CALLS: dict[str, Callable[[Any, dict[str, nn.Module], Request, torch.dtype], list[Call]]] = {
     "AutoencoderKL": _vae,
     "CLIPTextModel": _text,
     "CLIPTextModelWithProjection": _text,
+    "CLIPVisionModelWithProjection": _image_encoder,
     "ControlNetModel": _controlnet,
     HIDREAM: _hidream,
     "LlamaForCausalLM": _llama,

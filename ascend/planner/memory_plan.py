@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Hashable, Iterable
 from functools import partial
 from pathlib import Path
@@ -13,14 +14,14 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ascend.chips import TORCH_ATTENTION, has_operator
-from ascend.device import get_chip
+from ascend.device.properties import get_chip
 from ascend.memory import read_memory
 from ascend.planner.activations import record_call, tensors_in
-from ascend.planner.activity import FROM_DISK, LENT, RESIDENT, STREAMED, Part, Run
+from ascend.planner.activity import FROM_DISK, LENT, RESIDENT, STREAMED, Part, Run, Weights
 from ascend.planner.allocator import Event
-from ascend.planner.calls import Call, Request, calls_of
-from ascend.planner.models import load_on_meta, to_meta
-from ascend.planner.plan import MemoryPlan, choose_plan
+from ascend.planner.calls import Call, Request, UnknownCallError, calls_of
+from ascend.planner.models import cast_floats, load_on_meta, to_meta
+from ascend.planner.plan import MemoryPlan, PlanError, choose_plan
 from ascend.planner.speed import measure_speed
 from ascend.streaming import Buffers, find_blocks, lend_module, stream_module
 from ascend.streaming.blocks import aligned, bytes_of, tensors_of
@@ -49,27 +50,28 @@ def plan_memory(
     """Choose where each model of a pipeline is to be on `device`; nothing is loaded.
 
     Args:
-        source: a folder in diffusers' layout, of which configurations are read, or a pipeline.
+        source: a folder in diffusers' layout, of which configurations are read, or a pipeline, wherever its models
+            are. A compiled one is planned as if it were not.
         request: what is drawn.
         dtype: in which the models run.
         mode: a key of MODES; all but "auto" say where the denoiser is.
-        limit: bytes of device memory, what is free by default.
+        limit: bytes of device memory, by default what is free and what the pipeline's weights have there.
         fused_attention: whether attention's scores are never in memory as a whole. By default on devices where
             torch's own attention is fused; 310P wants `enable_fused_kernels`.
 
     Raises:
-        PlanError: no placement fits.
+        PlanError: no placement fits, or the dry run of a model fails.
     """
     folder = source if isinstance(source, Path) else None
     models = load_on_meta(source, dtype) if isinstance(source, Path) else modules_of(source)
     if fused_attention is None:
         fused_attention = device.type != "npu" or has_operator(get_chip(device), TORCH_ATTENTION)
     bare = {name: to_meta(model) for name, model in models.items()}
-    calls = calls_of(bare, request, dtype)
-    parts = [part_of(name, model, calls.get(name), fused_attention) for name, model in bare.items()]
+    parts = [part_of(name, bare, request, dtype, fused_attention) for name in bare]
     memory = read_memory(device)
     if limit is None:
-        limit = memory["free"] + memory["reserved"] - memory["allocated"]
+        held = {id(tensor): tensor.nbytes for model in models.values() for tensor in tensors_on(device, model)}
+        limit = memory["free"] + memory["reserved"] - memory["allocated"] + sum(held.values())
     host = read_memory(torch.device("cpu"))["free"]
     return choose_plan(parts, limit, host, steps, partial(measure_speed, device, folder), MODES[mode])
 
@@ -78,13 +80,42 @@ def modules_of(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
     return {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
 
 
-def part_of(name: str, model: nn.Module, calls: list[Call] | None, fused_attention: bool) -> Part:
-    """What one component takes.
+def tensors_on(device: torch.device, model: nn.Module) -> list[torch.Tensor]:
+    """None on the CPU, whose memory is never a pipeline's alone."""
+    return [tensor for tensor in tensors_of(model) if tensor.device == device and device.type != "cpu"]
 
-    Args:
-        model: on the meta device.
-        calls: None if they are not known.
+
+def part_of(
+    name: str, models: dict[str, nn.Module], request: Request, dtype: torch.dtype, fused_attention: bool
+) -> Part:
+    """What the component `name` of `models`, which are on the meta device, takes.
+
+    Raises:
+        PlanError: its dry run fails.
     """
+    model = models[name]
+    try:
+        calls = calls_of(model, models, request, dtype)
+        runs = [dry_run(call, model, fused_attention) for call in calls]
+    except UnknownCallError as reason:
+        phase = next((phase for part, phase in OTHER_PHASES.items() if part in name), "denoise")
+        return Part(name, weights_of(model), (run_of(Call(phase, {}), model, []),), str(reason))
+    except Exception as error:  # of any kind: processors and layers may be the user's
+        raise PlanError(
+            f"the {name} cannot be planned, as a dry run of it on the meta device fails: {error!r}; pipe.to(device) "
+            "or enable_model_cpu_offload of diffusers place it without a plan"
+        ) from error
+    return Part(name, weights_of(model), tuple(runs))
+
+
+def dry_run(call: Call, model: nn.Module, fused_attention: bool) -> Run:
+    if call.cast:
+        model = copy.deepcopy(model)
+        cast_floats(model, call.cast)
+    return run_of(call, model, record_call(call.target(model), call.inputs, fused_attention))
+
+
+def weights_of(model: nn.Module) -> Weights:
     blocks = list(find_blocks(model, LARGEST_BLOCK).values())
     shared = shared_tensors(model, blocks)
     inside = {id(tensor) for block in blocks for tensor in tensors_of(block)} - shared
@@ -95,32 +126,25 @@ def part_of(name: str, model: nn.Module, calls: list[Call] | None, fused_attenti
     for entry in blocks:
         for dtype, size in sizes_by_dtype(tensor for tensor in tensors_of(entry) if id(tensor) not in shared).items():
             block[dtype] = max(block.get(dtype, 0), size)
-    if calls is None:
-        phase = next((phase for part, phase in OTHER_PHASES.items() if part in name), "denoise")
-        runs = [run_of(phase, model, None, ())]
-    else:
-        runs = [
-            run_of(
-                call.phase,
-                call.target(model),
-                record_call(call.target(model), call.inputs, fused_attention),
-                tuple(tensor.nbytes for tensor in tensors_in(call.inputs)),
-            )
-            for call in calls
-        ]
-    return Part(
-        name,
+    return Weights(
         tuple(tensor.nbytes for tensor in tensors),
         tuple(tensor.nbytes for tensor in tensors_of(model) if id(tensor) not in inside),
         tuple(tensor.nbytes for tensor in tensors if id(tensor) not in lent),
         block,
-        tuple(runs),
     )
 
 
-def run_of(phase: str, target: nn.Module, events: list[Event] | None, inputs: tuple[int, ...]) -> Run:
-    streamed = sum(map(bytes_of, find_blocks(target, LARGEST_BLOCK).values()))
-    return Run(phase, events, inputs, tuple(sizes_by_dtype(tensors_of(target)).values()), streamed)
+def run_of(call: Call, model: nn.Module, events: list[Event]) -> Run:
+    """What a call of `model`, in the dtype that it is cast to, takes."""
+    target = call.target(model)
+    return Run(
+        call.phase,
+        events,
+        tuple(tensor.nbytes for tensor in tensors_in(call.inputs)),
+        tuple(sizes_by_dtype(tensors_of(target)).values()),
+        sum(map(bytes_of, find_blocks(target, LARGEST_BLOCK).values())),
+        weights_of(model) if call.cast else None,
+    )
 
 
 def in_order_of_moving(model: nn.Module) -> list[torch.Tensor]:

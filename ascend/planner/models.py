@@ -11,11 +11,16 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
+from ascend.streaming import Stream
 from ascend.streaming.blocks import tensors_of
 
 INDEX = "model_index.json"
 LIBRARIES = ("diffusers", "transformers")
+# Where modules have what stands around the forward of their class: hooks that move weights, graphs, shared batches.
+AROUND = ("forward", "_old_forward", "_hf_hook")
+LEFT_OUT = object()
 
 
 def load_on_meta(folder: Path, dtype: torch.dtype) -> dict[str, nn.Module]:
@@ -68,18 +73,41 @@ def _make(kind: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
             model = kind(kind.config_class.from_pretrained(folder))
         else:
             model = kind.from_config(kind.load_config(folder))
-    for tensor in tensors_of(model):
-        if tensor.is_floating_point():
-            tensor.data = tensor.data.to(dtype)
+    cast_floats(model, dtype)
     return model.eval().requires_grad_(False)
 
 
+def cast_floats(model: nn.Module, dtype: torch.dtype) -> None:
+    """As `model.to(dtype)`, without what diffusers says of values that are lost."""
+    for tensor in tensors_of(model):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
+
+
 def to_meta(model: nn.Module) -> nn.Module:
-    """A copy without values, unless it has none."""
+    """A copy without values, and without what moves, compiles or shares it; itself if it has no values."""
     if all(parameter.is_meta for parameter in model.parameters()):
         return model
     memo: dict[int, Any] = {}
     for tensor in tensors_of(model):
-        bare = torch.empty_like(tensor, device="meta")
-        memo[id(tensor)] = nn.Parameter(bare, False) if isinstance(tensor, nn.Parameter) else bare
-    return copy.deepcopy(model, memo)
+        empty = torch.empty_like(tensor, device="meta")
+        memo[id(tensor)] = nn.Parameter(empty, False) if isinstance(tensor, nn.Parameter) else empty
+    for module in model.modules():
+        memo |= {id(vars(module)[name]): LEFT_OUT for name in AROUND if name in vars(module)}
+        memo |= {id(hook): LEFT_OUT for hook in hooks_of_stream(module)}
+    bare = copy.deepcopy(model, memo)
+    for module in bare.modules():
+        for name in AROUND:
+            vars(module).pop(name, None)
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [key for key, hook in hooks.items() if hook is LEFT_OUT]:
+                del hooks[key]
+    return bare
+
+
+def hooks_of_stream(module: nn.Module) -> list[Any]:
+    """Those of its blocks, if `module` is streamed."""
+    stream = vars(module).get("_hf_hook")
+    handles: list[Any] = stream.handles if isinstance(stream, Stream) else []
+    found = [(handle.hooks_dict_ref(), handle.id) for handle in handles if isinstance(handle, RemovableHandle)]
+    return [hooks[key] for hooks, key in found if hooks]

@@ -48,7 +48,7 @@ class MemoryPlan:
     limit: bytes that there are.
     host: bytes of weights that stay in host memory.
     seconds_per_step: that weights are under way in a denoising step, if nothing is hidden behind computation.
-    unknown: components whose activations are not known.
+    unknown: components of which it is not known what their calls take beside weights, and why.
     """
 
     placements: tuple[Placement, ...]
@@ -58,7 +58,7 @@ class MemoryPlan:
     limit: int
     host: int
     seconds_per_step: float
-    unknown: tuple[str, ...]
+    unknown: dict[str, str]
 
     @property
     def peak(self) -> int:
@@ -85,7 +85,8 @@ class MemoryPlan:
         lines.append(f"peak {gib(self.peak)} ({phases}), buffers of {gib(self.buffers)} included")
         lines.append(f"runs with {gib(self.required)} of the device, and there are {gib(self.limit)}")
         lines += [
-            f"{name}: what its calls take beside weights is not known, and not in the plan" for name in self.unknown
+            f"{name}: what its calls take beside weights is not known, and not in the plan: {why}"
+            for name, why in self.unknown.items()
         ]
         lines.append(f"weights are under way {self.seconds_per_step:.2f} s a step, less what computing hides")
         return "\n".join(lines)
@@ -167,8 +168,10 @@ def _choices(parts: list[Part], allowed: tuple[str, ...] | None) -> Iterator[tup
     everything = (RESIDENT, LENT, STREAMED, FROM_DISK)
     for choice in itertools.product(everything, repeat=len(parts)):
         pairs = list(zip(parts, choice, strict=True))
-        if any(where in (STREAMED, FROM_DISK) and not part.block for part, where in pairs):
+        if any(where in (STREAMED, FROM_DISK) and not part.weights.block for part, where in pairs):
             continue
+        if any(where == FROM_DISK and part.casts for part, where in pairs):
+            continue  # what was cast is in no file
         if any(part.denoises and where == LENT for part, where in pairs):
             continue  # streaming is never worse
         if allowed and any(part.denoises and where not in allowed for part, where in pairs):
@@ -189,25 +192,28 @@ def make_plan(
     buffers = BUFFERS * total(buffer_of(pairs).values())
     placements = []
     for part, where in pairs:
-        lent = max(total(run.loan) for run in part.runs) if where == LENT else 0
         why = _why(part, where, bool(allowed) and part.denoises)
         seconds = seconds_under_way(part, where, steps, speed)
-        on_device = total(part.stays(where)) + lent
-        placements.append(Placement(part.name, where, total(part.weights), on_device, seconds, why))
-    always = buffers + sum(total(part.stays(where)) for part, where in pairs)
+        on_device = total(part.weights.on_device(where)) + max(part.growth(run, where) for run in part.runs)
+        placements.append(Placement(part.name, where, total(part.weights.tensors), on_device, seconds, why))
+    always = buffers + sum(total(part.weights.on_device(where)) for part, where in pairs)
     phases: dict[str, int] = {}
     for phase, runs in in_order(pairs):
         always += sum(total(run.inputs) for _, _, run in runs)
-        phases[phase] = always + max((total(run.loan) if where == LENT else 0) + run.peak for _, where, run in runs)
+        phases[phase] = always + max(part.growth(run, where) + run.peak for part, where, run in runs)
     return MemoryPlan(
         tuple(placements),
         buffers,
         phases,
         0,
         limit,
-        sum(p.weights for p in placements if p.where in (LENT, STREAMED)),
+        sum(
+            max(total(weights.tensors) for weights in (part.weights, *part.casts))
+            for part, where in pairs
+            if where in (LENT, STREAMED)
+        ),
         sum(p.seconds / steps for p, part in zip(placements, parts, strict=True) if part.denoises),
-        tuple(part.name for part in parts if any(run.events is None for run in part.runs)),
+        {part.name: part.unknown for part in parts if part.unknown},
     )
 
 
@@ -228,7 +234,7 @@ def _why(part: Part, where: str, asked: bool) -> str:
         return "as asked" if asked else "fits"
     if where == LENT:
         return "runs once a picture, and others need the room"
-    blocks = f"blocks of up to {gib(total(part.block.values()))}"
+    blocks = f"blocks of up to {gib(total(part.weights.block.values()))}"
     if asked:
         return f"as asked: {blocks}"
     return f"does not fit beside the others{', nor in host memory' if where == FROM_DISK else ''}: {blocks}"

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
 from safetensors.torch import save_file
 
 from ascend.device import (
@@ -25,7 +24,6 @@ from ascend.device import (
     narrow_visible_devices,
     set_seed,
 )
-from ascend.placement import fits, place_pipeline
 
 CPU = torch.device("cpu")
 
@@ -103,7 +101,6 @@ def test_the_reason_why_an_npu_is_absent_is_the_same_whatever_is_imported_first(
     code = f"""
 {before}
 from ascend.device import DeviceError, find_device, is_npu_available
-from diffusers import StableDiffusionPipeline
 try:
     find_device("npu")
 except DeviceError as error:
@@ -232,30 +229,6 @@ def test_safetensors_load_from_a_file_and_from_shards(tmp_path: Path) -> None:
         manager.load_safetensors(tmp_path)
     with pytest.raises(FileNotFoundError, match="absent does not exist"):
         manager.load_safetensors(tmp_path / "absent")
-
-
-def test_a_pipeline_that_fits_is_placed_whole_and_keeps_its_picture(tiny_sd: StableDiffusionPipeline) -> None:
-    def draw() -> torch.Tensor:
-        generator = torch.Generator().manual_seed(0)
-        return tiny_sd(["a", "b"], num_inference_steps=1, generator=generator, output_type="pt").images
-
-    plain = draw()
-    assert place_pipeline(tiny_sd, CPU) == ["all components are on cpu"]
-    assert torch.equal(draw(), plain)
-    assert not tiny_sd.vae.use_slicing
-
-
-def test_a_model_fits_when_it_leaves_memory_for_activations() -> None:
-    memory = {"free": 60, "allocated": 30, "reserved": 40}
-    assert fits(weights=49, resident=0, memory=memory)
-    assert not fits(weights=50, resident=0, memory=memory)
-    # A model that is on the device already needs no second place there.
-    assert fits(weights=70, resident=30, memory=memory)
-
-
-def test_a_pipeline_without_a_vae_is_placed_too(tiny_sd: StableDiffusionPipeline) -> None:
-    tiny_sd.vae = None
-    assert place_pipeline(tiny_sd, CPU) == ["all components are on cpu"]
 
 
 def test_freed_memory_is_kept_once_a_program_asks_for_it_until_the_cache_is_emptied() -> None:

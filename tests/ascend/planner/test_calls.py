@@ -7,20 +7,35 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, ControlNetModel, HiDreamImageTransformer2DModel, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    ControlNetModel,
+    HiDreamImageTransformer2DModel,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from diffusers.models.embeddings import IPAdapterFullImageProjection
 from torch import nn
 from transformers import (
     CLIPTextConfig,
     CLIPTextModelWithProjection,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
     LlamaConfig,
     LlamaForCausalLM,
     T5Config,
     T5EncoderModel,
 )
 
+from ascend.planner import MemoryPlan, plan_memory
 from ascend.planner.activations import peak_of, record_call
-from ascend.planner.calls import Request, calls_of
+from ascend.planner.activity import Part
+from ascend.planner.calls import Request, calls_of, usual_request
 from ascend.planner.memory_plan import part_of
+from ascend.planner.models import to_meta
+from tests.processors.test_order import ip_adapter
+from tests.tiny_models import CROSS_ATTENTION_DIM
+from tests.tiny_pipelines import make_pipeline, tiny_xl_unet
 
 CHANNELS = {"block_out_channels": (32, 64), "layers_per_block": 1}
 VAE = {
@@ -70,17 +85,75 @@ def test_every_model_is_known_and_has_a_peak(make: Callable[[], dict[str, nn.Mod
         models = make()
     for model in models.values():
         model.eval().requires_grad_(False)
-    calls = calls_of(models, Request(128, 64, image=True), torch.float32)
-    parts = {name: part_of(name, model, calls[name], True) for name, model in models.items()}
-    assert set(calls) == set(models) and all(run.peak > 0 for part in parts.values() for run in part.runs)
+    parts = {name: part_of(name, models, Request(128, 64, image=True), torch.float32, True) for name in models}
+    assert not any(part.unknown for part in parts.values())
+    assert all(run.peak > 0 for part in parts.values() for run in part.runs)
     assert [run.phase for run in parts["vae"].runs] == ["encode", "decode"]
     assert sum(part.denoises for part in parts.values()) == len(set(parts) & {"transformer", "controlnet", "unet"})
+
+
+def test_a_vae_that_sdxl_casts_is_planned_as_it_runs() -> None:
+    """Encoding is in float32 whatever the VAE is in, decoding where that is float16."""
+    models: dict[str, Any] = {"vae": AutoencoderKL(**VAE), "unet": tiny_xl_unet()}
+
+    def casts(dtype: torch.dtype) -> tuple[Part, list[bool]]:
+        bare = {name: to_meta(model.to(dtype)) for name, model in models.items()}
+        vae = part_of("vae", bare, Request(64, 64, image=True), dtype, True)
+        return vae, [run.cast is not None for run in vae.runs]
+
+    half, are_cast = casts(torch.float16)
+    assert are_cast == [True, True] and casts(torch.bfloat16)[1] == [True, False]
+    single, are_cast = casts(torch.float32)
+    assert are_cast == [False, False]
+    assert [(run.cast, run.peak) for run in half.runs] == [(single.weights, run.peak) for run in single.runs]
+    assert sum(single.weights.tensors) == 2 * sum(half.weights.tensors)
+    models["vae"].register_to_config(force_upcast=False)
+    assert casts(torch.float16)[1] == [False, False]
+    models["vae"].register_to_config(force_upcast=True)
+    models["unet"] = controlnet_models()["unet"]  # of another pipeline, which never casts
+    assert casts(torch.float16)[1] == [False, False]
+
+
+def test_images_of_ip_adapters_are_inputs_where_the_adapter_is_known(tiny_sd: StableDiffusionPipeline) -> None:
+    def plan() -> MemoryPlan:
+        return plan_memory(tiny_sd, torch.device("cpu"), Request(64, 64), torch.float32, limit=2**30)
+
+    plain = plan()
+    tiny_sd.unet._load_ip_adapter_weights([ip_adapter(tiny_sd)])
+    assert plan().phases["denoise"] > plain.phases["denoise"] and not plan().unknown
+    tiny_sd.unet.encoder_hid_proj.image_projection_layers[0] = IPAdapterFullImageProjection(8, CROSS_ATTENTION_DIM)
+    assert plan().unknown == {"unet": "what its IP-Adapter's IPAdapterFullImageProjection is called with is not known"}
+
+
+@pytest.mark.parametrize("name", ["inpainting", "ControlNet", "SDXL image-to-image"])
+def test_a_pipeline_s_usual_picture_is_of_its_models_size(name: str) -> None:
+    pipe = make_pipeline(name)
+    request = usual_request(pipe)
+    assert request == Request(128, 128, image=name != "ControlNet")
+    plan = plan_memory(pipe, torch.device("cpu"), request, torch.float32, limit=2**30)
+    assert not plan.unknown and plan.is_resident
+
+
+def test_the_image_encoder_of_an_ip_adapter_is_known() -> None:
+    config = CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    with torch.device("meta"):
+        models = controlnet_models() | {"image_encoder": CLIPVisionModelWithProjection(config).eval()}
+    part = part_of("image_encoder", models, Request(64, 64), torch.float32, True)
+    assert not part.unknown and [run.phase for run in part.runs] == ["encode"] and part.runs[0].peak > 0
+
+
+def test_without_a_vae_the_size_of_latents_is_not_known() -> None:
+    with torch.device("meta"):
+        models = controlnet_models()
+    del models["vae"]
+    part = part_of("unet", models, Request(64, 64), torch.float32, True)
+    assert part.unknown == "there is no component named vae, which says how large latents are" and part.denoises
 
 
 def test_the_residuals_of_a_controlnet_are_inputs_of_the_unet() -> None:
     with torch.device("meta"):
         models = controlnet_models()
-    (call,) = calls_of(models, Request(64, 64), torch.float32)["unet"]
+    (call,) = calls_of(models["unet"], models, Request(64, 64), torch.float32)
     down = call.inputs["down_block_additional_residuals"]
     assert [tuple(residual.shape[1:]) for residual in down] == [(32, 8, 8), (32, 8, 8), (32, 4, 4), (64, 4, 4)]
 

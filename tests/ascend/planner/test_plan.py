@@ -13,12 +13,14 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import nn
 
-from ascend.planner import MODES, PlanError, Request, apply_plan, plan_memory
+from ascend.graphs.compile import compile_pipeline, is_compiled
+from ascend.planner import MODES, MemoryPlan, PlanError, Request, apply_plan, plan_memory
 from ascend.planner.__main__ import main
 from ascend.planner.activations import peak_of, record_call
-from ascend.planner.activity import FROM_DISK, LENT, RESIDENT, STREAMED, Part, Run
+from ascend.planner.activity import FROM_DISK, LENT, RESIDENT, STREAMED, Part, Run, Weights
 from ascend.planner.allocator import MIB, Event
 from ascend.planner.plan import Speed, choose_plan
+from ascend.streaming import lend_module, stop_streaming, stream_module
 from ascend.streaming.blocks import bytes_of
 from processors import quantize_weights
 from tests.programs import ROOT, environment
@@ -36,8 +38,8 @@ def sized(units: int) -> int:
 def part(name: str, weights: int, block: int, around: int, phase: str, activations: int) -> Part:
     events = [Event(0, sized(activations)), Event(0, None)]
     run = Run(phase, events, (), (sized(weights),), sized(weights - around))
-    inside = (sized(weights - around),)
-    return Part(name, (*inside, sized(around)), (sized(around),), (), {torch.float16: sized(block)}, (run,))
+    inside, outside = sized(weights - around), sized(around)
+    return Part(name, Weights((inside, outside), (outside,), (), {torch.float16: sized(block)}), (run,))
 
 
 TEXT = part("text_encoder", 600, 30, 100, "encode", 10)
@@ -50,6 +52,11 @@ def chosen(limit: int, host: int = 10_000, mode: str = "auto") -> list[str]:
     plan = choose_plan(PARTS, limit * UNIT, host * UNIT, 50, lambda: SPEED, MODES[mode])
     assert plan.peak <= plan.required <= limit * UNIT and plan.host <= host * UNIT
     return [placement.where for placement in plan.placements]
+
+
+def draw(pipe: StableDiffusionPipeline) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return pipe("a cat", num_inference_steps=2, generator=generator, output_type="pt").images
 
 
 def test_everything_stays_where_it_fits_and_as_little_as_needed_moves_where_not() -> None:
@@ -131,21 +138,50 @@ def test_a_folder_and_a_pipeline_give_the_same_plan(tiny_sd: StableDiffusionPipe
     assert not plans[0].unknown
 
 
+def test_a_pipeline_is_planned_as_it_is_whatever_moves_or_compiles_it(
+    tiny_sd: StableDiffusionPipeline, tmp_path: Path
+) -> None:
+    def plan(mode: str = "resident") -> MemoryPlan:
+        return plan_memory(tiny_sd, CPU, Request(64, 64), torch.float32, mode=mode, limit=2**30)
+
+    plain = plan()
+    for module in (tiny_sd.text_encoder, tiny_sd.unet):
+        stream_module(module, CPU)
+    lend_module(tiny_sd.vae.decoder, CPU)
+    expected = draw(tiny_sd)
+    assert plan() == plain
+    assert torch.equal(draw(tiny_sd), expected) and tiny_sd.unet._hf_hook.statistics.loads > 0
+    compile_pipeline(tiny_sd, tmp_path)  # blocks
+    assert plan() == plain and is_compiled(tiny_sd.unet)
+    for module in (tiny_sd.text_encoder, tiny_sd.unet, tiny_sd.vae.decoder):
+        stop_streaming(module)
+    compile_pipeline(tiny_sd, tmp_path)
+    assert plan() == plain and is_compiled(tiny_sd.unet)
+
+
+def test_a_model_whose_dry_run_fails_is_named(tiny_sd: StableDiffusionPipeline) -> None:
+    class Looks(torch.nn.Identity):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x if x.sum().item() else x
+
+    tiny_sd.unet.conv_act = Looks()
+    with pytest.raises(
+        PlanError, match="the unet cannot be planned, as a dry run of it on the meta device fails: .*item"
+    ):
+        plan_memory(tiny_sd, CPU, Request(64, 64), torch.float32, limit=2**30)
+
+
 @pytest.mark.parametrize("mode", ["resident", "stream", "disk"])
 def test_a_pipeline_runs_as_planned_and_comes_back(
     tiny_sd: StableDiffusionPipeline, tiny_sd_dir: Path, mode: str
 ) -> None:
-    def draw() -> torch.Tensor:
-        generator = torch.Generator().manual_seed(0)
-        return tiny_sd("a cat", num_inference_steps=2, generator=generator, output_type="pt").images
-
-    expected = draw()
+    expected = draw(tiny_sd)
     plan = plan_memory(tiny_sd_dir, CPU, Request(128, 128), torch.float32, 2, mode, 2**30)
     for _ in range(2):
         apply_plan(tiny_sd, plan, CPU, tiny_sd_dir)
-        assert torch.equal(draw(), expected)
+        assert torch.equal(draw(tiny_sd), expected)
     tiny_sd.remove_all_hooks()
-    assert torch.equal(draw(), expected)
+    assert torch.equal(draw(tiny_sd), expected)
 
 
 def test_the_program_prints_a_plan_or_one_line(tiny_sd_dir: Path) -> None:
