@@ -18,7 +18,8 @@ from torch import nn
 
 from ascend.graphs.compile import compile_module, compile_pipeline, decompile_module, is_compiled
 from ascend.pipelines import PIPELINES, models_at, parts_of
-from ascend.planner import MemoryPlan, PlanError, Request, apply_plan, plan_memory
+from ascend.planner import MemoryPlan, PlanError, apply_plan, plan_memory
+from ascend.planner.calls import usual_request
 from ascend.planner.memory_plan import Executes
 from ascend.planner.plan import FROM_DISK
 from ascend.streaming import Buffers, stop_streaming, stream_module
@@ -205,21 +206,12 @@ def _stream(target: Target, device: torch.device, buffers: list[Buffers]) -> str
 def _plan(pipe: DiffusionPipeline, device: torch.device) -> MemoryPlan:
     dtype = next(next(iter(components_of(pipe).values())).parameters()).dtype
     try:
-        plan = plan_memory(pipe, device, _usual_request(pipe), dtype, mode="stream")
+        plan = plan_memory(pipe, device, usual_request(pipe), dtype, mode="stream")
     except (PlanError, ValueError) as refusal:
         raise Unsupported(refusal) from refusal
     if any(placement.where == FROM_DISK for placement in plan.placements):
         raise Unsupported("host memory does not hold the weights, and a preset knows no folder: see apply_plan")
     return plan
-
-
-def _usual_request(pipe: Any) -> Request:
-    """A picture of the size that the model was trained for."""
-    denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
-    size = getattr(pipe, "default_sample_size", None) or getattr(denoiser, "config", {}).get("sample_size") or 64
-    height, width = size if isinstance(size, (list, tuple)) else (size, size)
-    scale = getattr(pipe, "vae_scale_factor", 8)
-    return Request(height * scale, width * scale)
 
 
 def compile_graphs(target: Target, device: torch.device) -> Done:
