@@ -19,7 +19,7 @@ from transformers.models.clip.modeling_clip import CLIPPreTrainedModel
 from processors.kernels import dispatch
 from processors.kernels.select import check_kernels
 from processors.merging.processor import check_ratio
-from processors.models import clip, resnet
+from processors.models import clip, hidream, resnet
 from processors.models.components import components_of
 from processors.models.coverage import Coverage
 from processors.models.self_attentions import self_attentions
@@ -35,11 +35,12 @@ def enable_fused_kernels(
 
     Replaces diffusers' default attention processor, with fused projections or without, in the UNet, the VAE and
     whatever else has one, the backend of processors that attend through diffusers' dispatcher (Flux, Stable Diffusion
-    3 and other transformers), torch's attention in CLIP models, GroupNorm followed by SiLU in residual blocks, and the
-    GELU of transformers. Which kernel runs is decided at each call by the device of its tensors, so the pipeline may
-    be moved afterwards; off the NPU, results do not change by a bit. Other processors stay, with a warning, and so
-    does a backend of the dispatcher that `set_attention_backend` chose; one that the context manager
-    `attention_backend` chooses is overruled. Called again, it replaces the old choice of kernels.
+    3 and other transformers), torch's attention in CLIP models, GroupNorm followed by SiLU in residual blocks, the
+    GELU of transformers, and HiDream's mixtures of experts, whose weights it stacks. Which kernel runs is decided at
+    each call by the device of its tensors, so the pipeline may be moved afterwards; off the NPU, results do not change
+    by a bit. Other processors stay, with a warning, and so does a backend of the dispatcher that
+    `set_attention_backend` chose; one that the context manager `attention_backend` chooses is overruled. Called again,
+    it replaces the old choice of kernels.
 
     Args:
         pipe: a pipeline, or a model such as a UNet, a VAE or a CLIP model.
@@ -83,6 +84,8 @@ def enable_fused_kernels(
             clip.use_kernels(clip_model, names)
         for activation in coverage.activations:
             clip.use_exact_gelu(activation)
+        for mixture in coverage.mixtures:
+            hidream.fuse(mixture)
     return {name: coverage.words() for name, coverage in found.items()}
 
 
@@ -95,6 +98,8 @@ def disable_fused_kernels(pipe: DiffusionPipeline | torch.nn.Module) -> None:
     for module in _modules(pipe):
         if isinstance(module, resnet.FusedResnetBlock2D):
             resnet.unfuse(module)
+        elif isinstance(module, hidream.FusedMoE):
+            hidream.unfuse(module)
         elif isinstance(module, CLIPPreTrainedModel):
             clip.use_default(module)
         elif isinstance(module, GELUActivation):
@@ -106,7 +111,7 @@ def uses_fused_kernels(pipe: DiffusionPipeline | torch.nn.Module) -> bool:
     return (
         any(switches_of(attn).flash for attn in _attentions(pipe))
         or any(dispatch.is_ours(getattr(module, "processor", None)) for module in _modules(pipe))
-        or any(isinstance(module, resnet.FusedResnetBlock2D) for module in _modules(pipe))
+        or any(isinstance(module, resnet.FusedResnetBlock2D | hidream.FusedMoE) for module in _modules(pipe))
         or any(clip.uses_kernels(module) for module in _modules(pipe) if isinstance(module, CLIPPreTrainedModel))
     )
 

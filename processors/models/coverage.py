@@ -6,12 +6,13 @@ from typing import Any, NamedTuple, Self
 import torch
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_hidream_image import MOEFeedForwardSwiGLU
 from transformers import PreTrainedModel
 from transformers.activations import GELUActivation
 from transformers.models.clip.modeling_clip import CLIPAttention, CLIPPreTrainedModel
 
 from processors.kernels import dispatch
-from processors.models import clip, resnet
+from processors.models import clip, hidream, resnet
 from processors.models.switched_attention import is_default, original_of
 
 
@@ -28,6 +29,8 @@ class Coverage(NamedTuple):
     residual_blocks: list[ResnetBlock2D]
     foreign_blocks: int
     activations: list[GELUActivation]
+    mixtures: list[MOEFeedForwardSwiGLU]
+    foreign_mixtures: int
 
     @classmethod
     def of(cls, model: torch.nn.Module) -> Self:
@@ -49,6 +52,7 @@ class Coverage(NamedTuple):
         if isinstance(model, PreTrainedModel) and not of_clip:
             encoders.update(_attention_classes(model))
         blocks = [module for module in modules if isinstance(module, ResnetBlock2D)]
+        mixtures = [module for module in modules if isinstance(module, MOEFeedForwardSwiGLU)]
         return cls(
             model=type(model).__name__,
             attentions=attentions,
@@ -60,6 +64,8 @@ class Coverage(NamedTuple):
             residual_blocks=[block for block in blocks if resnet.is_fusable(block)],
             foreign_blocks=sum(not resnet.is_fusable(block) for block in blocks),
             activations=[module for module in modules if isinstance(module, GELUActivation)],
+            mixtures=[mixture for mixture in mixtures if hidream.is_fusable(mixture)],
+            foreign_mixtures=sum(not hidream.is_fusable(mixture) for mixture in mixtures),
         )
 
     @property
@@ -71,8 +77,13 @@ class Coverage(NamedTuple):
         """The report: what is replaced, and after "not covered:" what is not."""
         replaced = _count(len(self.attentions) + len(self.dispatching) + self.clip_attentions, "attention")
         replaced += _count(len(self.residual_blocks), "residual block") + _count(len(self.activations), "GELU")
+        replaced += _count(len(self.mixtures), "mixture", "of experts")
         left = [_count(number, "attention")[0] + f" ({name})" for name, number in sorted(self.others.items())]
         left += [f"{words} that scale, shift or resample" for words in _count(self.foreign_blocks, "residual block")]
+        left += [
+            f"{words} with adapters or integer weights"
+            for words in _count(self.foreign_mixtures, "mixture", "of experts")
+        ]
         if not replaced and not left:
             return f"not covered: {self.model} has none of the layers that are replaced"
         return "; ".join([", ".join(replaced)] * bool(replaced) + [f"not covered: {', '.join(left)}"] * bool(left))
@@ -88,5 +99,5 @@ def _attention_classes(model: torch.nn.Module) -> list[str]:
     return found
 
 
-def _count(number: int, noun: str) -> list[str]:
-    return [f"{number} {noun}{'s' if number > 1 else ''}"] if number else []
+def _count(number: int, noun: str, rest: str = "") -> list[str]:
+    return [f"{number} {noun}{'s' if number > 1 else ''} {rest}".rstrip()] if number else []

@@ -6,6 +6,7 @@ from typing import NamedTuple, Self
 import torch
 
 from processors.kernels.quantized import QuantizedLinear
+from processors.models.hidream import StackedExperts
 
 FEWEST_WEIGHTS = 4096  # of a layer: fewer save less than 4 KiB, for one more operand in each call
 CONVOLUTIONS = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
@@ -26,6 +27,7 @@ class LinearLayers(NamedTuple):
         usual = _usual_dtype(linear)
         plain, quantized = {}, []
         left = Counter(type(module).__name__ for module in model.modules() if isinstance(module, CONVOLUTIONS))
+        left.update("mixture with stacked experts" for m in model.modules() if isinstance(m, StackedExperts))
         for name, layer in linear.items():
             part = name.partition(".")[0]
             if isinstance(layer, QuantizedLinear):

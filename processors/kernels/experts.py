@@ -1,0 +1,104 @@
+"""The feed-forward of a mixture of experts, of which each token goes through some, without a wait for the device.
+
+`grouped` puts the tokens in the order of their experts, and each expert's rows are a group of one grouped matrix
+product, whose sizes stay on the device. `dense` sends all tokens through all experts, for devices without one.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+# Where torch's grouped_mm has kernels. For CUDA it promises bfloat16 alone, and torch_npu registers none.
+GROUPED_ON = {"cpu": (torch.float32, torch.float16, torch.bfloat16), "cuda": (torch.bfloat16,)}
+
+
+class Routing(NamedTuple):
+    """Rows in the order of their experts; a row is one of a token's choices.
+
+    Attributes:
+        tokens: `[rows]`, the token of each row.
+        places: `[tokens, choices]`, the row of each choice.
+        ends: `[experts]` int32, where each expert's rows end.
+    """
+
+    tokens: torch.Tensor
+    places: torch.Tensor
+    ends: torch.Tensor
+
+
+def route(indices: torch.Tensor, experts: int) -> Routing:
+    """Where the rows of each token go; shapes depend on none of the values.
+
+    Args:
+        indices: `[tokens, choices]`, the experts of each token.
+        experts: how many there are.
+    """
+    choices = indices.shape[-1]
+    is_of = indices.flatten()[:, None] == torch.arange(experts, device=indices.device)
+    before = is_of.cumsum(0, dtype=torch.int32)
+    ends = before[-1].cumsum(0, dtype=torch.int32)
+    places = ((before - 1 + ends - before[-1]) * is_of).sum(1, dtype=torch.int64)
+    rows = torch.empty_like(places).scatter_(0, places, torch.arange(len(places), device=places.device))
+    return Routing(rows // choices, places.view(-1, choices), ends)
+
+
+def expert_feed_forward(
+    x: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
+) -> torch.Tensor:
+    """SwiGLU experts: `sum_c weights[t, c] * down_e(silu(gate_e(x_t)) * up_e(x_t))` with `e = indices[t, c]`.
+
+    Args:
+        x: `[tokens, dim]`.
+        indices, weights: `[tokens, choices]`, the experts of each token and their shares.
+        gate_up: `[experts, 2 * hidden, dim]`, the weights of gate and up one below the other.
+        down: `[experts, dim, hidden]`.
+
+    Returns:
+        `[tokens, dim]`, in the dtype of `x`.
+    """
+    compute = grouped if x.dtype in GROUPED_ON.get(x.device.type, ()) else dense
+    return compute(x, indices, weights, gate_up, down)
+
+
+def grouped(
+    x: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
+) -> torch.Tensor:
+    """By grouped matrix products; see `expert_feed_forward`."""
+    routing = route(indices, len(gate_up))
+    multiply = F.grouped_mm if torch.is_grad_enabled() else grouped_mm
+    hidden = _swiglu(multiply(x[routing.tokens], gate_up.transpose(1, 2), offs=routing.ends))
+    results = multiply(hidden, down.transpose(1, 2), offs=routing.ends)
+    return (results[routing.places] * weights[..., None]).sum(1).to(x.dtype)
+
+
+@torch.library.custom_op("diffusers_npu::grouped_mm", mutates_args=())
+def grouped_mm(x: torch.Tensor, weights: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
+    """torch's own without gradients, also in graphs and on the meta device, where that takes bfloat16 alone."""
+    return F.grouped_mm(x, weights, offs=offs)
+
+
+@grouped_mm.register_fake
+def _(x: torch.Tensor, weights: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
+    return x.new_empty(x.shape[0], weights.shape[2])
+
+
+def dense(
+    x: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
+) -> torch.Tensor:
+    """By all experts, one after the other, with a share of 0 where a token does not choose one.
+
+    With two of four experts that is twice the products; see `expert_feed_forward`.
+    """
+    result = torch.zeros_like(x)
+    for expert in range(len(gate_up)):
+        share = (weights * (indices == expert).to(weights.dtype)).sum(1, keepdim=True)
+        result = result + share * F.linear(_swiglu(F.linear(x, gate_up[expert])), down[expert])
+    return result.to(x.dtype)
+
+
+def _swiglu(hidden: torch.Tensor) -> torch.Tensor:
+    gate, up = hidden.chunk(2, dim=-1)
+    return F.silu(gate) * up
