@@ -9,15 +9,18 @@ from typing import Any
 import pytest
 import torch
 import torch_npu
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ascend.graphs.compile import compile_module, decompile_module
+from ascend.graphs.torchair import use_private_formats
 from ascend.streaming import lend_module, stop_streaming, stream_module
 from ascend.streaming.blocks import aligned, bytes_of
 from tests.ascend.streaming.test_stream import Transformer
 from tests.on_npu.helpers import SATURATES
+from tests.tiny_models import CROSS_ATTENTION_DIM, tiny_unet
 
 HALF = torch.float16 if SATURATES else torch.bfloat16
 ND, NCHW, FRACTAL_Z, FRACTAL_NZ = 2, 0, 4, 29
@@ -171,6 +174,35 @@ def test_what_changes_around_a_locked_weight_leaves_its_format(npu: torch.device
     stop_streaming(model)
     assert torch.equal(model.blocks[3].linear.weight, plain.blocks[3].linear.weight.cpu())
     assert torch.equal(model.blocks[4].linear.weight, plain.blocks[4].linear.weight.cpu())
+
+
+@torch.no_grad()
+def test_adapters_come_and_go_while_a_unet_is_in_formats(npu: torch.device) -> None:
+    """FRACTAL_NZ and the FRACTAL_Z of convolutions."""
+    torch.manual_seed(1)
+    inputs = [torch.randn(2, 4, 16, 16), torch.tensor(10), torch.randn(2, 7, CROSS_ATTENTION_DIM)]
+    inputs = [x.to(npu, torch.float16) if x.is_floating_point() else x.to(npu) for x in inputs]
+    resident, unet = (tiny_unet().eval().half() for _ in range(2))
+    unet.load_state_dict(resident.state_dict())
+    for model in (resident, unet):
+        use_private_formats(model.to(npu))
+    stream_module(unet, npu)
+    plain = resident(*inputs).sample
+    assert torch.equal(unet(*inputs).sample, plain)
+    for model in (resident, unet):
+        torch.manual_seed(0)
+        model.add_adapter(LoraConfig(r=4, target_modules=["to_q", "proj_in"], init_lora_weights=False))
+    adapted = resident.to(npu)(*inputs).sample
+    assert not torch.equal(adapted, plain)
+    assert torch.equal(unet(*inputs).sample, adapted)
+    with pytest.raises(RuntimeError, match="in a format of the chip's own"):
+        unet.fuse_lora()
+    assert torch.equal(unet(*inputs).sample, adapted)
+    unet.disable_adapters()
+    assert torch.equal(unet(*inputs).sample, plain)
+    stop_streaming(unet)
+    pairs = zip(unet.state_dict().values(), resident.state_dict().values(), strict=True)
+    assert all(torch.equal(here, there.cpu()) for here, there in pairs)
 
 
 def test_a_lent_model_keeps_its_formats(npu: torch.device) -> None:
