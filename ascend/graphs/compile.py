@@ -37,8 +37,10 @@ def compile_pipeline(
     (attention processors, token merging, adapters, weights) gets new graphs at its next call. What is compiled
     already stays so.
 
-    A streamed component keeps its weights with the host: its blocks become graphs that take weights as arguments, in
-    torch's own layout, and equal blocks share one.
+    A streamed component keeps its weights with the host: its blocks become graphs that take weights as arguments, and
+    equal blocks share one. On an NPU the weights lie with the host in the layout that the matrix kernels read, where
+    nobody else can read or change them until the component is decompiled; weights that come from files stay in
+    torch's own.
 
     Args:
         pipe: a pipeline whose components are where they are to run.
@@ -103,6 +105,8 @@ def compile_module(
         blocks = _find_block_graphs(module)
         if blocks is None:
             backend = make_backend(stream.execution_device, graph_cache, graph_cache_limit)
+            if backend.has_formats:
+                stream.prepare(backend.prepare)
             blocks = BlockGraphs([copy.module for copy in stream.copies], stream.execution_device, backend, name)
             stream.handles.append(blocks)
         return str(blocks)
@@ -132,6 +136,8 @@ def decompile_module(module: nn.Module) -> None:
     if blocks is not None and stream is not None:
         stream.handles.remove(blocks)
         blocks.remove()
+    if stream is not None:
+        stream.prepare(None)
 
 
 def _why_eager(pipe: DiffusionPipeline, parts: Parts, path: str, device: torch.device) -> str | None:

@@ -79,13 +79,13 @@ def ambient(device_type: str) -> tuple[Any, ...]:
 
 
 def kind_of(leaf: Any) -> Any:
-    """What of an argument a graph depends on: of a tensor its shape, strides, dtype and place, else the value.
+    """What of an argument a graph depends on: of a tensor its shape, strides, dtype, place and format, else the value.
 
     Raises:
         TypeError: an object that has no value of its own, whose changes would go unseen.
     """
     if isinstance(leaf, torch.Tensor):
-        return tuple(leaf.shape), tuple(leaf.stride()), leaf.dtype, leaf.device.type
+        return tuple(leaf.shape), tuple(leaf.stride()), leaf.dtype, leaf.device.type, _format(leaf)
     if isinstance(leaf, (*PLAIN, slice)):
         return type(leaf).__name__, str(leaf) if isinstance(leaf, slice) else leaf
     raise TypeError(f"a compiled module takes tensors, numbers and text, not {type(leaf).__name__}")

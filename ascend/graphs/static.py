@@ -41,9 +41,14 @@ class Made(NamedTuple):
 
 
 class Backend(Protocol):
-    """What makes graphs."""
+    """What makes graphs.
+
+    Attributes:
+        has_formats: whether `prepare` brings weights into formats that arguments of a graph may be in, too.
+    """
 
     name: str
+    has_formats: bool
 
     def prepare(self, module: nn.Module, undo: ExitStack) -> None:
         """Bring `module` into the form that the graphs read, and register how to put it back."""

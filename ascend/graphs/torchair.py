@@ -31,6 +31,7 @@ class Torchair:
     """
 
     name = "torchair"
+    has_formats = True  # torchair declares an argument of a graph to GE in the format that the first call has it in
 
     def __init__(self, store: GraphStore) -> None:
         self.store = store

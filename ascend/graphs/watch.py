@@ -32,7 +32,10 @@ class Watch:
 
     def __init__(self, module: nn.Module) -> None:
         modules = list(module.modules())
-        self._tensors = [tensor for tensor in _tensors_of(module) if not tensor.is_inference()]
+        # Inference counts no writes, and a weight that is locked while it is with the host lies nowhere.
+        self._tensors = [
+            tensor for tensor in _tensors_of(module) if not tensor.is_inference() and torch._C._has_storage(tensor)
+        ]
         self._addresses = self._address_all()
         self._objects: list[Any] = []
         self._containers: list[Collection[Any]] = []

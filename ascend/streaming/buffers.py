@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ascend.streaming.host_copy import Buffer, HostCopy, largest_sizes, new_buffer
+from ascend.streaming.turns import Turns
 
 BUFFERS = 2  # one computes, one is filled
 
@@ -47,10 +48,14 @@ class Slot:
 
 
 class Buffers:
-    """The two buffers of a device, which several models may share that do not run at the same time."""
+    """The two buffers of a device, which several models may share that do not run at the same time.
+
+    Attributes:
+        turns: of the calls of those models.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
+        self.device, self.turns = device, Turns()
         self.sizes: dict[torch.dtype, int] = {}
         self._begin()
         module = None if device.type == "cpu" else torch.get_device_module(device)

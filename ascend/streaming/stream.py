@@ -15,8 +15,9 @@ from torch import nn
 
 from ascend.streaming.blocks import find_blocks, tensors_of
 from ascend.streaming.buffers import Buffers, Slot
-from ascend.streaming.host_copy import HostCopy, new_buffer
+from ascend.streaming.host_copy import Buffer, HostCopy, Prepare, new_buffer
 from ascend.streaming.orders import Orders, kind_of_call
+from ascend.streaming.turns import Turns
 
 
 @dataclass
@@ -46,6 +47,7 @@ class Stream(ModelHook):
         self.held: Slot | None = None  # of the block that computes, or computed last
         self.attached: HostCopy | None = None
         self.handles: list[Any] = []  # of what ends with the stream: its hooks, graphs of its blocks
+        self.preparation: Prepare | None = None
 
     def init_hook(self, module: nn.Module) -> nn.Module:
         self.buffers.reserve(self.copies)
@@ -55,17 +57,49 @@ class Stream(ModelHook):
                 copy.module.register_forward_pre_hook(partial(self._before, copy)),
                 copy.module.register_forward_hook(partial(self._after, copy), always_call=True),
             ]
-        self.forward = end_with(module, self._settle)
+        self.forward = call_through(module, partial(self._call, module))
         return module
 
     def detach_hook(self, module: nn.Module) -> nn.Module:
+        self._settle()
+        self.prepare(None)
+        for copy in self.copies:
+            copy.unlock()
         for handle in self.handles:
             handle.remove()
         module._old_forward = self.forward
-        self._settle()
         return module
 
-    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    def prepare(self, prepare: Prepare | None) -> None:
+        """Bring the blocks into the form that `prepare` gives them on the device, such as an NPU's private formats.
+
+        One at a time, and again when they change; what `prepare` registers undoes it. Blocks from files stay as they
+        are there.
+
+        Args:
+            prepare: None to undo what the last one did.
+        """
+        if prepare is None and self.preparation is None:
+            return
+        self.preparation = prepare
+        self._prepare(self.copies)
+        self.buffers.reserve(self.copies)
+
+    def _prepare(self, copies: list[HostCopy]) -> None:
+        self.buffers.drop()  # whose memory that of one block takes meanwhile
+        for copy in copies:
+            copy.prepare(self.preparation)
+
+    def _call(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        def call() -> Any:
+            self._begin(module, args, kwargs)
+            output = self.forward(*args, **kwargs)
+            self.orders.end()
+            return output
+
+        return self.buffers.turns.take(type(module).__name__, call, self._settle)
+
+    def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in module.parameters()):
             raise RuntimeError(
                 f"{type(module).__name__} is streamed: its weights are gone before a backward pass could read them; "
@@ -75,15 +109,12 @@ class Stream(ModelHook):
         changed = [copy for copy in self.copies if not copy.is_current()]
         for copy in changed:
             copy.pack()
+        if changed and self.preparation is not None:
+            self._prepare(changed)
         self.buffers.reserve(changed)
         if changed:
             self._bring_the_rest(module)
         self._start(self.orders.begin(kind_of_call(args, kwargs)))
-        return args, kwargs
-
-    def post_forward(self, module: nn.Module, output: Any) -> Any:
-        self.orders.end()
-        return output
 
     def _bring_the_rest(self, module: nn.Module) -> None:
         """What is in no block is on the device while the model is streamed, aligned there as in no file."""
@@ -152,49 +183,49 @@ class Loan(ModelHook):
         self.execution_device = device
         self.statistics = Statistics()
         self.copy = HostCopy(module, device, is_mapped)
-        self.is_attached = False
+        self.buffer: Buffer | None = None  # while the model is called
+        self.turns = Turns()
 
     def init_hook(self, module: nn.Module) -> nn.Module:
-        self.forward = end_with(module, self._take_back)
+        self.forward = call_through(module, partial(self._call, module))
         return module
 
     def detach_hook(self, module: nn.Module) -> nn.Module:
-        module._old_forward = self.forward
         self._take_back()
+        self.copy.unlock()
+        module._old_forward = self.forward
         return module
 
-    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    def _call(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        def call() -> Any:
+            self._lend()
+            return self.forward(*args, **kwargs)
+
+        return self.turns.take(type(module).__name__, call, self._take_back)
+
+    def _lend(self) -> None:
         if not self.copy.is_current():
             self.copy.pack()
-        buffer = new_buffer(self.copy.sizes, self.execution_device)
-        self.copy.fill(buffer)
-        self.is_attached = True
-        self.copy.attach(buffer)
+        self.buffer = new_buffer(self.copy.sizes, self.execution_device)
+        self.copy.fill(self.buffer)
+        self.copy.attach(self.buffer)
         self.statistics.loads += 1
         self.statistics.bytes += self.copy.nbytes()
-        return args, kwargs
 
     def _take_back(self) -> None:
-        if self.is_attached:
+        if self.buffer is not None:
             self.copy.detach()
-            self.is_attached = False
+            self.buffer = None
 
 
-def end_with(module: Any, end: Callable[[], None]) -> Any:
-    """Let `end` be called when the forward that accelerate's hooks are around ends, by an interrupt, too.
+def call_through(module: Any, call: Callable[..., Any]) -> Any:
+    """Let `call` take the place of the forward that accelerate's hooks are around.
 
     Returns:
-        that forward, to be put back.
+        that forward, to be called and to be put back.
     """
     forward = module._old_forward
-
-    def forward_to_its_end(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return forward(*args, **kwargs)
-        finally:
-            end()
-
-    module._old_forward = forward_to_its_end
+    module._old_forward = call
     return forward
 
 

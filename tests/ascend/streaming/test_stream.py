@@ -187,6 +187,51 @@ def test_what_changes_between_calls_is_seen(transformer: Transformer) -> None:
     )
 
 
+@pytest.mark.parametrize("change", ["strides", "shape", "dtype"])
+def test_what_changes_in_the_same_memory_is_seen(change: str) -> None:
+    model = Transformer().eval().requires_grad_(False)
+    stream = stream_module(model, CPU)
+    model(X)
+    weight, other = model.blocks[3].linear.weight, stream.copies[3]
+    at = weight.data_ptr()
+    if change == "strides":
+        weight.data = weight.data.t()
+    elif change == "shape":
+        weight.data = weight.data[:16]
+        model.blocks[3].linear.bias.data = model.blocks[3].linear.bias.data[:16]
+        model.blocks[3].scale = model.blocks[3].scale[:16]
+        model.blocks[4].linear.weight.data = model.blocks[4].linear.weight.data[:, :16]
+    else:
+        weight.data = weight.data.view(torch.int32)
+    assert weight.data_ptr() == at and not other.is_current()
+    plain = Transformer()
+    wanted = plain.blocks[3].linear.weight.data
+    if change == "strides":
+        plain.blocks[3].linear.weight.data = wanted.t()
+        assert torch.equal(model(X), plain(X))
+    elif change == "shape":
+        assert model(X).shape == (3, 32)
+    else:
+        other.pack()
+        assert torch.equal(weight, wanted.view(torch.int32))
+
+
+@torch.no_grad()
+def test_the_memory_format_of_convolutions_is_kept() -> None:
+    unet, inputs = tiny_unet().eval().to(memory_format=torch.channels_last), unet_inputs()
+    strides = [tensor.stride() for tensor in tensors_of(unet)]
+    expected, seen = unet(*inputs).sample, []
+    stream_module(unet, CPU, largest=1)
+    convolution = unet.down_blocks[0].resnets[0].conv1
+    convolution.register_forward_pre_hook(lambda layer, _: seen.append(layer.weight.stride()))
+    for _ in range(2):
+        assert torch.equal(unet(*inputs).sample, expected)
+    assert seen == [torch.empty(convolution.weight.shape).to(memory_format=torch.channels_last).stride()] * 2
+    assert [tensor.stride() for tensor in tensors_of(unet)] == strides
+    stop_streaming(unet)
+    assert [tensor.stride() for tensor in tensors_of(unet)] == strides
+
+
 @torch.no_grad()
 def test_adapters_come_and_go_while_a_unet_is_streamed() -> None:
     unet, inputs = tiny_unet().eval(), unet_inputs()
@@ -285,7 +330,7 @@ def test_a_loan_ends_with_the_call_that_fails(transformer: Transformer) -> None:
         with pytest.raises(error):
             transformer(X)
         handle.remove()
-        assert not loan.is_attached and [tensor.data_ptr() for tensor in tensors_of(transformer)] == at_rest
+        assert loan.buffer is None and [tensor.data_ptr() for tensor in tensors_of(transformer)] == at_rest
         assert torch.equal(transformer(X), expected)
     stop_streaming(transformer)
     assert torch.equal(transformer(X), expected)
@@ -339,7 +384,7 @@ def test_models_share_buffers_and_one_is_lent() -> None:
         loan = lend_module(third, CPU)
         for _ in range(2):
             assert all(torch.equal(model(X), y) for model, y in zip((first, second, third), expected, strict=True))
-    assert loan.statistics.loads == 2 and not loan.is_attached
+    assert loan.statistics.loads == 2 and loan.buffer is None
     for model in (first, second, third):
         stop_streaming(model)
         stop_streaming(model)
