@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
@@ -141,3 +141,95 @@ def test_bad_adapters_leave_all_as_it_was(
         with pytest.raises(ValueError, match="none of the weights in .*other.safetensors is of a layer of this"):
             adapters.load("other", other)
         assert adapters.names() == ["a"] and torch.equal(draw(tiny_sd), wanted)
+
+
+def test_a_cast_in_between_changes_no_adapter(tiny_sd: StableDiffusionPipeline, files: dict[str, Path]) -> None:
+    wanted = expected(tiny_sd, files, {"a": 1.0})
+    with TieredStore([Tier("cpu", MIB)]) as store:
+        adapters = AdapterStore(tiny_sd, store)
+        adapters.load("a", files["a"])
+        adapters.use({"a": 1.0})
+        tiny_sd.to(torch.bfloat16)
+        adapters.use({})
+        adapters.use({"a": 1.0})  # of a model that is of bfloat16 now
+        assert {parameter.dtype for parameter in tiny_sd.unet.parameters()} == {torch.bfloat16}
+        adapters.use({})
+        assert {parameter.dtype for parameter in tiny_sd.unet.parameters()} == {torch.bfloat16}
+        assert torch.equal(store.get(store_key(store)), load_file(files["a"])[FIRST].float())
+    assert wanted.dtype == torch.float32
+
+
+FIRST = "unet.down_blocks.0.attentions.0.proj_in.lora_A.weight"
+
+
+def store_key(store: TieredStore) -> str:
+    (key,) = (key for key in store._entries if "down_blocks.0.attentions.0.proj_in.lora_A" in key)
+    return key
+
+
+def test_two_stores_of_adapters_keep_apart(
+    tiny_sd: StableDiffusionPipeline, tiny_sd_dir: Path, files: dict[str, Path]
+) -> None:
+    other = StableDiffusionPipeline.from_pretrained(tiny_sd_dir)
+    other.set_progress_bar_config(disable=True)
+    wanted = [expected(tiny_sd, files, {name: 1.0}) for name in "ab"]
+    with TieredStore([Tier("cpu", MIB)]) as store:
+        first, second = AdapterStore(tiny_sd, store), AdapterStore(other, store)
+        for adapters, name in ((first, "a"), (second, "b")):
+            adapters.load("style", files[name])
+            adapters.use({"style": 1.0})
+            adapters.use({})
+        first.use({"style": 1.0})
+        second.use({"style": 1.0})
+        assert torch.equal(draw(tiny_sd), wanted[0]) and torch.equal(draw(other), wanted[1])
+        first.remove("style")
+        second.use({})
+        second.use({"style": 1.0})
+        assert torch.equal(draw(other), wanted[1])
+        with pytest.raises(ValueError, match="another AdapterStore has the adapters of this"):
+            AdapterStore(StableDiffusionImg2ImgPipeline(**tiny_sd.components), store)
+        del first, adapters
+        AdapterStore(tiny_sd, store)
+
+
+def test_a_store_that_is_too_small_takes_nothing_over(
+    tiny_sd: StableDiffusionPipeline, files: dict[str, Path]
+) -> None:
+    for name in "ac":
+        tiny_sd.load_lora_weights(files[name].parent, weight_name=files[name].name, adapter_name=name)
+    tiny_sd.set_adapters(["a", "c"])
+    wanted = draw(tiny_sd)
+    size = sum(tensor.nbytes for tensor in load_file(files["a"]).values())
+    with TieredStore([Tier("cpu", size + 100)]) as store:
+        with pytest.raises(TierError, match="fits in no tier"):
+            AdapterStore(tiny_sd, store)
+        assert store.stats()["tiers"][0]["tensors"] == 0 and torch.equal(draw(tiny_sd), wanted)
+
+
+def test_a_file_of_another_shape_leaves_no_layer_behind(
+    tiny_sd: StableDiffusionPipeline, files: dict[str, Path], tmp_path: Path
+) -> None:
+    tensors = load_file(files["a"])
+    tensors[FIRST] = tensors[FIRST].repeat(1, 2)
+    save_file(tensors, tmp_path / "wrong.safetensors")
+    with TieredStore([Tier("cpu", MIB)]) as store:
+        adapters = AdapterStore(tiny_sd, store)
+        with pytest.raises(RuntimeError, match="size mismatch"):
+            adapters.load("wrong", tmp_path / "wrong.safetensors")
+        assert not any(hasattr(module, "base_layer") for module in tiny_sd.unet.modules())
+
+
+def test_scales_and_fused_adapters(tiny_sd: StableDiffusionPipeline, files: dict[str, Path]) -> None:
+    with TieredStore([Tier("cpu", MIB)]) as store:
+        adapters = AdapterStore(tiny_sd, store)
+        adapters.load("a", files["a"])
+        for scale in (float("nan"), float("inf"), "1", None):
+            with pytest.raises(ValueError, match="scale of adapter 'a' must be a finite number"):
+                adapters.use({"a": scale})  # type: ignore[dict-item]
+            assert adapters.in_use == {}
+        adapters.use({"a": 1.0})
+        tiny_sd.fuse_lora()
+        with pytest.raises(ValueError, match="unfuse_lora"):
+            adapters.use({})
+        tiny_sd.unfuse_lora()
+        adapters.use({})
