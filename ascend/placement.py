@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import weakref
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.hooks import remove_hook_from_module
 from safetensors import safe_open
 
 from ascend.planner.activity import FROM_DISK
 from ascend.planner.calls import Request, usual_request
-from ascend.planner.memory_plan import apply_plan, modules_of, plan_memory
+from ascend.planner.memory_plan import apply_plan, modules_of, plan_memory, remove_hooks
 from ascend.planner.plan import PlanError
 from ascend.streaming import Stream
 from ascend.streaming.blocks import tensors_of
 
+_sliced: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()  # VAEs whose slicing is this module's to undo
 UNKNOWN_SHARE = 0.3  # of the memory, for components whose calls are not known
 
 
@@ -79,13 +80,21 @@ def place_pipeline(
 
     Raises:
         PlanError: no placement fits, or the dry run of a model fails. What was offloaded is in host memory then.
-        RuntimeError: weights would have to move, and cannot, as the forward of a module was replaced.
+        RuntimeError: weights would have to move, and cannot, as the forward of a module was replaced, or diffusers'
+            group offloading moves them.
     """
+    if any(hasattr(module, "_diffusers_hook") for module in _all_modules(pipe)):
+        raise RuntimeError("group offloading moves the weights, and cannot be undone: load the pipeline anew")
     if any(hasattr(module, "_hf_hook") for module in _all_modules(pipe)):
         _require_own_forwards(pipe)
         _undo_offloading(pipe)
+    vae: Any = getattr(pipe, "vae", None)
+    if vae in _sliced:
+        vae.disable_slicing()
+        _sliced.discard(vae)
     if device.type == "cpu":
-        return [_place_whole(pipe, device)]
+        done = [_place_whole(pipe, device)]
+        return done if limit is None else [*done, "the limit has no effect: models are in the host's memory"]
     make_plan = partial(
         plan_memory, pipe, device, request or usual_request(pipe), _dtype_of(pipe), fused_attention=fused_attention
     )
@@ -104,8 +113,9 @@ def place_pipeline(
     pipe.to("cpu", silence_dtype_warnings=True)  # first: components change places
     apply_plan(pipe, plan, device)
     done = [f"{placement.name}: {placement.where} ({placement.why})" for placement in plan.placements]
-    if getattr(pipe, "vae", None) is not None:
-        pipe.vae.enable_slicing()
+    if not getattr(vae, "use_slicing", True):
+        vae.enable_slicing()
+        _sliced.add(vae)
         done.append("the VAE decodes one picture at a time")
     return done + left
 
@@ -124,9 +134,7 @@ def _all_modules(pipe: Any) -> Iterator[torch.nn.Module]:
 
 def _undo_offloading(pipe: Any) -> None:
     hooks = [getattr(module, "_hf_hook", None) for module in _all_modules(pipe)]
-    pipe.remove_all_hooks()
-    for model in modules_of(pipe).values():  # also of parts, as the halves of a VAE
-        remove_hook_from_module(model, recurse=True)
+    remove_hooks(pipe)
     for hook in hooks:
         if isinstance(hook, Stream):
             hook.buffers.drop()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -11,6 +12,8 @@ import torch
 from torch import nn
 
 HIDREAM = "HiDreamImageTransformer2DModel"
+HIDREAM_EDITING = "HiDreamImageEditingPipeline"
+HIDREAM_SIDE, HIDREAM_MULTIPLE = 1024, 16  # to how many pixels HiDream's pipeline scales every picture that it draws
 CLIP_TOKENS, HIDREAM_TOKENS = 77, 128  # to which pipelines pad prompts; the latter is max_sequence_length's default
 
 
@@ -35,7 +38,9 @@ def usual_request(pipe: Any) -> Request:
     size = getattr(pipe, "default_sample_size", None) or getattr(denoiser, "config", {}).get("sample_size") or 64
     height, width = size if isinstance(size, (list, tuple)) else (size, size)
     scale = getattr(pipe, "vae_scale_factor", 8)
-    begins_with_image = "strength" in inspect.signature(type(pipe).__call__).parameters
+    begins_with_image = not {"strength", "image_guidance_scale"}.isdisjoint(
+        inspect.signature(type(pipe).__call__).parameters
+    )
     return Request(height * scale, width * scale, image=begins_with_image)
 
 
@@ -80,12 +85,19 @@ def _latents(models: dict[str, nn.Module], request: Request) -> tuple[int, int]:
     if vae is None:
         raise UnknownCallError("there is no component named vae, which says how large latents are")
     scale = 2 ** (len(vae.config.block_out_channels) - 1)
-    return request.height // scale, request.width // scale
+    height, width = request.height, request.width
+    if _is_hidream(models) and not request.image:
+        factor = math.sqrt(HIDREAM_SIDE**2 / (height * width))
+        height, width = (int(side * factor // HIDREAM_MULTIPLE * HIDREAM_MULTIPLE) for side in (height, width))
+    return height // scale, width // scale
+
+
+def _is_hidream(models: dict[str, nn.Module]) -> bool:
+    return any(type(model).__name__ == HIDREAM for model in models.values())
 
 
 def _tokens(models: dict[str, nn.Module]) -> int:
-    is_hidream = any(type(model).__name__ == HIDREAM for model in models.values())
-    return HIDREAM_TOKENS if is_hidream else CLIP_TOKENS
+    return HIDREAM_TOKENS if _is_hidream(models) else CLIP_TOKENS
 
 
 def _text(model: Any, models: dict[str, nn.Module], request: Request, dtype: torch.dtype) -> list[Call]:
@@ -158,10 +170,13 @@ def _unet(model: Any, models: dict[str, nn.Module], request: Request, dtype: tor
 
 def _hidream(model: Any, models: dict[str, nn.Module], request: Request, dtype: torch.dtype) -> list[Call]:
     rows, config = request.rows, model.config
+    height, width = _latents(models, request)
+    if request.image:  # edits: the source is beside the picture, and guidance has a branch without it
+        rows, width = request.batch * (3 if request.guidance else 1), 2 * width
     t5, llama = config.caption_channels
     layers = max(config.llama_layers) + 1
     inputs = {
-        "hidden_states": _meta(rows, config.in_channels, *_latents(models, request), dtype=dtype),
+        "hidden_states": _meta(rows, config.in_channels, height, width, dtype=dtype),
         "timesteps": _meta(rows, dtype=torch.int64),
         "encoder_hidden_states_t5": _meta(rows, HIDREAM_TOKENS, t5, dtype=dtype),
         "encoder_hidden_states_llama3": _meta(layers, rows, HIDREAM_TOKENS, llama, dtype=dtype),

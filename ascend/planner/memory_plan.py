@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from accelerate.hooks import ModelHook, add_hook_to_module
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from safetensors.torch import load_file
 from torch import nn
 
@@ -19,8 +19,8 @@ from ascend.memory import read_memory
 from ascend.planner.activations import record_call, tensors_in
 from ascend.planner.activity import FROM_DISK, LENT, RESIDENT, STREAMED, Part, Run, Weights
 from ascend.planner.allocator import Event
-from ascend.planner.calls import Call, Request, UnknownCallError, calls_of
-from ascend.planner.models import cast_floats, load_on_meta, to_meta
+from ascend.planner.calls import HIDREAM_EDITING, Call, Request, UnknownCallError, calls_of
+from ascend.planner.models import cast_floats, class_of, load_on_meta, to_meta
 from ascend.planner.plan import MemoryPlan, PlanError, choose_plan
 from ascend.planner.speed import measure_speed
 from ascend.streaming import Buffers, find_blocks, lend_module, stream_module
@@ -52,7 +52,7 @@ def plan_memory(
     Args:
         source: a folder in diffusers' layout, of which configurations are read, or a pipeline, wherever its models
             are. A compiled one is planned as if it were not.
-        request: what is drawn.
+        request: what is drawn; a pipeline that edits is planned with an image, and its sizes are the image's.
         dtype: in which the models run.
         mode: a key of MODES; all but "auto" say where the denoiser is.
         limit: bytes of device memory, by default what is free and what the pipeline's weights have there.
@@ -63,6 +63,8 @@ def plan_memory(
         PlanError: no placement fits, or the dry run of a model fails.
     """
     folder = source if isinstance(source, Path) else None
+    if _edits(source):
+        request = request._replace(image=True)
     models = load_on_meta(source, dtype) if isinstance(source, Path) else modules_of(source)
     if fused_attention is None:
         fused_attention = device.type != "npu" or has_operator(get_chip(device), TORCH_ATTENTION)
@@ -74,6 +76,13 @@ def plan_memory(
         limit = memory["free"] + memory["reserved"] - memory["allocated"] + sum(held.values())
     host = read_memory(torch.device("cpu"))["free"]
     return choose_plan(parts, limit, host, steps, partial(measure_speed, device, folder), MODES[mode])
+
+
+def _edits(source: DiffusionPipeline | Path) -> bool:
+    """Whether the pipeline cannot but begin with an image."""
+    if isinstance(source, Path):
+        return class_of(source) == HIDREAM_EDITING
+    return any(kind.__name__ == HIDREAM_EDITING for kind in type(source).__mro__)
 
 
 def modules_of(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
@@ -186,7 +195,7 @@ def apply_plan(pipe: DiffusionPipeline, plan: MemoryPlan, device: torch.device, 
     Raises:
         ValueError: a component is to come from disk, and `folder` has its weights in another dtype, or not at all.
     """
-    pipe.remove_all_hooks()
+    remove_hooks(pipe)
     buffers = Buffers(device)
     try:
         for name, model in modules_of(pipe).items():
@@ -195,9 +204,16 @@ def apply_plan(pipe: DiffusionPipeline, plan: MemoryPlan, device: torch.device, 
                 map_weights(model, name, folder)
             place(model, where, device, buffers)
     except BaseException:
-        pipe.remove_all_hooks()
+        remove_hooks(pipe)
         raise
     return buffers
+
+
+def remove_hooks(pipe: DiffusionPipeline) -> None:
+    """As `pipe.remove_all_hooks()`, and of parts of models whose whole has none, as the halves of a VAE."""
+    pipe.remove_all_hooks()
+    for model in modules_of(pipe).values():
+        remove_hook_from_module(model, recurse=True)
 
 
 def place(model: nn.Module, where: str, device: torch.device, buffers: Buffers) -> None:

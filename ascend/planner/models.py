@@ -30,12 +30,7 @@ def load_on_meta(folder: Path, dtype: torch.dtype) -> dict[str, nn.Module]:
         FileNotFoundError: there is no index, or a component lacks its configuration.
         ValueError: the index is no JSON, or a component is of a class that neither diffusers nor transformers has.
     """
-    try:
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{folder / INDEX} is no JSON: {error}") from error
-    if not isinstance(index, dict):
-        raise ValueError(f"{folder / INDEX} must hold an object, not a {type(index).__name__}")
+    index = _read_index(folder)
     models = {}
     for name, entry in index.items():
         if not (isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str) for part in entry)):
@@ -56,6 +51,21 @@ def load_on_meta(folder: Path, dtype: torch.dtype) -> dict[str, nn.Module]:
     if not models:
         raise ValueError(f"{folder / INDEX} names no model")
     return models
+
+
+def class_of(folder: Path) -> str:
+    """The name of the pipeline's class in `folder`. Raises as `load_on_meta`."""
+    return str(_read_index(folder).get("_class_name"))
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    try:
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{folder / INDEX} is no JSON: {error}") from error
+    if not isinstance(index, dict):
+        raise ValueError(f"{folder / INDEX} must hold an object, not a {type(index).__name__}")
+    return index
 
 
 def _library(name: str) -> Any:
