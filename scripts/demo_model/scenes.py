@@ -114,16 +114,19 @@ class Scene:
             if rng is not None:
                 x, y = x + rng.uniform(-JITTER, JITTER), y + rng.uniform(-JITTER, JITTER)
                 radius = rng.uniform(low, high)
-            outline = [
-                ((x + u * radius) * SUPERSAMPLING, (y + v * radius) * SUPERSAMPLING) for u, v in SHAPES[shape.kind]
-            ]
-            draw.polygon(outline, fill=COLOURS[shape.colour])
+            draw_shape(draw, shape, x, y, radius)
         return np.asarray(canvas.reduce(SUPERSAMPLING))
 
     def is_held_out(self) -> bool:
         """Whether the scene belongs to evaluation. Depends on what it shows alone, not on wording or order."""
         digest = hashlib.sha256(f"{sorted(map(repr, self.shapes))} {self.background}".encode()).digest()
         return digest[0] % HELD_OUT_ONE_IN == 0
+
+
+def draw_shape(draw: ImageDraw.ImageDraw, shape: Shape, x: float, y: float, radius: float) -> None:
+    """Draw a shape around x, y [pixels] on a canvas that has SUPERSAMPLING times as many to a side."""
+    outline = [((x + u * radius) * SUPERSAMPLING, (y + v * radius) * SUPERSAMPLING) for u, v in SHAPES[shape.kind]]
+    draw.polygon(outline, fill=COLOURS[shape.colour])
 
 
 @dataclass(frozen=True)
@@ -193,11 +196,18 @@ def score_image(image: np.ndarray, scene: Scene) -> Score:
 
 @dataclass(frozen=True)
 class FoundShape:
-    """A region of a picture in the scenes' words; None where no word fits."""
+    """A region of a picture in the scenes' words; None where no word fits.
+
+    Attributes:
+        centre: x and y of the middle of its bounding box, as shares of the picture's width and height.
+        area: as a share of the picture's.
+    """
 
     colour: str | None
     kind: str | None
     position: str
+    centre: tuple[float, float]
+    area: float
 
 
 def find_shapes(image: np.ndarray) -> list[FoundShape]:
@@ -207,15 +217,15 @@ def find_shapes(image: np.ndarray) -> list[FoundShape]:
     distance = np.linalg.norm(lab - np.median(border, axis=0), axis=-1)
     min_area = _MIN_AREA * distance.size / IMAGE_SIZE**2
     regions = [r for r in regionprops(label(distance > _FOREGROUND_DISTANCE), distance) if r.area >= min_area]
-    return [
-        FoundShape(
-            _name_colour(np.median(lab[tuple(region.coords.T)], axis=0)),
-            # An edge, sharp or soft, is where the picture is half way from the background to the object.
-            _name_shape(region.image & (region.image_intensity > np.median(distance[tuple(region.coords.T)]) / 2)),
-            _name_position(region.bbox, distance.shape),
-        )
-        for region in regions
-    ]
+    found = []
+    for region in regions:
+        # An edge, sharp or soft, is where the picture is half way from the background to the object.
+        mask = region.image & (region.image_intensity > np.median(distance[tuple(region.coords.T)]) / 2)
+        centre = _middle(region.bbox, distance.shape)
+        colour = _name_colour(np.median(lab[tuple(region.coords.T)], axis=0))
+        area = float(mask.sum()) / distance.size
+        found.append(FoundShape(colour, _name_shape(mask), _name_position(centre), centre, area))
+    return found
 
 
 def _name_colour(lab: np.ndarray) -> str | None:
@@ -236,13 +246,13 @@ def _overlap(mask: np.ndarray, kind: str) -> float:
     """Intersection over union of a bool mask [height, width] with the outline of `kind` laid over it."""
     mask = np.pad(mask, max(mask.shape) // 2)  # room for corners that the mask lacks
     (row, column), area = centroid(mask), mask.sum()
-    x, y, outline_area = _polygon_moments(np.array(SHAPES[kind]))
+    x, y, outline_area = polygon_moments(np.array(SHAPES[kind]))
     scale = (area / outline_area) ** 0.5
     ideal = polygon2mask(mask.shape, [(row + (v - y) * scale, column + (u - x) * scale) for u, v in SHAPES[kind]])
     return float((mask & ideal).sum() / (mask | ideal).sum())
 
 
-def _polygon_moments(outline: np.ndarray) -> tuple[float, float, float]:
+def polygon_moments(outline: np.ndarray) -> tuple[float, float, float]:
     """Centroid x and y, and the area, of a polygon [corners, 2] (the shoelace formula)."""
     following = np.roll(outline, -1, axis=0)
     cross = outline[:, 0] * following[:, 1] - following[:, 0] * outline[:, 1]
@@ -250,9 +260,14 @@ def _polygon_moments(outline: np.ndarray) -> tuple[float, float, float]:
     return float(x), float(y), float(abs(cross.sum()) / 2)
 
 
-def _name_position(bbox: tuple[int, int, int, int], shape: tuple[int, ...]) -> str:
-    """The named point nearest to the middle of a region's bounding box."""
-    y, x = (bbox[0] + bbox[2]) / 2 / shape[0], (bbox[1] + bbox[3]) / 2 / shape[1]
+def _middle(bbox: tuple[int, int, int, int], shape: tuple[int, ...]) -> tuple[float, float]:
+    """x and y of the middle of a bounding box, as shares of a picture of that shape."""
+    return (bbox[1] + bbox[3]) / 2 / shape[1], (bbox[0] + bbox[2]) / 2 / shape[0]
+
+
+def _name_position(centre: tuple[float, float]) -> str:
+    """The named point nearest to x and y, shares of a picture."""
+    x, y = centre
     return min(
         POSITIONS, key=lambda p: (POSITIONS[p][0] / IMAGE_SIZE - x) ** 2 + (POSITIONS[p][1] / IMAGE_SIZE - y) ** 2
     )

@@ -89,9 +89,9 @@ def schedule(step: int, steps: int) -> float:
 
 
 @torch.no_grad()
-def update_average(average: dict[str, Tensor], model: nn.Module, step: int) -> None:
+def update_average(average: dict[str, Tensor], model: nn.Module, step: int, decay: float = EMA_DECAY) -> None:
     """Move the running average towards the model; it forgets faster while the run is young."""
-    decay = min(EMA_DECAY, (step + 1) / (step + 10))
+    decay = min(decay, (step + 1) / (step + 10))
     parameters = list(model.named_parameters())
     torch._foreach_lerp_([average[name] for name, _ in parameters], [value for _, value in parameters], 1 - decay)
 
