@@ -2,7 +2,7 @@
 
 import os
 from contextlib import ExitStack
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 
@@ -14,6 +14,8 @@ from processors.presets.target import Target, Undo, Unsupported
 
 # What takes back a target's preset, in the order in which it was applied; none of it holds the target.
 _undo: WeakKeyDictionary[Target, list[Undo]] = WeakKeyDictionary()
+# The models that a target had then.
+_models: WeakKeyDictionary[Target, "WeakSet[torch.nn.Module]"] = WeakKeyDictionary()
 
 
 def enable(target: Target, preset: str | None = None, device: torch.device | None = None) -> Report:
@@ -59,7 +61,7 @@ def enable(target: Target, preset: str | None = None, device: torch.device | Non
                 undo.append(take_back)
                 on_error.callback(take_back)
         on_error.pop_all()
-    _undo[target] = undo
+    _undo[target], _models[target] = undo, WeakSet(components_of(target).values())
     return report
 
 
@@ -77,6 +79,7 @@ def disable(target: Target) -> None:
         undo[-1]()
         undo.pop()
     _undo.pop(target, None)
+    _models.pop(target, None)
 
 
 def _require_no_other(target: Target) -> None:
@@ -86,13 +89,11 @@ def _require_no_other(target: Target) -> None:
         TypeError: `target` is neither a pipeline nor a model.
     """
     modules = {module for model in components_of(target).values() for module in model.modules()}
-    for other in list(_undo):
-        if other is target:
-            continue
-        for name, model in components_of(other).items():
+    for other, models in list(_models.items()):
+        for model in models if other is not target else ():
             if not modules.isdisjoint(model.modules()):
                 raise ValueError(
-                    f"the {name} of a {type(other).__name__} is under a preset already, and this "
+                    f"the {type(model).__name__} of a {type(other).__name__} is under a preset already, and this "
                     f"{type(target).__name__} shares it: that one holds for both, or disable it first"
                 )
 

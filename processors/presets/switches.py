@@ -12,7 +12,7 @@ from operator import methodcaller
 from typing import Any
 
 import torch
-from accelerate.hooks import remove_hook_from_module
+from accelerate.hooks import ModelHook, remove_hook_from_module
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import nn
 
@@ -35,6 +35,7 @@ from processors.presets.target import (
     require_at_rest,
     require_inference,
     trains,
+    undone_if_it_fails,
     words_of,
 )
 from processors.presets.weights import lay_channels_last, lower_precision, quantize
@@ -68,21 +69,20 @@ def undo_by(function: Callable[[Any], Any], *models: Any) -> Undo:
 
 def fuse_kernels(target: Target, device: torch.device) -> Done:
     """See `enable_fused_kernels`; of each model alone, so that one that has it keeps its choice of kernels."""
-    before: list[str] = []
     done: dict[str, str] = {}
     refusals: list[str] = []
     models = components_of(target)
-    for name, model in models.items():
-        if uses_fused_kernels(model):
-            before.append(name)
-            continue
-        try:
-            (done[name],) = enable_fused_kernels(model).values()
-        except ValueError as refusal:
-            refusals.append(f"{name}: {refusal}")
+    before = [name for name, model in models.items() if uses_fused_kernels(model)]
+    new = {name: model for name, model in models.items() if name not in before}
+    undo = undo_by(disable_fused_kernels, *new.values())
+    with undone_if_it_fails(undo):
+        for name, model in new.items():
+            try:
+                (done[name],) = enable_fused_kernels(model).values()
+            except ValueError as refusal:
+                refusals.append(f"{name}: {refusal}")
     if not done and not before:
         raise Unsupported("; ".join(refusals) or "there is no model")
-    undo = undo_by(disable_fused_kernels, *(models[name] for name in done))
     return words_of({name: ON_BEFORE for name in before} | done), undo if done else None
 
 
@@ -164,27 +164,39 @@ def stream(target: Target, device: torch.device) -> Done:
         (weakref.ref(model), getattr(next(model.parameters(), None), "device", None)) for model in models.values()
     ]
     buffers: list[Buffers] = []
+    ours: weakref.WeakSet[ModelHook] = weakref.WeakSet()
 
     def undo() -> None:
+        """Models that were placed otherwise since stay where they are."""
         there = [(model, home) for reference, home in homes if (model := reference()) is not None]
-        for model, _ in there:
+        moved = [(model, home) for model, home in there if any(hook in ours for hook in _hooks_of(model))]
+        for model, _ in moved:
             for module in model.modules():
-                _stop_our_streaming(module)
+                if vars(module).get("_hf_hook") in ours:
+                    _stop_streaming(module)
         for each in buffers:
             each.drop()
-        for model, home in there:
-            if home is not None and not any(hasattr(module, "_hf_hook") for module in model.modules()):
+        for model, home in moved:
+            if home is not None and not _hooks_of(model):
                 model.to(home)
 
-    try:
-        shown = _stream(target, device, buffers)
-    except BaseException:
+    def send_home() -> None:
+        for model, _ in ((model, home) for reference, home in homes if (model := reference()) is not None):
+            ours.update(_hooks_of(model))  # `require_at_rest` found none before
         undo()
-        raise
+
+    with undone_if_it_fails(send_home):
+        shown = _stream(target, device, buffers)
+    for model in models.values():
+        ours.update(_hooks_of(model))
     return shown, undo
 
 
-def _stop_our_streaming(module: nn.Module) -> None:
+def _hooks_of(model: nn.Module) -> list[ModelHook]:
+    return [vars(module)["_hf_hook"] for module in model.modules() if "_hf_hook" in vars(module)]
+
+
+def _stop_streaming(module: nn.Module) -> None:
     stop_streaming(module)
     if isinstance(vars(module).get("_hf_hook"), Executes):
         remove_hook_from_module(module)

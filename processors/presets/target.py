@@ -1,6 +1,7 @@
 """What the switches of presets ask of a target."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -17,6 +18,16 @@ ON_BEFORE = "on before"
 
 class Unsupported(Exception):
     """The target, or the device, cannot have a switch; the message says why."""
+
+
+@contextmanager
+def undone_if_it_fails(undo: Undo) -> Iterator[None]:
+    """Calls `undo` if the block ends by an error or an interrupt."""
+    try:
+        yield
+    except BaseException:
+        undo()
+        raise
 
 
 def words_of(report: dict[str, str]) -> str:

@@ -28,6 +28,7 @@ from processors.presets.target import (
     require_at_rest,
     require_inference,
     trains,
+    undone_if_it_fails,
     words_of,
 )
 from processors.quantization import quantize_weights
@@ -51,15 +52,18 @@ def lower_precision(target: Target, device: torch.device) -> Done:
     require_inference(target)
     require_at_rest(target)
     casts = [Cast(model, dtype) for model in components_of(target).values()]
-    number = sum(len(cast.originals) for cast in casts)
-    name = str(dtype).removeprefix("torch.")
-    if not number:
-        return f"{ON_BEFORE}: weights are {name}", None
 
     def undo() -> None:
         for cast in casts:
             cast.undo()
 
+    with undone_if_it_fails(undo):
+        for cast in casts:
+            cast.apply()
+    number = sum(len(cast.originals) for cast in casts)
+    name = str(dtype).removeprefix("torch.")
+    if not number:
+        return f"{ON_BEFORE}: weights are {name}", None
     return f"{number} tensors are {name}", undo
 
 
@@ -77,13 +81,18 @@ class Cast:
         self.usual = max(sizes, key=sizes.__getitem__, default=dtype)
         self.originals: list[tuple[Place, torch.Tensor]] = []
         self.left: list[Place] = []
+        self.wanted: list[Place] = []
         for tensor in tensors:
-            if tensor.dtype != self.usual or self.usual == dtype or id(tensor) in kept:
-                self.left.append(places[id(tensor)])
-            else:
+            stays = tensor.dtype != self.usual or self.usual == dtype or id(tensor) in kept
+            (self.left if stays else self.wanted).append(places[id(tensor)])
+
+    def apply(self) -> None:
+        for find in self.wanted:
+            tensor = find()
+            if tensor is not None:
                 # On the CPU the very memory: kernels there round by its alignment, which a mapped file decides.
-                self.originals.append((places[id(tensor)], tensor.data.cpu()))
-                tensor.data = tensor.data.to(dtype)
+                self.originals.append((find, tensor.data.cpu()))
+                tensor.data = tensor.data.to(self.dtype)
 
     def undo(self) -> None:
         """Values that were changed since are kept, in the dtype of before; so is what came since."""
@@ -95,7 +104,7 @@ class Cast:
             known.add(id(tensor))
             if tensor.dtype == self.dtype and torch.equal(original.to(self.dtype), tensor.detach().cpu()):
                 tensor.data = original.to(tensor.device)
-            else:
+            elif tensor.dtype != original.dtype or not torch.equal(original, tensor.detach().cpu()):
                 changed += 1
                 tensor.data = tensor.data.to(original.dtype)
         model = self.model()
@@ -169,12 +178,6 @@ def quantize(target: Target, device: torch.device) -> Done:
     if any(layers.quantized for layers in found.values()):
         return f"{ON_BEFORE}: {words_of({name: layers.words() for name, layers in found.items()})}", None
     originals = [(weakref.ref(layer), layer.weight) for layers in found.values() for layer in layers.plain.values()]
-    try:
-        shown = quantize_weights(target)
-    except ValueError as refusal:
-        raise Unsupported(refusal) from refusal
-    for _, weight in originals:
-        weight.data = weight.data.cpu()
 
     def undo() -> None:
         for reference, weight in originals:
@@ -184,6 +187,13 @@ def quantize(target: Target, device: torch.device) -> Done:
                 weight.data = weight.data.to(layer.weight.device)
                 layer.weight = weight
 
+    with undone_if_it_fails(undo):
+        try:
+            shown = quantize_weights(target)
+        except ValueError as refusal:
+            raise Unsupported(refusal) from refusal
+        for _, weight in originals:
+            weight.data = weight.data.cpu()
     return words_of(shown), undo
 
 

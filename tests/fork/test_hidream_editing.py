@@ -113,6 +113,20 @@ def test_the_transformer_refines_without_its_adapter(pipe: HiDreamImageEditingPi
     assert not torch.equal(expected, plain)
 
 
+def test_refining_leaves_adapters_as_they_were(pipe: HiDreamImageEditingPipeline) -> None:
+    add_editing_adapter(pipe)
+    pipe.transformer.requires_grad_(False)
+    (first, *_) = [module for module in pipe.transformer.modules() if hasattr(module, "lora_A")]
+    first._disable_adapters = True
+    plain = edit(pipe)
+    edit(pipe, refine_strength=0.5)
+    assert first.disable_adapters and torch.equal(edit(pipe), plain)
+    assert not any(parameter.requires_grad for parameter in pipe.transformer.parameters())
+    pipe.fuse_lora()
+    with pytest.raises(ValueError, match="the editing adapter is fused"):
+        edit(pipe, refine_strength=0.5)
+
+
 def test_the_adapter_is_back_after_an_interrupt(pipe: HiDreamImageEditingPipeline) -> None:
     add_editing_adapter(pipe)
     plain = edit(pipe)
@@ -248,6 +262,11 @@ def test_a_picture_of_any_mode_is_read() -> None:
     assert to_rgb(palette).getpixel((0, 0)) == (255, 255, 255)
     deep = PIL.Image.fromarray(np.full((4, 8), 65535, dtype=np.uint16))
     assert to_rgb(deep).getpixel((0, 0)) == (255, 255, 255)
+    shades = np.arange(32, dtype=np.uint8).reshape(4, 8) * 8
+    for values in (shades.astype(np.int32), shades.astype(np.float32), shades.astype(np.float32) / 255):
+        assert np.array_equal(np.asarray(to_rgb(PIL.Image.fromarray(values)))[..., 0], shades)
+    half = PIL.Image.new("LA", (8, 4), (100, 128))
+    assert to_rgb(half.convert("La")).getpixel((0, 0))[0] == pytest.approx(to_rgb(half).getpixel((0, 0))[0], abs=1)
     upright.getexif()[0x0112] = 6  # to be turned by a quarter
     assert to_rgb(upright).size == (4, 8)
 
@@ -304,6 +323,14 @@ def test_results_are_as_large_as_their_pictures(pipe: HiDreamImageEditingPipelin
         (torch.zeros(1, 3, 48, 80), {"size_policy": "e1.1"}, "is for PIL pictures"),
         (picture(48, 80), {"size_policy": "e2"}, "must be one of e1.1, e1-full or None, not 'e2'"),
         (None, {}, "`image` is missing"),
+        (picture(48, 80), {"size_policy": "e1.1", "output_type": "np"}, "as PIL pictures, not as 'np'"),
+        (picture(48, 80), {"enlarge": True}, "`enlarge` has no effect without"),
+        (picture(48, 80), {"steps": 0}, "`num_inference_steps` must be at least 1, not 0"),
+        (picture(48, 80), {"num_images_per_prompt": 0}, "`num_images_per_prompt` must be at least 1"),
+        (picture(48, 80), {"prompt": []}, "`prompt` is an empty list"),
+        (picture(48, 80), {"sigmas": [1.0, 0.5]}, "`sigmas` have no effect on UniPC"),
+        (picture(48, 80), {"generator": [torch.Generator()] * 3}, "3 generators for 1 results"),
+        (picture(400, 160), {}, "400 x 160 pixels beside its source has 500 tokens, and the transformer takes 128"),
     ):
         with pytest.raises(ValueError, match=message):
             edit(pipe, image=images, **options)

@@ -11,6 +11,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import nn
 
+from ascend import place_pipeline
 from processors import PRESETS, disable, enable
 from processors.models.components import components_of
 from tests.ascend.streaming.test_stream import Transformer
@@ -91,3 +92,11 @@ def test_a_model_that_trains_computes_under_autocast(npu: torch.device) -> None:
     assert all(parameter.dtype == parameter.grad.dtype == torch.float32 for parameter in model.parameters())
     disable(model)
     assert_all_off(model)
+
+
+def test_a_pipeline_that_was_placed_since_stays_there(npu: torch.device, tiny_sd: StableDiffusionPipeline) -> None:
+    enable(tiny_sd, "memory", npu)
+    place_pipeline(tiny_sd, npu)
+    disable(tiny_sd)
+    models = components_of(tiny_sd).values()
+    assert {parameter.device for model in models for parameter in model.parameters()} == {npu}

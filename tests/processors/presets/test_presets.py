@@ -14,6 +14,7 @@ from peft import LoraConfig
 from torch import nn
 
 from processors import PRESETS, disable, enable, enable_flash_attention, enable_token_merging
+from processors.presets import switches, weights
 from tests.preset_state import IS_ON, assert_all_off, assert_reported
 from tests.tiny_models import tiny_unet
 from tests.tiny_pipelines import make_pipeline
@@ -120,10 +121,46 @@ def test_a_preset_is_of_one_target_alone(tiny_sd: StableDiffusionPipeline) -> No
     disable(tiny_sd.unet)
     disable(tiny_sd.vae)
     enable(tiny_sd, "memory")
-    with pytest.raises(ValueError, match="the vae of a StableDiffusionPipeline is under a preset already"):
+    with pytest.raises(ValueError, match="the AutoencoderKL of a StableDiffusionPipeline is under a preset already"):
         enable(StableDiffusionImg2ImgPipeline(**tiny_sd.components).vae)
     disable(tiny_sd)
     assert_all_off(tiny_sd)
+
+
+def test_a_model_that_was_swapped_out_is_still_under_its_preset(tiny_sd: StableDiffusionPipeline) -> None:
+    enable(tiny_sd, "memory")
+    old, tiny_sd.unet = tiny_sd.unet, copy.deepcopy(tiny_sd.unet)
+    with pytest.raises(ValueError, match="is under a preset already"):
+        enable(old, "speed")
+    disable(tiny_sd)
+    enable(old, "speed")
+    disable(old)
+
+
+@pytest.mark.parametrize("switch", ["mixed_precision", "fused_kernels"])
+def test_a_switch_that_fails_half_way_is_undone(
+    tiny_sd: StableDiffusionPipeline, half: None, switch: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = draw(tiny_sd)
+    calls: list[int] = []
+
+    def interrupted(function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls.append(1)
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+            return function(*args, **kwargs)
+
+        return call
+
+    if switch == "mixed_precision":
+        monkeypatch.setattr(weights.Cast, "apply", interrupted(weights.Cast.apply))
+    else:
+        monkeypatch.setattr(switches, "enable_fused_kernels", interrupted(switches.enable_fused_kernels))
+    with pytest.raises(KeyboardInterrupt):
+        enable(tiny_sd, "balanced")
+    assert_all_off(tiny_sd)
+    assert torch.equal(draw(tiny_sd), expected)
 
 
 def test_another_preset_takes_the_place_of_the_first(tiny_sd: StableDiffusionPipeline) -> None:

@@ -57,13 +57,23 @@ class FittedImage:
 
 
 def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    """Of any mode, upright as its Exif data say, transparent parts on white, 16 bits a channel scaled to 8."""
+    """
+    Of any mode, upright as its Exif data say, transparent parts on white, 16 bits a channel scaled to 8.
+
+    Modes "I" and "F" do not say their range: it is 0 to 255 if no value is larger, and 0 to 1 for such of "F".
+    """
     image = PIL.ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         values = np.asarray(image, dtype=np.float64)
-        most = 65535 if image.mode != "F" else 1
+        largest = values.max(initial=0)
+        if image.mode == "F":
+            most = 1 if largest <= 1 else 255
+        else:
+            most = 65535 if largest > 255 or image.mode != "I" else 255
         image = PIL.Image.fromarray((values.clip(0, most) * (255 / most)).round().astype(np.uint8))
-    if "transparency" in image.info or "A" in image.getbands() or "a" in image.getbands():
+    if image.mode in ("La", "RGBa"):  # whose colours are multiplied by the alpha already
+        image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
+    if "transparency" in image.info or "A" in image.getbands():
         image = image.convert("RGBA")
         ground = PIL.Image.new("RGBA", image.size, "white")
         image = PIL.Image.alpha_composite(ground, image)

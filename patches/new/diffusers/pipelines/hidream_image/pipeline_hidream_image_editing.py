@@ -289,6 +289,20 @@ class HiDreamImageEditingPipeline(HiDreamImagePipeline):
             raise ValueError(
                 "`image` is missing: give the picture to edit, or draw without one by HiDreamImagePipeline"
             )
+        for name, number in (
+            ("num_inference_steps", num_inference_steps),
+            ("num_images_per_prompt", num_images_per_prompt),
+        ):
+            if number < 1:
+                raise ValueError(f"`{name}` must be at least 1, not {number}")
+        if isinstance(prompt, list) and not prompt:
+            raise ValueError("`prompt` is an empty list: give at least one")
+        if sigmas is not None and isinstance(self.scheduler, UniPCMultistepScheduler):
+            raise ValueError("`sigmas` have no effect on UniPCMultistepScheduler, which makes its own")
+        if enlarge and size_policy is None:
+            raise ValueError("`enlarge` has no effect without `size_policy`")
+        if size_policy is not None and output_type not in ("pil", "latent"):
+            raise ValueError(f"`size_policy` brings results back to their size as PIL pictures, not as {output_type!r}")
         self._check_refinement(refine_strength, refiner)
 
         self._guidance_scale = guidance_scale
@@ -304,6 +318,8 @@ class HiDreamImageEditingPipeline(HiDreamImagePipeline):
         if 1 not in (prompts, len(image)) and prompts != len(image):
             raise ValueError(f"{prompts} prompts and {len(image)} pictures: give as many of both, or one of either")
         batch_size = max(prompts, len(image)) * num_images_per_prompt
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(f"{len(generator)} generators for {batch_size} results: give one, or one for each")
 
         # 2. Texts
         encode = _Encoder(self, prompts, batch_size, max_sequence_length)
@@ -325,6 +341,7 @@ class HiDreamImageEditingPipeline(HiDreamImagePipeline):
         # 3. Latents
         dtype = embeds[2].dtype
         image_latents = self.prepare_image_latents(image, batch_size, dtype, device)
+        self._check_tokens(*image_latents.shape[-2:])
         height, width = (side * self.vae_scale_factor for side in image_latents.shape[-2:])
         latents = self.prepare_latents(
             batch_size, self.transformer.config.in_channels, height, width, dtype, device, generator, latents
@@ -392,13 +409,26 @@ class HiDreamImageEditingPipeline(HiDreamImagePipeline):
         self.maybe_free_model_hooks()
         return HiDreamImagePipelineOutput(images=results) if return_dict else (results,)
 
+    def _check_tokens(self, height: int, width: int) -> None:
+        """What the transformer takes of latents beside their sources: what is not square it pads to its `max_seq`."""
+        tokens = height * 2 * width // self.transformer.config.patch_size**2
+        if height != 2 * width and tokens > self.transformer.max_seq:
+            scale = self.vae_scale_factor
+            raise ValueError(
+                f"a picture of {width * scale} x {height * scale} pixels beside its source has {tokens} tokens, and "
+                f"the transformer takes {self.transformer.max_seq}: take a smaller picture, or `size_policy`"
+            )
+
     def _check_refinement(self, refine_strength: float, refiner: HiDreamImageTransformer2DModel | None) -> None:
         if not 0 <= refine_strength <= 1:
             raise ValueError(f"`refine_strength` must be from 0 to 1, not {refine_strength}")
         if refine_strength == 0:
             return
         if refiner is None:
-            if not _has_adapter_on(self.transformer):
+            adapters = _adapters_on(self.transformer)
+            if any(layer.merged for layer in adapters):
+                raise ValueError("the editing adapter is fused: call unfuse_lora(), so that refining can do without")
+            if not adapters:
                 raise ValueError(
                     f"`refine_strength` is {refine_strength}, and there is nothing to refine with: pass `refiner`, a "
                     "HiDreamImageTransformer2DModel such as HiDream-I1's, or load the editing adapter (E1-Full's) "
@@ -417,11 +447,14 @@ class HiDreamImageEditingPipeline(HiDreamImagePipeline):
         if refiner is not None:
             yield refiner
             return
-        self.transformer.disable_adapters()
+        adapters = _adapters_on(self.transformer)
         try:
+            for layer in adapters:
+                layer._disable_adapters = True  # PEFT's own switch also sets which parameters want gradients
             yield self.transformer
         finally:
-            self.transformer.enable_adapters()
+            for layer in adapters:
+                layer._disable_adapters = False
 
 
 class _Encoder:
@@ -445,7 +478,7 @@ class _Encoder:
             self._require_encoders("", negative_given, "negative_")
         t5, negative_t5, llama, negative_llama, pooled, negative_pooled = self.pipe.encode_prompt(
             *prompts,
-            negative_prompt=negative_prompts[0],
+            negative_prompt="" if negative_prompts[0] is None else negative_prompts[0],
             negative_prompt_2=negative_prompts[1],
             negative_prompt_3=negative_prompts[2],
             negative_prompt_4=negative_prompts[3],
@@ -530,8 +563,7 @@ def _restore(results: list[PIL.Image.Image], fitted: list[FittedImage]) -> list[
     return [fitted[number // copies].restore(result) for number, result in enumerate(results)]
 
 
-def _has_adapter_on(transformer: HiDreamImageTransformer2DModel) -> bool:
-    layers = [
-        module for module in transformer.modules() if hasattr(module, "disable_adapters") and hasattr(module, "lora_A")
-    ]
-    return any(layer.active_adapters and not layer.disable_adapters for layer in layers)
+def _adapters_on(transformer: HiDreamImageTransformer2DModel) -> list[Any]:
+    """The layers with adapters that are in effect."""
+    layers = [layer for layer in transformer.modules() if hasattr(layer, "lora_A") and hasattr(layer, "merged")]
+    return [layer for layer in layers if layer.active_adapters and not layer.disable_adapters]
