@@ -56,7 +56,7 @@ from scripts.demo_hidream.dataset import Dataset, make_dataset
 from scripts.demo_hidream.networks import build_scheduler, build_tokenizer
 from scripts.demo_hidream.scenes import sample_scene
 from scripts.demo_hidream.training import Networks, draw_batch, losses
-from scripts.demo_model.scenes import BACKGROUNDS
+from scripts.demo_model.scenes import BACKGROUNDS, IMAGE_SIZE
 from scripts.demo_model.train import LATENT_NOISE, reconstruction_error, to_tensor
 from scripts.demo_model.training import MAX_GRADIENT_NORM, fit, save_tensors, update_average
 
@@ -69,7 +69,7 @@ WARMUP_STEPS = 200
 COOLDOWN = 0.4  # share of a run in which the learning rate falls to zero
 EMA_DECAY = 0.998
 DECODER_LEARNING_RATE = 5e-4
-GUIDANCE = {"guidance_scale": 1.5, "image_guidance_scale": 1.0}
+WANTS = {"guidance_scale": 1.5, "image_guidance_scale": 1.0, "side": IMAGE_SIZE, "prompt": "{instruction}"}
 
 
 @dataclass(frozen=True)
@@ -240,7 +240,7 @@ def run_export(run: Run) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     pipeline.save_pretrained(temporary)
     networks.refiner.half().save_pretrained(temporary / REFINER)
-    write_json(temporary / DEFAULTS, GUIDANCE)
+    write_json(temporary / DEFAULTS, WANTS)
     shutil.rmtree(run.output_dir, ignore_errors=True)
     os.replace(temporary, run.output_dir)
     size = sum(file.stat().st_size for file in run.output_dir.rglob("*") if file.is_file())

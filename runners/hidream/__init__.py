@@ -1,0 +1,1 @@
+"""Editing pictures with HiDream-E1."""

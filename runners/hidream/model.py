@@ -1,0 +1,163 @@
+"""HiDream-E1's pipeline and what refines, where the arguments want them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import HiDreamImageEditingPipeline, HiDreamImageTransformer2DModel
+from transformers import AutoTokenizer, LlamaForCausalLM
+
+from ascend.device import DeviceManager
+from ascend.planner import MemoryPlan, PlanError, Request, apply_plan, plan_memory
+from ascend.streaming import Buffers, stream_module
+from ascend.streaming.blocks import bytes_of
+from runners.cli import UserError, is_out_of_memory
+from runners.hidream.arguments import REFINER, Family
+from runners.model_dir import DEFAULTS, check_is_pipeline
+from runners.report import Report
+from runners.weight_files import check_weights, first_line
+
+PIPELINE = "HiDreamImageEditingPipeline"
+LLAMA = ("text_encoder_4", "tokenizer_4")
+
+
+class Editor(NamedTuple):
+    """What edits, and what refines; `side` is what pictures are squeezed to, where the model wants that."""
+
+    pipe: HiDreamImageEditingPipeline
+    refiner: HiDreamImageTransformer2DModel | None
+    side: int | None
+
+
+def complete(args: argparse.Namespace, family: Family) -> None:
+    """Check the model's folder, and fill in what the arguments leave to it or to the original's scripts.
+
+    Raises:
+        UserError: it is no model of HiDream-E1, or lacks something.
+    """
+    check_is_pipeline(args.model_path)
+    index = _read_json(args.model_path / "model_index.json")
+    if index.get("_class_name") != PIPELINE:
+        raise UserError(f"{args.model_path} holds a {index.get('_class_name')}, and what edits is a {PIPELINE}")
+    for file in sorted(args.model_path.glob("*/*.safetensors")):
+        check_weights(file)
+    absent = [name for name in LLAMA if not (args.model_path / name).is_dir()]
+    if absent and args.llama_path is None:
+        raise UserError(f"{args.model_path} has no {' and no '.join(absent)}: --llama_path names Llama's folder")
+    if args.refiner_path is None and (args.model_path / REFINER).is_dir():
+        args.refiner_path = args.model_path / REFINER
+    if args.refine_strength > 0 and args.refiner_path is None:
+        raise UserError(
+            f"--refine_strength {args.refine_strength:g} wants a transformer that draws: --refiner_path names the "
+            "folder of HiDream-I1-Full's, or 0 leaves it out"
+        )
+    defaults = _read_json(args.model_path / DEFAULTS) if (args.model_path / DEFAULTS).exists() else {}
+    for name in ("guidance_scale", "image_guidance_scale", "negative_prompt"):
+        if getattr(args, name) is None:
+            setattr(args, name, defaults.get(name, getattr(family, name)))
+    args.side, args.prompt = defaults.get("side"), defaults.get("prompt", family.prompt)
+
+
+def load_editor(
+    args: argparse.Namespace,
+    family: Family,
+    manager: DeviceManager,
+    dtype: torch.dtype,
+    size: tuple[int, int],
+    report: Report,
+) -> Editor:
+    """The pipeline where its memory allows it, for pictures of `size`, `(height, width)`; see `--memory`.
+
+    Raises:
+        UserError: no placement fits, or a file cannot be loaded.
+    """
+    refines = args.refine_strength > 0
+    plan = _plan(args, manager.device, dtype, size, report)
+    given: dict[str, Any] = {}
+    try:
+        if args.llama_path:
+            given["tokenizer_4"] = AutoTokenizer.from_pretrained(args.llama_path, local_files_only=True)
+            given["text_encoder_4"] = LlamaForCausalLM.from_pretrained(
+                args.llama_path, dtype=dtype, local_files_only=True
+            )
+        pipe = HiDreamImageEditingPipeline.from_pretrained(
+            args.model_path, dtype=dtype, local_files_only=True, **given
+        )
+        refiner = (
+            HiDreamImageTransformer2DModel.from_pretrained(args.refiner_path, dtype=dtype, local_files_only=True)
+            if refines
+            else None
+        )
+    except Exception as error:  # of any kind: the files are the user's
+        if is_out_of_memory(error):
+            raise
+        raise UserError(f"cannot load the model in {args.model_path}: {first_line(error)}") from error
+    if family.max_seq and args.side is None:
+        pipe.transformer.max_seq = family.max_seq
+    _place(pipe, refiner, plan, manager.device, args.model_path)
+    return Editor(pipe, refiner, args.side)
+
+
+def _plan(
+    args: argparse.Namespace, device: torch.device, dtype: torch.dtype, size: tuple[int, int], report: Report
+) -> MemoryPlan | None:
+    """None where all stays on the device; the table is printed otherwise. The second transformer is as the first."""
+    if device.type == "cpu" and args.memory in ("auto", "resident"):
+        if args.memory_limit is not None:
+            report.warn("--memory_limit has no effect on the CPU: models are in the host's memory")
+        return None
+    request = Request(*size, guidance=args.guidance_scale > 1, image=True)
+    limit = args.memory_limit
+    fused = True if args.FA else None
+    try:
+        plan = plan_memory(args.model_path, device, request, dtype, args.steps, args.memory, limit, fused)
+        if plan.is_resident and args.refine_strength > 0 and args.memory == "auto":
+            second = _bytes_of_files(args.refiner_path, dtype)
+            if plan.required + second > plan.limit:  # both take turns in the buffers
+                plan = plan_memory(args.model_path, device, request, dtype, args.steps, "stream", limit, fused)
+    except (PlanError, ValueError) as error:
+        raise UserError(str(error)) from error
+    if plan.is_resident:
+        return None
+    print(plan.table(), flush=True)
+    return plan
+
+
+def _bytes_of_files(folder: Path, dtype: torch.dtype) -> int:
+    config = HiDreamImageTransformer2DModel.load_config(folder)
+    with torch.device("meta"):
+        return bytes_of(HiDreamImageTransformer2DModel.from_config(config).to(dtype))
+
+
+def _place(
+    pipe: HiDreamImageEditingPipeline,
+    refiner: HiDreamImageTransformer2DModel | None,
+    plan: MemoryPlan | None,
+    device: torch.device,
+    folder: Path,
+) -> None:
+    if plan is None:
+        pipe.to(device, silence_dtype_warnings=True)
+        if refiner is not None:
+            refiner.to(device)
+        return
+    try:
+        buffers: Buffers = apply_plan(pipe, plan, device, folder)
+    except ValueError as error:
+        raise UserError(f"--memory: {error}") from error
+    if refiner is not None:
+        stream_module(refiner, device, buffers)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is no JSON that can be read: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must hold an object, not a {type(content).__name__}")
+    return content

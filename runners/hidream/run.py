@@ -1,0 +1,218 @@
+"""What HiDream-E1's runners do: they edit one picture after the other."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+from diffusers.pipelines.hidream_image.editing_images import fit_image, to_rgb
+
+from ascend.device import DeviceManager, get_device_info
+from ascend.memory import keep_freed_memory
+from processors import enable_fused_kernels
+from runners.cli import FAILED, UserError, fail, is_out_of_memory, one_line_errors
+from runners.devices import choose_device, choose_dtype
+from runners.files import make_output_dir, write_json
+from runners.hidream.arguments import E1_1, Family, parse_arguments
+from runners.hidream.edits import Edit, list_edits, open_picture
+from runners.hidream.model import Editor, complete, load_editor
+from runners.images import save_png
+from runners.model_dir import require_patched_diffusers
+from runners.overflow import clear_overflow_flag, overflow_warning
+from runners.report import Report, versions
+from runners.weight_files import digest_of_files
+
+APPEARANCE = ("negative_prompt", "steps", "guidance_scale", "image_guidance_scale", "refine_strength", "clip_cfg_norm")
+
+
+def run(args: argparse.Namespace, family: Family) -> None:
+    require_patched_diffusers()
+    report = Report()
+    complete(args, family)
+    edits = list_edits(args)
+    sizes = [_model_size(open_picture(edit.image), args, family, edit) for edit in edits]  # before anything is loaded
+    if args.refine_strength > 0 and not all(edit.target_description for edit in edits):
+        report.warn(
+            "without --target_description refining goes towards the instruction, as if that described a picture"
+        )
+    args.output_dir = make_output_dir(args.output_dir)
+    manager = choose_device(args, report)
+    if manager.device.type == "cpu":
+        keep_freed_memory()
+    args.dtype = choose_dtype(args, manager, report)
+    settings = _settings(args, family, manager)
+    waiting = [edit for edit in edits if not _is_complete(edit, settings, args.output_dir)]
+    if len(waiting) < len(edits):
+        print(f"{len(edits) - len(waiting)} of {len(edits)} results are there already")
+    if not waiting:
+        return
+    largest = max(sizes, key=lambda size: size[0] * size[1])
+    editor = load_editor(args, family, manager, args.dtype, largest, report)
+    flags = {}
+    if args.FA:
+        flags = enable_fused_kernels(editor.pipe)
+        if editor.refiner is not None:
+            (flags["refiner"],) = enable_fused_kernels(editor.refiner).values()
+    about = {"device": {**get_device_info(manager.device), "dtype": str(args.dtype)}, "flags": flags}
+    manager.reset_peak_memory()
+    failures = _edit_all(waiting, editor, args, family, manager, settings, about, report)
+    peak = manager.memory_stats()["peak"]
+    report.sections = about | {"settings": settings, "failures": failures, "peak_memory": peak}
+    report.write(args.output_dir / "report.json")
+    print(
+        f"{len(waiting) - len(failures)} results and report.json are in {args.output_dir}, peak {peak / 2**20:.0f} MiB"
+    )
+    if failures:
+        fail(f"{len(failures)} pictures were not edited; the same command tries them again", FAILED)
+
+
+def _edit_all(
+    edits: Sequence[Edit],
+    editor: Editor,
+    args: argparse.Namespace,
+    family: Family,
+    manager: DeviceManager,
+    settings: dict[str, Any],
+    about: dict[str, Any],
+    report: Report,
+) -> dict[str, str]:
+    """Why some were not made, by their names."""
+    failures: dict[str, str] = {}
+    for number, edit in enumerate(edits, start=1):
+        print(f"{number} of {len(edits)}: {edit.image.name}: {edit.instruction}", flush=True)
+        try:
+            start = time.perf_counter()
+            source = open_picture(edit.image)
+            result, processed = _edit(edit, source, editor, args, family, manager)
+            seconds = time.perf_counter() - start
+        except Exception as error:
+            if not (is_out_of_memory(error) or isinstance(error, ValueError | UserError)):
+                raise
+            failures[edit.name] = "out of memory" if is_out_of_memory(error) else str(error)
+            print(f"error: {edit.image}: {failures[edit.name]}", file=sys.stderr)
+            manager.empty_cache()
+            continue
+        warning = overflow_warning([result], manager.device)
+        if warning:
+            report.warn(f"{edit.name}: {warning}")
+        path = args.output_dir / f"{edit.name}.png"
+        metadata = _metadata(edit, args, source, processed)
+        save_png(result, path, {name: json.dumps(content) for name, content in (metadata | about).items()})
+        # Last: this file says that the result is whole.
+        entry = {"digest": edit.digest(settings), "seconds": seconds, "versions": versions()}
+        write_json(path.with_suffix(".json"), metadata | about | entry)
+    return failures
+
+
+def _edit(
+    edit: Edit,
+    source: PIL.Image.Image,
+    editor: Editor,
+    args: argparse.Namespace,
+    family: Family,
+    manager: DeviceManager,
+) -> tuple[PIL.Image.Image, tuple[int, int]]:
+    """The result as large as the picture, and the size that the model saw."""
+    image = to_rgb(source)
+    policy: dict[str, Any] = {"size_policy": family.size_policy, "enlarge": args.enlarge}
+    if editor.side:
+        policy, shown = {}, image.resize((editor.side, editor.side), PIL.Image.Resampling.BICUBIC)
+        processed = shown.size
+    else:
+        shown, processed = image, fit_image(image, family.size_policy, args.enlarge).image.size
+    clear_overflow_flag(manager.device)
+    (result,) = editor.pipe(
+        prompt_of(edit, args.prompt),
+        image=shown,
+        target_prompt=edit.target_description,
+        negative_prompt=args.negative_prompt,
+        num_inference_steps=args.steps,
+        guidance_scale=args.guidance_scale,
+        image_guidance_scale=args.image_guidance_scale,
+        refine_strength=args.refine_strength,
+        refiner=editor.refiner,
+        clip_cfg_norm=args.clip_cfg_norm,
+        generator=manager.create_generator(edit.seed),
+        **policy,
+    ).images
+    if editor.side:
+        result = result.resize(image.size, PIL.Image.Resampling.BICUBIC)
+    return result, processed
+
+
+def prompt_of(edit: Edit, template: str) -> str:
+    """As the model was trained to read it. Without a description E1-Full reads the instruction in its place."""
+    instruction = edit.instruction if template == E1_1.prompt else edit.instruction.removesuffix(".")
+    return template.format(instruction=instruction, description=edit.target_description or edit.instruction)
+
+
+def _model_size(image: PIL.Image.Image, args: argparse.Namespace, family: Family, edit: Edit) -> tuple[int, int]:
+    """Height and width that the model sees. Raises UserError."""
+    if args.side:
+        return args.side, args.side
+    try:
+        width, height = fit_image(image, family.size_policy, args.enlarge).image.size
+    except ValueError as error:
+        raise UserError(f"{edit.image}: {error}") from error
+    return height, width
+
+
+def _settings(args: argparse.Namespace, family: Family, manager: DeviceManager) -> dict[str, Any]:
+    """All that decides what results look like, beside pictures and instructions."""
+    folders = [args.model_path, *filter(None, (args.refiner_path, args.llama_path))]
+    weights = [digest_of_files(folder, sorted(folder.glob("**/*.safetensors"))) for folder in folders]
+    return {name: getattr(args, name) for name in (*APPEARANCE, "FA", "enlarge")} | {
+        "family": family.name,
+        "weights": weights,
+        "dtype": str(args.dtype),
+        "device": manager.device.type,
+    }
+
+
+def _metadata(
+    edit: Edit, args: argparse.Namespace, source: PIL.Image.Image, processed: tuple[int, int]
+) -> dict[str, Any]:
+    """With the keys of the original's."""
+    return {
+        "instruction": edit.instruction,
+        "target_description": edit.target_description,
+        "negative_instruction": args.negative_prompt,
+        "guidance_scale": args.guidance_scale,
+        "img_guidance_scale": args.image_guidance_scale,
+        "steps": args.steps,
+        "refine_strength": args.refine_strength,
+        "clip_cfg_norm": args.clip_cfg_norm,
+        "seed": edit.seed,
+        "input_image": str(edit.image),
+        "original_size": list(to_rgb(source).size),
+        "processed_size": list(processed),
+    }
+
+
+def _is_complete(edit: Edit, settings: dict[str, Any], folder: Path) -> bool:
+    """Raises UserError where there is a result of that name of another picture or another setting."""
+    try:
+        about = json.loads((folder / f"{edit.name}.json").read_text(encoding="utf-8"))
+        digest = about["digest"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return False
+    if digest != edit.digest(settings):
+        raise UserError(
+            f"{folder} has a result '{edit.name}' of another picture, instruction or setting; take another "
+            "--output_dir, or delete it"
+        )
+    return (folder / f"{edit.name}.png").exists()
+
+
+def main(
+    program: str, description: str | None, family: Family, folder: Path, arguments: Sequence[str] | None = None
+) -> None:
+    """Run the command line of `program`, which `description` describes, in `folder`, beside its demo model."""
+    with one_line_errors():
+        run(parse_arguments(program, description, family, folder, arguments), family)
