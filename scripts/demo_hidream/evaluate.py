@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from runners.cli import ArgumentParser, file_path, finite_float, non_negative_int, one_line_errors, positive_int
-from runners.devices import add_device_arguments, choose_device, choose_dtype
+from runners.devices import DTYPES, choose_device, choose_dtype
 from runners.files import make_output_dir
 from runners.model_dir import DEFAULTS, require_patched_diffusers
 from runners.report import Report, format_table
@@ -57,7 +57,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--refine_strengths", type=finite_float, nargs="+", default=[0.0, 0.3], metavar="R", help="(0 0.3)")
     add("--seed", type=non_negative_int, default=0, metavar="N", help="of the first picture, the next has N+1 ... (0)")
     add("--batch_size", type=positive_int, default=20, metavar="N", help="pictures made together (20)")
-    add_device_arguments(parser)
+    add = parser.add_argument_group("where to compute").add_argument
+    add("--device", metavar="NAME", help="npu, cuda or cpu, or one of several as npu:1 (the best there is)")
+    add("--dtype", choices=DTYPES, help="(the device's best)")
+    parser.set_defaults(local_rank=None, soc_version=None)
     add = parser.add_argument_group("output").add_argument
     add(
         "--output_dir",

@@ -1,0 +1,178 @@
+"""HiDream-E1's runners from their command line to their files, with a tiny random model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from diffusers import HiDreamImageEditingPipeline
+from PIL import Image
+
+from runners.hidream import run as program
+from runners.hidream.arguments import E1_1, E1_FULL
+from runners.hidream.edits import Edit
+from tests.examples.conftest import Outcome
+from tests.tiny_hidream import make_components, make_transformer
+
+KEYS = {
+    "instruction",
+    "negative_instruction",
+    "guidance_scale",
+    "img_guidance_scale",
+    "steps",
+    "refine_strength",
+    "clip_cfg_norm",
+    "seed",
+    "input_image",
+    "original_size",
+    "processed_size",
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_hidream_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved pipeline with what refines. Read only: copy it before you change it."""
+    folder = tmp_path_factory.mktemp("models") / "hidream"
+    HiDreamImageEditingPipeline(**make_components()).save_pretrained(folder)
+    make_transformer(seed=7).save_pretrained(folder / "refiner")
+    (folder / "defaults.json").write_text(json.dumps({"side": 64, "guidance_scale": 3.0}))
+    return folder
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    path = tmp_path / "photo.jpg"
+    Image.fromarray(np.random.RandomState(0).randint(0, 255, (50, 90, 3), dtype=np.uint8)).save(path)
+    return path
+
+
+@pytest.fixture
+def edit(tiny_hidream_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """Runs inference_e1_1_npu.py with the tiny model into tmp_path/out."""
+
+    def run(*arguments: object, model: Path = tiny_hidream_dir) -> Outcome:
+        options = ["--model_path", model, "--device", "cpu", "--steps", 3, "--output_dir", tmp_path / "out"]
+        code = 0
+        try:
+            program.main("inference_e1_1_npu.py", "", E1_1, tmp_path, [str(a) for a in [*options, *arguments]])
+        except SystemExit as end:
+            code = end.code
+        return Outcome(code, *capfd.readouterr())
+
+    return run
+
+
+def test_a_result_is_as_large_as_its_picture_and_says_how_it_was_made(
+    edit: Callable[..., Outcome], photo: Path, tmp_path: Path
+) -> None:
+    wanted = ["--image", photo, "--instruction", "make the circle blue", "--target_description", "a blue circle"]
+    assert edit(*wanted).code == 0
+    about = json.loads((tmp_path / "out/photo.json").read_text())
+    assert about.keys() >= KEYS and about["guidance_scale"] == 3.0 and about["original_size"] == [90, 50]
+    with Image.open(tmp_path / "out/photo.png") as result:
+        assert result.size == (90, 50) and json.loads(result.text["instruction"]) == "make the circle blue"
+        first = np.asarray(result)
+    again = edit(*wanted)
+    assert again.code == 0 and "1 of 1 results are there already" in again.out
+    assert "of another picture, instruction or setting" in edit(*wanted, "--seed", 4).err
+    shutil.rmtree(tmp_path / "out")
+    assert edit(*wanted, "--FA").code == 0
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "out/photo.png")), first)  # off the NPU the same to the bit
+    shutil.rmtree(tmp_path / "out")
+    assert edit(*wanted, "--refine_strength", 0).code == 0
+    assert not np.array_equal(np.asarray(Image.open(tmp_path / "out/photo.png")), first)
+
+
+def test_folders_and_files_of_edits(edit: Callable[..., Outcome], photo: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name in ("a.png", "b.jpg"):
+        Image.open(photo).save(folder / name)
+    (folder / "notes.txt").write_text("no picture")
+    outcome = edit("--image", folder, "--instruction", "remove the square")
+    assert outcome.code == 0 and "goes towards the instruction" in outcome.err
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "a.json",
+        "a.png",
+        "b.json",
+        "b.png",
+        "report.json",
+    ]
+    rows = [
+        {"image": "photo.jpg", "instruction": "make the circle blue", "target_description": "a circle", "id": "x"},
+        {"image": "photos/a.png", "instruction": "remove it", "target_description": "nothing", "seed": 9},
+    ]
+    (tmp_path / "edits.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert edit("--edits", tmp_path / "edits.jsonl").code == 0
+    assert json.loads((tmp_path / "out/00002_a.json").read_text())["seed"] == 9
+    assert (tmp_path / "out/x.png").exists()
+
+
+def broken(folder: Path) -> Path:
+    (folder / "broken.png").write_bytes(b"no picture")
+    return folder / "broken.png"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--instruction", "x"], "--image and --instruction say what to edit"),
+        (["--image", "PHOTO", "--instruction", " "], "--instruction must not be empty"),
+        (["--image", "absent.png", "--instruction", "x"], "cannot read the picture absent.png"),
+        (["--image", "BROKEN", "--instruction", "x"], "broken.png"),
+        (["--image", "FOLDER", "--instruction", "x"], "holds no picture to edit"),
+        (["--image", "PHOTO", "--image", "PHOTO", "--instruction", "x"], "two results called photo"),
+        (["--image", "PHOTO", "--instruction", "x", "--refine_strength", "2"], "must be from 0 to 1, not 2"),
+        (["--image", "PHOTO", "--edits", "EDITS"], "--edits names pictures and instructions"),
+        (["--edits", "EDITS"], "line 1 must be as"),
+        (["--edits", "absent.jsonl"], "absent.jsonl"),
+    ],
+)
+def test_bad_input_is_one_line(
+    edit: Callable[..., Outcome], photo: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "edits.jsonl").write_text('{"image": "photo.jpg"}')
+    names = {
+        "PHOTO": photo,
+        "BROKEN": broken(tmp_path),
+        "FOLDER": tmp_path / "empty",
+        "EDITS": tmp_path / "edits.jsonl",
+    }
+    outcome = edit(*(names.get(argument, argument) for argument in arguments))
+    assert outcome.code == 2 and message in outcome.err and "Traceback" not in outcome.err
+    assert not list(tmp_path.glob("out/*.png"))
+
+
+def test_models_that_lack_something(
+    edit: Callable[..., Outcome], photo: Path, tiny_hidream_dir: Path, tiny_sd_dir: Path, tmp_path: Path
+) -> None:
+    wanted = ["--image", photo, "--instruction", "x"]
+    assert "holds a StableDiffusionPipeline" in edit(*wanted, model=tiny_sd_dir).err
+    model = shutil.copytree(tiny_hidream_dir, tmp_path / "model")
+    shutil.rmtree(model / "refiner")
+    assert "--refiner_path names the folder of HiDream-I1-Full's" in edit(*wanted, model=model).err
+    llama = tmp_path / "llama"
+    llama.mkdir()
+    for name in ("text_encoder_4", "tokenizer_4"):
+        for file in (model / name).iterdir():
+            shutil.copy(file, llama)
+        shutil.rmtree(model / name)
+    without = [*wanted, "--refine_strength", 0]
+    outcome = edit(*without, model=model)
+    assert outcome.code == 2 and "no text_encoder_4 and no tokenizer_4: --llama_path names" in outcome.err
+    assert edit(*without, "--llama_path", llama, model=model).code == 0
+    weights = model / "transformer/diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    assert "are damaged" in edit(*without, "--llama_path", llama, model=model).err
+
+
+def test_prompts_are_as_the_models_were_trained() -> None:
+    edit = Edit(Path("a.png"), "Make it night.", "A night.", 0, "a")
+    assert program.prompt_of(edit, E1_1.prompt) == "Make it night."
+    expected = "Editing Instruction: Make it night. Target Image Description: A night."
+    assert program.prompt_of(edit, E1_FULL.prompt) == expected
