@@ -11,7 +11,15 @@ from ascend.device import (
 )
 from ascend.graphs.compile import compile_module, compile_pipeline, decompile_module, decompile_pipeline
 from ascend.memory import keep_freed_memory
-from ascend.parallel import Mesh, ParallelError, process_group, share_guidance, unshare_guidance
+from ascend.parallel import (
+    Mesh,
+    ParallelError,
+    process_group,
+    share_guidance,
+    share_model,
+    unshare_guidance,
+    unshare_model,
+)
 from ascend.placement import place_pipeline
 from ascend.planner import MemoryPlan, PlanError, apply_plan, plan_memory
 from ascend.streaming import lend_module, stop_streaming, stream_module
@@ -43,7 +51,9 @@ __all__ = [
     "plan_memory",
     "process_group",
     "share_guidance",
+    "share_model",
     "stop_streaming",
     "stream_module",
     "unshare_guidance",
+    "unshare_model",
 ]

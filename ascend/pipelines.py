@@ -36,6 +36,7 @@ class Parts(NamedTuple):
 
 _FROM_TEXT = Parts(("unet",), ("text_encoder", "vae.decoder"), ("unet", "vae.decoder"))
 _FROM_PICTURE = _FROM_TEXT._replace(each_picture=("text_encoder", "vae.encoder", "vae.decoder"))
+_HIDREAM = Parts(("transformer",), ("vae.decoder",), ("transformer", "vae.decoder"))
 _XL = _FROM_TEXT._replace(each_picture=("text_encoder", "text_encoder_2", "vae.decoder"), casts_vae=(torch.float16,))
 PIPELINES = {
     "StableDiffusionPipeline": _FROM_TEXT,
@@ -44,6 +45,8 @@ PIPELINES = {
     "StableDiffusionControlNetPipeline": Parts(
         ("unet", "controlnet"), ("text_encoder", "vae.decoder"), ("unet", "controlnet", "vae.decoder")
     ),
+    "HiDreamImagePipeline": _HIDREAM,
+    "HiDreamImageEditingPipeline": _HIDREAM._replace(each_picture=("vae.encoder", "vae.decoder")),
     "StableDiffusionXLPipeline": _XL,
     "StableDiffusionXLImg2ImgPipeline": _XL._replace(
         each_picture=("text_encoder", "text_encoder_2", "vae.encoder", "vae.decoder"),

@@ -47,6 +47,35 @@ def share_guidance(pipe: DiffusionPipeline, mesh: Mesh) -> None:
             vars(module).update(forward=shared, _shared_batch=shared)
 
 
+def share_model(model: nn.Module, mesh: Mesh) -> None:
+    """As `share_guidance`, of a denoiser that is no component of a pipeline, as what refines; `unshare_model` ends it.
+
+    Raises:
+        ParallelError: it is of a class whose arguments are not known here, or shared with another mesh.
+    """
+    name, shared = type(model).__name__, _shared_batch(type(model).__name__, model)
+    if mesh.group is None:
+        return
+    if not batched_arguments(model):
+        raise ParallelError(f"it is not known how to share the batch of a {name}")
+    if shared is not None and shared.mesh is not mesh:
+        raise ParallelError(f"the {name} is shared by other ranks already: call unshare_model first")
+    if shared is None:
+        shared = SharedBatch(model, mesh, must_split=True)
+        vars(model).update(forward=shared, _shared_batch=shared)
+
+
+def unshare_model(model: nn.Module) -> None:
+    """Undo `share_model`; does nothing where it was not called.
+
+    Raises:
+        ParallelError: the forward was replaced since it was shared.
+    """
+    shared = _shared_batch(type(model).__name__, model)
+    if shared is not None:
+        shared.restore(model)
+
+
 def unshare_guidance(pipe: DiffusionPipeline) -> None:
     """Undo `share_guidance`: each rank computes whole batches again. Does nothing where nothing is shared.
 

@@ -17,6 +17,7 @@ from ascend.parallel.agreement import differences, fingerprint
 from ascend.parallel.mesh import Mesh, ParallelError, all_gather
 
 PROMPT = "encoder_hidden_states"  # as the UNet calls it
+HIDREAM_PROMPTS = ("encoder_hidden_states_t5", "encoder_hidden_states_llama3")
 
 # The arguments of forward with a row for each sample, or one for all, by the class of the module.
 _CONTROLNET = {
@@ -46,13 +47,23 @@ BATCHED_ARGUMENTS = {
         "encoder_attention_mask",
         "cached_feature",
     },
+    "HiDreamImageTransformer2DModel": {
+        "hidden_states",
+        "timesteps",
+        *HIDREAM_PROMPTS,
+        "pooled_embeds",
+        "img_ids",
+        "hidden_states_masks",
+    },
     "Decoder": {"sample", "latent_embeds"},
     **dict.fromkeys(("ControlNetModel", "MultiControlNetModel"), _CONTROLNET),
 }
 # What these give goes to a model that is shared too, and stays with its rank.
 LOCAL_RESULTS = ("ControlNetModel", "MultiControlNetModel")
 WHOLE_ARGUMENTS = {"cross_attention_kwargs[ip_adapter_masks]"}  # a row for each adapter
-CONSTANT_ARGUMENTS = (PROMPT, "projected_prompt", "controlnet_cond")  # the same objects in all steps of a picture
+LAYERED_ARGUMENTS = {"encoder_hidden_states_llama3"}  # of several layers, with the samples in the second dimension
+# The same objects in all steps of a picture.
+CONSTANT_ARGUMENTS = (PROMPT, "projected_prompt", *HIDREAM_PROMPTS, "controlnet_cond")
 
 
 def batched_arguments(module: nn.Module) -> set[str]:
@@ -98,7 +109,7 @@ class SharedBatch:
         arguments = self.signature.bind(*args, **kwargs).arguments
         batch = next(iter(arguments.values()))
         is_whole = bool(arguments.get("guess_mode"))  # whose results are filled up with rows of zeros
-        if PROMPT in self.signature.parameters and not is_whole:
+        if not is_whole and not {PROMPT, *HIDREAM_PROMPTS}.isdisjoint(self.signature.parameters):
             self._require_agreement(batch, arguments)
         rows, ranks = len(batch), self.mesh.branch_size
         if rows < ranks and self.must_split:
@@ -122,7 +133,8 @@ class SharedBatch:
             return
         self.constant.clear()
         *prompts, condition = given
-        mine = fingerprint(batch, arguments["timestep"], prompts, condition)
+        timestep = arguments["timestep" if "timestep" in arguments else "timesteps"]
+        mine = fingerprint(batch, timestep, prompts, condition)
         everyone = mine.new_empty(self.mesh.branch_size * len(mine))
         all_gather(everyone, mine, self.mesh.group)
         first = self.mesh.rank - self.mesh.branch
@@ -154,9 +166,12 @@ class SharedBatch:
             return value
         if name not in self.batched:
             raise ParallelError(f"{name} holds a tensor, and it is not known whether it has a row for each sample")
-        if len(value) not in (1, rows):
-            raise ParallelError(f"{name} holds a tensor of {len(value)} rows for a batch of {rows}")
-        return value if len(value) < rows else value[slice(*rows_of(rows, self.mesh.branch, self.mesh.branch_size))]
+        dimension = int(name in LAYERED_ARGUMENTS)
+        given = value.shape[dimension]
+        if given not in (1, rows):
+            raise ParallelError(f"{name} holds a tensor of {given} rows for a batch of {rows}")
+        start, stop = rows_of(rows, self.mesh.branch, self.mesh.branch_size)
+        return value if given < rows else value.narrow(dimension, start, stop - start)
 
     def _gather(self, mine: torch.Tensor, rows: int) -> torch.Tensor:
         ranks = self.mesh.branch_size

@@ -50,9 +50,11 @@ def test_two_chips_draw_each_pipelines_picture(npu: torch.device, monkeypatch: p
         pytest.skip("needs two chips")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]))
     found = result_of_ranks([0, 1], [str(ROOT / "tests/ascend/parallel/pipeline_ranks.py"), "npu"])
-    assert set(found) == set(PIPELINES)
+    assert set(found) == {*PIPELINES, "HiDream editing"}
     limit = 0.02 if SATURATES else 0.2  # of float16 and bfloat16, summed in batches of another size over seven steps
-    assert max(found.values()) < limit, found
+    # HiDream's weights are large here, and for a token that is between two experts the last bit decides.
+    edited = found.pop("HiDream editing")
+    assert max(found.values()) < limit and edited < 3 * limit, (found, edited)
 
 
 def test_a_chip_that_is_lost_ends_the_run(npu: torch.device, tiny_sd_dir: Path, tmp_path: Path) -> None:
