@@ -14,6 +14,7 @@ from ascend.device.discovery import default_device, find_device
 from ascend.device.properties import best_dtype
 from ascend.memory import give_back_memory, read_memory, reset_peak_memory
 from ascend.placement import load_safetensors, place_pipeline
+from ascend.planner.calls import Request
 
 
 def set_seed(seed: int) -> None:
@@ -83,6 +84,6 @@ class DeviceManager:
         """See `ascend.placement.load_safetensors`."""
         return load_safetensors(path, self.device)
 
-    def set_memory_efficient_mode(self, pipe: Any, **options: Any) -> list[str]:
-        """See `ascend.placement.place_pipeline`, whose `options` these are."""
-        return place_pipeline(pipe, self.device, **options)
+    def set_memory_efficient_mode(self, pipe: Any, request: Request | None = None, **options: Any) -> list[str]:
+        """See `ascend.placement.place_pipeline`, which takes the other arguments: for what, and `limit` in bytes."""
+        return place_pipeline(pipe, self.device, request, **options)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ascend.chips import TORCH_ATTENTION, has_operator
+from ascend.device.discovery import find_device
 from ascend.device.properties import get_chip
 from ascend.memory import read_memory
 from ascend.planner.activations import record_call, tensors_in
@@ -38,8 +39,8 @@ OTHER_PHASES = {"text": "encode", "vae": "decode", "image": "encode", "safety": 
 
 
 def plan_memory(
-    source: DiffusionPipeline | Path,
-    device: torch.device,
+    source: DiffusionPipeline | Path | str,
+    device: torch.device | str,
     request: Request,
     dtype: torch.dtype,
     steps: int = 50,
@@ -61,7 +62,15 @@ def plan_memory(
 
     Raises:
         PlanError: no placement fits, or the dry run of a model fails.
+        ValueError: there is no such `mode`, or no such picture.
     """
+    if isinstance(source, str):
+        source = Path(source)
+    device = find_device(device) if isinstance(device, str) else device
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(MODES)}, not {mode!r}")
+    if request.height < 8 or request.width < 8 or request.height % 8 or request.width % 8 or request.batch < 1:
+        raise ValueError(f"{request} is no picture: sides are multiples of 8, and there is at least one")
     folder = source if isinstance(source, Path) else None
     if _edits(source):
         request = request._replace(image=True)
@@ -185,8 +194,12 @@ class Executes(ModelHook):
         self.execution_device = device
 
 
-def apply_plan(pipe: DiffusionPipeline, plan: MemoryPlan, device: torch.device, folder: Path | None = None) -> Buffers:
-    """Bring the models of `pipe` to where `plan` says; `pipe.remove_all_hooks()` undoes it.
+def apply_plan(
+    pipe: DiffusionPipeline, plan: MemoryPlan, device: torch.device | str, folder: Path | str | None = None
+) -> Buffers:
+    """Bring the models of `pipe` to where `plan` says.
+
+    `pipe.remove_all_hooks()` undoes it, after which `pipe.to` brings all to one device.
 
     Args:
         pipe: in host memory.
@@ -195,6 +208,8 @@ def apply_plan(pipe: DiffusionPipeline, plan: MemoryPlan, device: torch.device, 
     Raises:
         ValueError: a component is to come from disk, and `folder` has its weights in another dtype, or not at all.
     """
+    device = find_device(device) if isinstance(device, str) else device
+    folder = None if folder is None else Path(folder)
     remove_hooks(pipe)
     buffers = Buffers(device)
     try:
@@ -236,7 +251,9 @@ def place(model: nn.Module, where: str, device: torch.device, buffers: Buffers) 
 
 def map_weights(model: nn.Module, name: str, folder: Path | None) -> None:
     """Let the weights of `model` be views of the files that they came from."""
-    files = sorted((folder / name).glob("*.safetensors")) if folder else []
+    if folder is None:
+        raise ValueError(f"the {name} is to come from disk: apply_plan wants the folder of the model's files")
+    files = sorted((folder / name).glob("*.safetensors"))
     weights = {key: tensor for file in files for key, tensor in load_file(file).items()}
     wanted = model.state_dict()
     for key, tensor in wanted.items():

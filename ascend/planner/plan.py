@@ -13,7 +13,7 @@ from ascend.planner.activity import FROM_DISK, LENT, RESIDENT, STREAMED, Part, a
 from ascend.planner.allocator import required_memory, reserved_by
 from ascend.streaming.buffers import BUFFERS
 
-GIB = 2**30
+GIB, MIB = 2**30, 2**20
 
 
 class Speed(NamedTuple):
@@ -100,7 +100,7 @@ class PlanError(RuntimeError):
 
 
 def gib(size: float) -> str:
-    return f"{size / GIB:.2f} GiB"
+    return f"{size / GIB:.2f} GiB" if size >= GIB else f"{size / MIB:.0f} MiB"
 
 
 def choose_plan(
@@ -144,7 +144,7 @@ def choose_plan(
     raise PlanError(
         f"no placement fits: the smallest takes {gib(_required(parts, choice, plan))} of the device's {gib(limit)} "
         f"({', '.join(f'{p.name} {p.where}' for p in plan.placements)}) and {gib(plan.host)} of the "
-        f"host's {gib(host)}; take a smaller --height and --width, fewer --num_images, or a chip with more memory"
+        f"host's {gib(host)}; take smaller pictures, fewer at a time, or a chip with more memory"
     )
 
 

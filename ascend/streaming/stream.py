@@ -68,6 +68,8 @@ class Stream(ModelHook):
         for handle in self.handles:
             handle.remove()
         module._old_forward = self.forward
+        for tensor in tensors_of(module):  # what is in no block
+            tensor.data = tensor.data.to("cpu")
         return module
 
     def prepare(self, prepare: Prepare | None) -> None:
@@ -295,9 +297,6 @@ def stop_streaming(module: nn.Module) -> None:
     hook = getattr(module, "_hf_hook", None)
     if isinstance(hook, Stream | Loan):
         remove_hook_from_module(module)
-    if isinstance(hook, Stream):
-        for tensor in tensors_of(module):
-            tensor.data = tensor.data.to("cpu")
 
 
 def _require_no_hooks(module: nn.Module) -> None:

@@ -87,6 +87,8 @@ class AdapterStore:
                 weights. Nothing has changed.
             DamagedFileError: a file of the store is damaged or gone.
         """
+        if not isinstance(scales, Mapping):
+            raise TypeError(f"use() takes adapters with their scales, as {{'ink': 0.8}}, not {scales!r}")
         for name, scale in scales.items():
             self._require(name)
             if not isinstance(scale, int | float) or not math.isfinite(scale):

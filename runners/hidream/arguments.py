@@ -89,9 +89,9 @@ def parse_arguments(
     add("--refiner_path", type=file_path, metavar="DIR", help=f"folder of a transformer ({REFINER} in --model_path)")
     add("--llama_path", type=file_path, metavar="DIR", help="Llama 3.1 8B Instruct, where the model has none")
     add_device_arguments(parser)
-    parser.add_argument_group("acceleration").add_argument(
-        "--FA", action="store_true", help="fused attention and experts, see README"
-    )
+    add = parser.add_argument_group("acceleration").add_argument
+    add("--FA", action="store_true", help="fused attention and experts, see README")
+    add("--dynamo", action="store_true", help="graphs: torchair on NPUs, inductor elsewhere")
     parser.add_argument_group("output").add_argument(
         "--output_dir", type=file_path, default=Path("outputs/hidream_e1"), metavar="DIR", help="(outputs/hidream_e1)"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -13,11 +14,13 @@ from typing import Any
 import PIL.Image
 from diffusers.pipelines.hidream_image.editing_images import fit_image, to_rgb
 
+from ascend import compile_module, compile_pipeline, share_guidance, share_model
 from ascend.device import DeviceManager, get_device_info
 from ascend.memory import keep_freed_memory
+from ascend.parallel import Mesh, choose_branch_size, process_group, world_size
 from processors import enable_fused_kernels
 from runners.cli import FAILED, UserError, fail, is_out_of_memory, one_line_errors
-from runners.devices import choose_device, choose_dtype
+from runners.devices import check_compiler, choose_device, choose_dtype
 from runners.files import make_output_dir, write_json
 from runners.hidream.arguments import E1_1, Family, parse_arguments
 from runners.hidream.edits import Edit, list_edits, open_picture
@@ -48,28 +51,56 @@ def run(args: argparse.Namespace, family: Family) -> None:
     args.dtype = choose_dtype(args, manager, report)
     settings = _settings(args, family, manager)
     waiting = [edit for edit in edits if not _is_complete(edit, settings, args.output_dir)]
-    if len(waiting) < len(edits):
+    if len(waiting) < len(edits) and int(os.environ.get("RANK", "0")) == 0:
         print(f"{len(edits) - len(waiting)} of {len(edits)} results are there already")
     if not waiting:
         return
     largest = max(sizes, key=lambda size: size[0] * size[1])
-    editor = load_editor(args, family, manager, args.dtype, largest, report)
-    flags = {}
-    if args.FA:
-        flags = enable_fused_kernels(editor.pipe)
-        if editor.refiner is not None:
-            (flags["refiner"],) = enable_fused_kernels(editor.refiner).values()
-    about = {"device": {**get_device_info(manager.device), "dtype": str(args.dtype)}, "flags": flags}
-    manager.reset_peak_memory()
-    failures = _edit_all(waiting, editor, args, family, manager, settings, about, report)
-    peak = manager.memory_stats()["peak"]
-    report.sections = about | {"settings": settings, "failures": failures, "peak_memory": peak}
+    with process_group(manager.device, choose_branch_size(world_size(), args.guidance_scale > 1)) as mesh:
+        mesh.require_same(settings | {"edits": [edit.name for edit in waiting]})
+        failures = _run_rank(
+            [waiting[n] for n in mesh.share(len(waiting))], largest, args, family, manager, mesh, report
+        )
+        everywhere = mesh.gather(failures)
+    if everywhere is None:
+        return
+    failures = dict(sum((list(each.items()) for each in everywhere), []))
+    report.sections |= {"settings": settings, "failures": failures, "devices": mesh.world_size}
     report.write(args.output_dir / "report.json")
-    print(
-        f"{len(waiting) - len(failures)} results and report.json are in {args.output_dir}, peak {peak / 2**20:.0f} MiB"
-    )
+    peak = report.sections["peak_memory"] / 2**20
+    print(f"{len(waiting) - len(failures)} results and report.json are in {args.output_dir}, peak {peak:.0f} MiB")
     if failures:
         fail(f"{len(failures)} pictures were not edited; the same command tries them again", FAILED)
+
+
+def _run_rank(
+    edits: Sequence[Edit],
+    size: tuple[int, int],
+    args: argparse.Namespace,
+    family: Family,
+    manager: DeviceManager,
+    mesh: Mesh,
+    report: Report,
+) -> dict[str, str]:
+    """What one process does: it makes its share of the results. Why some were not made, by their names."""
+    editor = load_editor(args, family, manager, args.dtype, size, report)
+    models = [editor.pipe, *filter(None, [editor.refiner])]
+    flags: dict[str, Any] = {}
+    if args.FA:
+        flags["FA"] = [enable_fused_kernels(model) for model in models]
+    if args.dynamo:
+        check_compiler(manager.device)
+        flags["dynamo"] = [compile_pipeline(editor.pipe), *(compile_module(model) for model in models[1:])]
+    share_guidance(editor.pipe, mesh)
+    if editor.refiner is not None:
+        share_model(editor.refiner, mesh)
+    about = {"device": {**get_device_info(manager.device), "dtype": str(args.dtype)}, "flags": flags}
+    report.sections = dict(about)
+    editor.pipe.set_progress_bar_config(disable=mesh.rank > 0)
+    manager.reset_peak_memory()
+    failures = _edit_all(edits, editor, args, family, manager, mesh, about, report)
+    report.sections["peak_memory"] = manager.memory_stats()["peak"]
+    return failures
 
 
 def _edit_all(
@@ -78,14 +109,15 @@ def _edit_all(
     args: argparse.Namespace,
     family: Family,
     manager: DeviceManager,
-    settings: dict[str, Any],
+    mesh: Mesh,
     about: dict[str, Any],
     report: Report,
 ) -> dict[str, str]:
-    """Why some were not made, by their names."""
+    settings = _settings(args, family, manager)
     failures: dict[str, str] = {}
     for number, edit in enumerate(edits, start=1):
-        print(f"{number} of {len(edits)}: {edit.image.name}: {edit.instruction}", flush=True)
+        if mesh.rank == 0:
+            print(f"{number} of {len(edits)}: {edit.image.name}: {edit.instruction}", flush=True)
         try:
             start = time.perf_counter()
             source = open_picture(edit.image)
@@ -101,6 +133,8 @@ def _edit_all(
         warning = overflow_warning([result], manager.device)
         if warning:
             report.warn(f"{edit.name}: {warning}")
+        if mesh.branch:
+            continue
         path = args.output_dir / f"{edit.name}.png"
         metadata = _metadata(edit, args, source, processed)
         save_png(result, path, {name: json.dumps(content) for name, content in (metadata | about).items()})

@@ -62,7 +62,7 @@ class AdapterFiles:
                 check_loras([Lora(path, scale)])
                 self.digests[path] = digest_of_file(path)
         except (UserError, argparse.ArgumentTypeError, OSError) as error:
-            raise ValueError(str(error).removeprefix("--")) from error
+            raise ValueError(f"lora: {str(error).removeprefix('--lora ')}") from error
         return RowAdapter(str(path), scale, self.digests[path])
 
 

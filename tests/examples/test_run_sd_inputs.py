@@ -207,7 +207,7 @@ def test_streamed_models_draw_the_same_picture(run_sd: Callable, tmp_path: Path)
     for memory in ("resident", "stream", "disk"):
         outcome = run_sd(*PROMPT, "--memory", memory, "--FA", "--TOME", "--DC", 2)
         assert outcome.code == 0, outcome.err
-        assert bool(re.search(r"unet +\S+ GiB +streamed", outcome.out)) == (memory != "resident")
+        assert bool(re.search(r"unet +\S+ MiB +streamed", outcome.out)) == (memory != "resident")
         pictures.append(drawn(tmp_path / "out"))
     assert all(np.array_equal(picture, pictures[0]) for picture in pictures)
 

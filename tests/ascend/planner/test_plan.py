@@ -101,7 +101,7 @@ def test_speed_is_measured_where_a_choice_depends_on_it() -> None:
 
 
 def test_what_cannot_be_says_what_is_missing() -> None:
-    with pytest.raises(PlanError, match="no placement fits: the smallest takes .* take a smaller --height"):
+    with pytest.raises(PlanError, match="no placement fits: the smallest takes .* take smaller pictures"):
         chosen(300)
     with pytest.raises(PlanError, match="no placement fits"):
         chosen(2000, mode="resident")
