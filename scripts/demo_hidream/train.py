@@ -69,7 +69,7 @@ WARMUP_STEPS = 200
 COOLDOWN = 0.4  # share of a run in which the learning rate falls to zero
 EMA_DECAY = 0.998
 DECODER_LEARNING_RATE = 5e-4
-WANTS = {"guidance_scale": 1.5, "image_guidance_scale": 1.0, "side": IMAGE_SIZE, "prompt": "{instruction}"}
+WANTS = {"guidance_scale": 1.5, "image_guidance_scale": 1.5, "side": IMAGE_SIZE, "prompt": "{instruction}"}
 
 
 @dataclass(frozen=True)
