@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 HIDREAM = "HiDreamImageTransformer2DModel"
-HIDREAM_EDITING = "HiDreamImageEditingPipeline"
+HIDREAM_DRAWING, HIDREAM_EDITING = "HiDreamImagePipeline", "HiDreamImageEditingPipeline"
 HIDREAM_SIDE, HIDREAM_MULTIPLE = 1024, 16  # to how many pixels HiDream's pipeline scales every picture that it draws
 CLIP_TOKENS, HIDREAM_TOKENS = 77, 128  # to which pipelines pad prompts; the latter is max_sequence_length's default
 
@@ -42,6 +42,18 @@ def usual_request(pipe: Any) -> Request:
         inspect.signature(type(pipe).__call__).parameters
     )
     return Request(height * scale, width * scale, image=begins_with_image)
+
+
+def as_called(pipeline: str, request: Request) -> Request:
+    """What a pipeline of the class of that name makes of a request: HiDream's edits an image, or draws a megapixel."""
+    if pipeline == HIDREAM_EDITING:
+        return request._replace(image=True)
+    if pipeline == HIDREAM_DRAWING:
+        factor = math.sqrt(HIDREAM_SIDE**2 / (request.height * request.width))
+        sides = (int(side * factor // HIDREAM_MULTIPLE * HIDREAM_MULTIPLE) for side in (request.height, request.width))
+        height, width = sides
+        return request._replace(height=height, width=width)
+    return request
 
 
 class Call(NamedTuple):
@@ -85,19 +97,12 @@ def _latents(models: dict[str, nn.Module], request: Request) -> tuple[int, int]:
     if vae is None:
         raise UnknownCallError("there is no component named vae, which says how large latents are")
     scale = 2 ** (len(vae.config.block_out_channels) - 1)
-    height, width = request.height, request.width
-    if _is_hidream(models) and not request.image:
-        factor = math.sqrt(HIDREAM_SIDE**2 / (height * width))
-        height, width = (int(side * factor // HIDREAM_MULTIPLE * HIDREAM_MULTIPLE) for side in (height, width))
-    return height // scale, width // scale
-
-
-def _is_hidream(models: dict[str, nn.Module]) -> bool:
-    return any(type(model).__name__ == HIDREAM for model in models.values())
+    return request.height // scale, request.width // scale
 
 
 def _tokens(models: dict[str, nn.Module]) -> int:
-    return HIDREAM_TOKENS if _is_hidream(models) else CLIP_TOKENS
+    is_hidream = any(type(model).__name__ == HIDREAM for model in models.values())
+    return HIDREAM_TOKENS if is_hidream else CLIP_TOKENS
 
 
 def _text(model: Any, models: dict[str, nn.Module], request: Request, dtype: torch.dtype) -> list[Call]:

@@ -20,7 +20,7 @@ from ascend.memory import read_memory
 from ascend.planner.activations import record_call, tensors_in
 from ascend.planner.activity import FROM_DISK, LENT, RESIDENT, STREAMED, Part, Run, Weights
 from ascend.planner.allocator import Event
-from ascend.planner.calls import HIDREAM_EDITING, Call, Request, UnknownCallError, calls_of
+from ascend.planner.calls import Call, Request, UnknownCallError, as_called, calls_of
 from ascend.planner.models import cast_floats, class_of, load_on_meta, to_meta
 from ascend.planner.plan import MemoryPlan, PlanError, choose_plan
 from ascend.planner.speed import measure_speed
@@ -72,8 +72,7 @@ def plan_memory(
     if request.height < 8 or request.width < 8 or request.height % 8 or request.width % 8 or request.batch < 1:
         raise ValueError(f"{request} is no picture: sides are multiples of 8, and there is at least one")
     folder = source if isinstance(source, Path) else None
-    if _edits(source):
-        request = request._replace(image=True)
+    request = as_called(class_of(source) if isinstance(source, Path) else type(source).__name__, request)
     models = load_on_meta(source, dtype) if isinstance(source, Path) else modules_of(source)
     if fused_attention is None:
         fused_attention = device.type != "npu" or has_operator(get_chip(device), TORCH_ATTENTION)
@@ -85,13 +84,6 @@ def plan_memory(
         limit = memory["free"] + memory["reserved"] - memory["allocated"] + sum(held.values())
     host = read_memory(torch.device("cpu"))["free"]
     return choose_plan(parts, limit, host, steps, partial(measure_speed, device, folder), MODES[mode])
-
-
-def _edits(source: DiffusionPipeline | Path) -> bool:
-    """Whether the pipeline cannot but begin with an image."""
-    if isinstance(source, Path):
-        return class_of(source) == HIDREAM_EDITING
-    return any(kind.__name__ == HIDREAM_EDITING for kind in type(source).__mro__)
 
 
 def modules_of(pipe: DiffusionPipeline) -> dict[str, nn.Module]:

@@ -92,13 +92,24 @@ def dense(
 
     With two of four experts that is twice the products; see `expert_feed_forward`.
     """
-    result = torch.zeros_like(x)
+    result: torch.Tensor | None = None
     for expert in range(len(gate_up)):
         share = (weights * (indices == expert).to(weights.dtype)).sum(1, keepdim=True)
-        result = result + share * F.linear(_swiglu(F.linear(x, gate_up[expert])), down[expert])
+        part = _times(F.linear(_swiglu(F.linear(x, gate_up[expert])), down[expert]), share)
+        result = part if result is None else _plus(result, part)
+    assert result is not None
     return result.to(x.dtype)
 
 
 def _swiglu(hidden: torch.Tensor) -> torch.Tensor:
     gate, up = hidden.chunk(2, dim=-1)
-    return F.silu(gate) * up
+    return _times(F.silu(gate), up)
+
+
+def _times(new: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """In place where nobody wants gradients: these tensors are the largest of a model."""
+    return new * other if torch.is_grad_enabled() or new.dtype != other.dtype else new.mul_(other)
+
+
+def _plus(new: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    return new + other if torch.is_grad_enabled() else new.add_(other)

@@ -53,6 +53,8 @@ class Coverage(NamedTuple):
             encoders.update(_attention_classes(model))
         blocks = [module for module in modules if isinstance(module, ResnetBlock2D)]
         mixtures = [module for module in modules if isinstance(module, MOEFeedForwardSwiGLU)]
+        is_mapped = getattr(getattr(model, "_hf_hook", None), "is_mapped", False)  # a stack would be in no file
+        fusable = [mixture for mixture in mixtures if hidream.is_fusable(mixture) and not is_mapped]
         return cls(
             model=type(model).__name__,
             attentions=attentions,
@@ -64,8 +66,8 @@ class Coverage(NamedTuple):
             residual_blocks=[block for block in blocks if resnet.is_fusable(block)],
             foreign_blocks=sum(not resnet.is_fusable(block) for block in blocks),
             activations=[module for module in modules if isinstance(module, GELUActivation)],
-            mixtures=[mixture for mixture in mixtures if hidream.is_fusable(mixture)],
-            foreign_mixtures=sum(not hidream.is_fusable(mixture) for mixture in mixtures),
+            mixtures=fusable,
+            foreign_mixtures=len(mixtures) - len(fusable),
         )
 
     @property
@@ -81,7 +83,7 @@ class Coverage(NamedTuple):
         left = [_count(number, "attention")[0] + f" ({name})" for name, number in sorted(self.others.items())]
         left += [f"{words} that scale, shift or resample" for words in _count(self.foreign_blocks, "residual block")]
         left += [
-            f"{words} with adapters or integer weights"
+            f"{words} with adapters, or integer weights, or those of files"
             for words in _count(self.foreign_mixtures, "mixture", "of experts")
         ]
         if not replaced and not left:

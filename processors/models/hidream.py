@@ -23,8 +23,9 @@ class StackedExperts(nn.Module):
         super().__init__()
         layers: list[Any] = list(experts)
         wants_grad = layers[0].w1.weight.requires_grad
-        gate_up = torch.stack([torch.cat([expert.w1.weight, expert.w3.weight]) for expert in layers])
-        down = torch.stack([expert.w2.weight for expert in layers])
+        # With the host: beside the weights that there are, a device might have no room for them.
+        gate_up = torch.stack([torch.cat([expert.w1.weight.cpu(), expert.w3.weight.cpu()]) for expert in layers])
+        down = torch.stack([expert.w2.weight.cpu() for expert in layers])
         self.gate_up = nn.Parameter(gate_up.detach(), wants_grad)
         self.down = nn.Parameter(down.detach(), wants_grad)
 
@@ -108,13 +109,15 @@ def is_fusable(moe: MOEFeedForwardSwiGLU) -> bool:
 def fuse(moe: MOEFeedForwardSwiGLU) -> None:
     """Turn a mixture that `is_fusable` into a fused one; others stay as they are."""
     if type(moe) is MOEFeedForwardSwiGLU and is_fusable(moe):
+        device = moe.gate.weight.device
         moe.experts = StackedExperts(moe.experts).train(moe.training)
+        moe.experts.to(device)
         moe.__class__ = FusedMoE
 
 
 def unfuse(moe: MOEFeedForwardSwiGLU) -> None:
     """Undo `fuse`."""
     if isinstance(moe, FusedMoE):
-        experts: Any = moe.experts.unstacked()
+        experts: Any = moe.experts.cpu().unstacked()
         moe.__class__ = MOEFeedForwardSwiGLU
-        moe.experts = experts
+        moe.experts = experts.to(moe.gate.weight.device)

@@ -13,8 +13,10 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from ascend.device import DeviceManager
 from ascend.planner import MemoryPlan, PlanError, Request, apply_plan, plan_memory
+from ascend.planner.activity import FROM_DISK
 from ascend.streaming import Buffers, stream_module
 from ascend.streaming.blocks import bytes_of
+from processors import enable_fused_kernels
 from runners.cli import UserError, is_out_of_memory
 from runners.hidream.arguments import REFINER, Family
 from runners.model_dir import DEFAULTS, check_is_pipeline
@@ -98,6 +100,11 @@ def load_editor(
         raise UserError(f"cannot load the model in {args.model_path}: {first_line(error)}") from error
     if family.max_seq and args.side is None:
         pipe.transformer.max_seq = family.max_seq
+    from_disk = plan is not None and any(placement.where == FROM_DISK for placement in plan.placements)
+    if args.FA and not from_disk:  # before, as stacking experts' weights leaves gaps in a device's memory
+        enable_fused_kernels(pipe)
+        if refiner is not None:
+            enable_fused_kernels(refiner)
     _place(pipe, refiner, plan, manager.device, args.model_path)
     return Editor(pipe, refiner, args.side)
 
