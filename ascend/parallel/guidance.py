@@ -36,15 +36,9 @@ def share_guidance(pipe: DiffusionPipeline, mesh: Mesh) -> None:
         return
     modules = _shared_modules(pipe)
     for name, module in modules.items():
-        shared = _shared_batch(name, module)
-        if shared is not None and shared.mesh is not mesh:
-            raise ParallelError(f"the {name} is shared by other ranks already: call unshare_guidance first")
-        if not batched_arguments(module):
-            raise ParallelError(f"the {name} is a {type(module).__name__}, and it is not known how to share its batch")
+        _require_shareable(name, module, mesh)
     for name, module in modules.items():
-        if _shared_batch(name, module) is None:
-            shared = SharedBatch(module, mesh, must_split=name == parts_of(pipe).each_step[0])
-            vars(module).update(forward=shared, _shared_batch=shared)
+        _share(name, module, mesh, must_split=name == parts_of(pipe).each_step[0])
 
 
 def share_model(model: nn.Module, mesh: Mesh) -> None:
@@ -53,16 +47,11 @@ def share_model(model: nn.Module, mesh: Mesh) -> None:
     Raises:
         ParallelError: it is of a class whose arguments are not known here, or shared with another mesh.
     """
-    name, shared = type(model).__name__, _shared_batch(type(model).__name__, model)
     if mesh.group is None:
         return
-    if not batched_arguments(model):
-        raise ParallelError(f"it is not known how to share the batch of a {name}")
-    if shared is not None and shared.mesh is not mesh:
-        raise ParallelError(f"the {name} is shared by other ranks already: call unshare_model first")
-    if shared is None:
-        shared = SharedBatch(model, mesh, must_split=True)
-        vars(model).update(forward=shared, _shared_batch=shared)
+    name = type(model).__name__
+    _require_shareable(name, model, mesh)
+    _share(name, model, mesh, must_split=True)
 
 
 def unshare_model(model: nn.Module) -> None:
@@ -86,6 +75,21 @@ def unshare_guidance(pipe: DiffusionPipeline) -> None:
     for module, batch in shared.values():
         if batch is not None:
             batch.restore(module)
+
+
+def _require_shareable(name: str, module: nn.Module, mesh: Mesh) -> None:
+    shared = _shared_batch(name, module)
+    if shared is not None and shared.mesh is not mesh:
+        raise ParallelError(f"the {name} is shared by other ranks already: call unshare_guidance first")
+    if not batched_arguments(module):
+        raise ParallelError(f"the {name} is a {type(module).__name__}, and it is not known how to share its batch")
+
+
+def _share(name: str, module: nn.Module, mesh: Mesh, must_split: bool) -> None:
+    """Does nothing where it is shared already."""
+    if _shared_batch(name, module) is None:
+        shared = SharedBatch(module, mesh, must_split=must_split)
+        vars(module).update(forward=shared, _shared_batch=shared)
 
 
 def _shared_modules(pipe: DiffusionPipeline) -> dict[str, nn.Module]:

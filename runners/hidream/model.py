@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +18,7 @@ from ascend.streaming.blocks import bytes_of
 from processors import enable_fused_kernels
 from runners.cli import UserError, is_out_of_memory
 from runners.hidream.arguments import REFINER, Family
-from runners.model_dir import DEFAULTS, check_is_pipeline
+from runners.model_dir import DEFAULTS, INDEX, check_is_pipeline, read_json
 from runners.report import Report
 from runners.weight_files import check_weights, first_line
 
@@ -42,7 +41,7 @@ def complete(args: argparse.Namespace, family: Family) -> None:
         UserError: it is no model of HiDream-E1, or lacks something.
     """
     check_is_pipeline(args.model_path)
-    index = _read_json(args.model_path / "model_index.json")
+    index = read_json(args.model_path / INDEX)
     if index.get("_class_name") != PIPELINE:
         raise UserError(f"{args.model_path} holds a {index.get('_class_name')}, and what edits is a {PIPELINE}")
     for file in sorted(args.model_path.glob("*/*.safetensors")):
@@ -57,7 +56,7 @@ def complete(args: argparse.Namespace, family: Family) -> None:
             f"--refine_strength {args.refine_strength:g} wants a transformer that draws: --refiner_path names the "
             "folder of HiDream-I1-Full's, or 0 leaves it out"
         )
-    defaults = _read_json(args.model_path / DEFAULTS) if (args.model_path / DEFAULTS).exists() else {}
+    defaults = read_json(args.model_path / DEFAULTS) if (args.model_path / DEFAULTS).exists() else {}
     for name in ("guidance_scale", "image_guidance_scale", "negative_prompt"):
         if getattr(args, name) is None:
             setattr(args, name, defaults.get(name, getattr(family, name)))
@@ -158,13 +157,3 @@ def _place(
         raise UserError(f"--memory: {error}") from error
     if refiner is not None:
         stream_module(refiner, device, buffers)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is no JSON that can be read: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} must hold an object, not a {type(content).__name__}")
-    return content

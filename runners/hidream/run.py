@@ -59,7 +59,7 @@ def run(args: argparse.Namespace, family: Family) -> None:
     with process_group(manager.device, choose_branch_size(world_size(), args.guidance_scale > 1)) as mesh:
         mesh.require_same(settings | {"edits": [edit.name for edit in waiting]})
         failures = _run_rank(
-            [waiting[n] for n in mesh.share(len(waiting))], largest, args, family, manager, mesh, report
+            [waiting[n] for n in mesh.share(len(waiting))], largest, args, family, manager, mesh, settings, report
         )
         everywhere = mesh.gather(failures)
     if everywhere is None:
@@ -80,6 +80,7 @@ def _run_rank(
     family: Family,
     manager: DeviceManager,
     mesh: Mesh,
+    settings: dict[str, Any],
     report: Report,
 ) -> dict[str, str]:
     """What one process does: it makes its share of the results. Why some were not made, by their names."""
@@ -98,7 +99,7 @@ def _run_rank(
     report.sections = dict(about)
     editor.pipe.set_progress_bar_config(disable=mesh.rank > 0)
     manager.reset_peak_memory()
-    failures = _edit_all(edits, editor, args, family, manager, mesh, about, report)
+    failures = _edit_all(edits, editor, args, family, manager, mesh, settings, about, report)
     report.sections["peak_memory"] = manager.memory_stats()["peak"]
     return failures
 
@@ -110,10 +111,10 @@ def _edit_all(
     family: Family,
     manager: DeviceManager,
     mesh: Mesh,
+    settings: dict[str, Any],
     about: dict[str, Any],
     report: Report,
 ) -> dict[str, str]:
-    settings = _settings(args, family, manager)
     failures: dict[str, str] = {}
     for number, edit in enumerate(edits, start=1):
         if mesh.rank == 0:

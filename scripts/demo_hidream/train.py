@@ -234,7 +234,7 @@ def run_export(run: Run) -> None:
     networks = Networks(build_tokenizer())
     load_weights(networks, run.work_dir)
     data, vae = run.load_dataset(), run.load_vae().cpu()
-    vae.register_to_config(scaling_factor=data.scale, shift_factor=data.shift)
+    vae.register_to_config(scaling_factor=data.scale, shift_factor=data.shift, _name_or_path="")  # no path of here
     pipeline = assemble(networks, vae).to(dtype=torch.float16)
     temporary = run.output_dir.with_name(run.output_dir.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
