@@ -22,6 +22,7 @@ from processors import enable_fused_kernels
 from runners.cli import FAILED, UserError, fail, is_out_of_memory, one_line_errors
 from runners.devices import check_compiler, choose_device, choose_dtype
 from runners.files import make_output_dir, write_json
+from runners.hidream.adapters import adapters_in_use, settings_of_adapters
 from runners.hidream.arguments import E1_1, Family, parse_arguments
 from runners.hidream.edits import Edit, list_edits, open_picture
 from runners.hidream.model import Editor, complete, load_editor
@@ -44,6 +45,8 @@ def run(args: argparse.Namespace, family: Family) -> None:
         report.warn(
             "without --target_description refining goes towards the instruction, as if that described a picture"
         )
+    if args.lora and args.refine_strength > 0:
+        report.warn("refining goes without the adapters of --lora, which are of what edits")
     args.output_dir = make_output_dir(args.output_dir)
     manager = choose_device(args, report)
     if manager.device.type == "cpu":
@@ -207,6 +210,7 @@ def _settings(args: argparse.Namespace, family: Family, manager: DeviceManager) 
         "weights": weights,
         "dtype": str(args.dtype),
         "device": manager.device.type,
+        **settings_of_adapters(args),
     }
 
 
@@ -227,6 +231,7 @@ def _metadata(
         "input_image": str(edit.image),
         "original_size": list(to_rgb(source).size),
         "processed_size": list(processed),
+        **adapters_in_use(args),
     }
 
 
