@@ -44,7 +44,7 @@ private:
     // The matrix products read weights as they are stored.
     static bool takes_private_formats(const Step& step) {
         const std::string& type = step.node->type;
-        return type.find("MatMul") != std::string::npos || type == "WeightQuantBatchMatmulV2";
+        return type.find("MatMul") != std::string::npos || type == "WeightQuantBatchMatmulV2" || type == "GroupedMatmul";
     }
 
     bool is_map(int value) const { return value >= 0 && compiled_.values[value].sizes.size() == 4; }

@@ -13,8 +13,8 @@ namespace {
 const char* const* transposing_attributes(const std::string& type) {
     static const char* const of_matrices[]{"transpose_x1", "transpose_x2"};
     static const char* const of_batches[]{"adj_x1", "adj_x2"};
-    static const char* const of_int8_weights[]{"transpose_x", "transpose_weight"};
-    if (type == "WeightQuantBatchMatmulV2") return of_int8_weights;
+    static const char* const of_weights[]{"transpose_x", "transpose_weight"};
+    if (type == "WeightQuantBatchMatmulV2" || type == "GroupedMatmul") return of_weights;
     if (type == "MatMul" || type == "MatMulV2" || type == "MatMulV3") return of_matrices;
     if (type == "BatchMatMul" || type == "BatchMatMulV2" || type == "BatchMatMulV3") return of_batches;
     return nullptr;

@@ -119,6 +119,15 @@ bool relation_holds(const Call& call, const std::string& name) {
         const ScalarType bias = dtype_of(call, "biasOptional");
         return bias == ScalarType::Undefined || bias == (dtype_of(call, "x") == at::kBFloat16 ? at::kFloat : at::kHalf);
     }
+    if (name == "one_x_weight_and_result") {  // grouped products; a graph numbers its lists
+        const auto alone = [&](const char* list) { return call.find(list)->tensors.size() == 1; };
+        return alone("x") && alone("weight") && alone("out") && !call.find("x1") && !call.find("weight1");
+    }
+    if (name == "active_num_is_all_or_unset") {
+        const int64_t active = call.number("activeNum", -1);
+        return active == -1 || active == c10::multiply_integers(call.tensor("expertIdx")->sizes);
+    }
+    if (name == "active_num_is_not_negative") return call.number("activeNum", 0) >= 0;
     if (name == "private_weight_in_graphs_only") return call.graph != nullptr || !is_private(call.tensor("weight")->format);
     if (name == "matrices_dense_or_transposed") {
         return is_dense_or_transposed(*call.tensor("x")) && is_dense_or_transposed(*call.tensor("weight"));
@@ -142,6 +151,7 @@ bool tensor_holds(const Rule& rule, const TensorArgument& tensor, const Call& ca
         return std::all_of(tensor.sizes.end() - std::min<int64_t>(rank, 2), tensor.sizes.end(),
                            [limit](int64_t size) { return size <= limit; });
     }
+    if (rule.check == "last_dim_max") return tensor.sizes.back() <= limit;
     if (rule.check == "max_batch") return tensor.sizes[0] <= limit;
     if (rule.check == "last_dim_bytes_multiple") return last_bytes % limit == 0;
     if (rule.check == "last_dim_bytes_min") return last_bytes >= limit;

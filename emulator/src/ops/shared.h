@@ -36,6 +36,33 @@ void refuse_any(const std::vector<at::Tensor>& tensors);
 at::Tensor weight_quant_product(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& scale,
                                 const at::Tensor& offset, const at::Tensor& bias, int64_t group_size);
 
+// ---- mixtures of experts ----
+struct GroupedProducts {
+    int64_t split_item, group_type, list_type, activation;
+};
+// x_i @ weight_i + bias_i, for groups of rows (group_type 0), of columns (2), or tensors one by one (-1). The weights
+// are one tensor of [groups, K, N] or several of [K, N]; split_item of 2 and more makes one result.
+std::vector<at::Tensor> grouped_products(const std::vector<at::Tensor>& x, const std::vector<at::Tensor>& weight,
+                                         const std::vector<at::Tensor>& bias, const at::Tensor& group_list,
+                                         const GroupedProducts& call);
+struct TopExperts {
+    at::Tensor shares, experts, rows, all;  // float32, int32, int32, and the float32 shares of all experts
+};
+TopExperts top_experts(const at::Tensor& logits, const at::Tensor& finished, int64_t choices, bool renormalise);
+struct Routed {
+    at::Tensor rows;    // of x, in the order of their experts: as many as are used
+    at::Tensor places;  // the row of each choice, -1 of those without one
+    at::Tensor order;   // the choice of each row; of the first edition its expert
+    at::Tensor counts;  // rows of each expert
+};
+// Of experts [tokens, choices], those from first to last.
+Routed routed(const at::Tensor& x, const at::Tensor& experts, int64_t first, int64_t last, int64_t active);
+// The first edition, with the numbers of the rows given and returned.
+Routed routed_by_rows(const at::Tensor& x, const at::Tensor& row_indices, const at::Tensor& experts, int64_t active);
+at::Tensor finalized(const at::Tensor& rows, const at::Tensor& places, const at::Tensor& skip1, const at::Tensor& skip2,
+                     const at::Tensor& bias, const at::Tensor& shares, const at::Tensor& experts, int64_t mode,
+                     int64_t tokens);
+
 // ---- layers; the results are float32 ----
 struct GroupNormResult {
     at::Tensor y, mean, rstd;

@@ -63,6 +63,11 @@ int64_t count_flops(const Call& call) {
     if (name.rfind("WeightQuantBatchMatmul", 0) == 0) {
         return 2 * product(call.tensor("y")->sizes) * last(call.tensor("x"), call.number("transpose_x", 0) != 0 ? 2 : 1);
     }
+    if (name.rfind("GroupedMatmul", 0) == 0) {  // each row meets one weight, whatever its group
+        const auto* x = call.tensor(call.graph ? "x0" : "x");
+        const auto* out = call.tensor(call.graph ? "y0" : "out");
+        return x == nullptr || out == nullptr ? 0 : 2 * product(out->sizes) * last(x, 1);
+    }
     for (const char* left : {"mat1", "batch1", "self"}) {
         const auto* matrix = call.tensor(left);
         const auto* out = call.tensor("out") ? call.tensor("out") : call.tensor("self");
