@@ -15,6 +15,9 @@ FUSION_ATTENTION = "npu_fusion_attention"
 TORCH_ATTENTION = "scaled_dot_product_attention"  # without holding all scores at once
 TOKEN_MERGING = "npu_tome_merge"
 WEIGHT_QUANT_MATMUL = "npu_weight_quant_batchmatmul"
+GROUPED_MATMUL = "npu_grouped_matmul"
+EXPERT_ROUTING = "npu_moe_gating_top_k_softmax"  # and npu_moe_finalize_routing; 310P routes by fewer operators
+ROTARY = "npu_apply_rotary_pos_emb"
 
 
 class Family(NamedTuple):
@@ -39,21 +42,30 @@ BFLOAT16 = (torch.bfloat16, torch.float16, torch.float32)
 # dtypes and saturation: what torch_npu's is_bf16_supported and is_support_inf_nan answer (Ascend/pytorch,
 # torch_npu/npu/utils.py). Operators: the chips that the operator's definition in hicann/ops-transformer names, or its
 # page in op-plugin; scaled_dot_product_attention: op-plugin, ScaledDotProductAttentionKernelNpuOpApi.cpp.
+TRAINING_CHIPS = frozenset(
+    {INFER_ATTENTION, FUSION_ATTENTION, TORCH_ATTENTION, WEIGHT_QUANT_MATMUL, GROUPED_MATMUL, EXPERT_ROUTING, ROTARY}
+)
 FAMILIES = (
-    Family("310P", ("Ascend310P",), HALF, True, frozenset({PROMPT_ATTENTION, TOKEN_MERGING, WEIGHT_QUANT_MATMUL})),
+    Family(
+        "310P",
+        ("Ascend310P",),
+        HALF,
+        True,
+        frozenset({PROMPT_ATTENTION, TOKEN_MERGING, WEIGHT_QUANT_MATMUL, GROUPED_MATMUL, ROTARY}),
+    ),
     Family(
         "A2",
         tuple(f"Ascend910B{digit}" for digit in range(1, 10)),  # "Ascend910B" alone is older
         BFLOAT16,
         False,
-        frozenset({INFER_ATTENTION, FUSION_ATTENTION, TORCH_ATTENTION, WEIGHT_QUANT_MATMUL}),
+        TRAINING_CHIPS,
     ),
     Family(
         "A3",
         ("Ascend910_93",),
         BFLOAT16,
         False,
-        frozenset({INFER_ATTENTION, FUSION_ATTENTION, TORCH_ATTENTION, WEIGHT_QUANT_MATMUL}),
+        TRAINING_CHIPS,
     ),
     Family("950", ("Ascend950",), BFLOAT16, False, frozenset({TORCH_ATTENTION})),
 )

@@ -19,7 +19,7 @@ from transformers.models.clip.modeling_clip import CLIPPreTrainedModel
 from processors.kernels import dispatch
 from processors.kernels.select import check_kernels
 from processors.merging.processor import check_ratio
-from processors.models import clip, hidream, resnet
+from processors.models import clip, hidream, hidream_attention, resnet
 from processors.models.components import components_of
 from processors.models.coverage import Coverage
 from processors.models.self_attentions import self_attentions
@@ -36,7 +36,7 @@ def enable_fused_kernels(
     Replaces diffusers' default attention processor, with fused projections or without, in the UNet, the VAE and
     whatever else has one, the backend of processors that attend through diffusers' dispatcher (Flux, Stable Diffusion
     3 and other transformers), torch's attention in CLIP models, GroupNorm followed by SiLU in residual blocks, the
-    GELU of transformers, and HiDream's mixtures of experts, whose weights it stacks. Which kernel runs is decided at
+    GELU of transformers, and HiDream's norms, rotary embeddings and mixtures of experts, whose weights it stacks. Which kernel runs is decided at
     each call by the device of its tensors, so the pipeline may be moved afterwards; off the NPU, results do not change
     by a bit. Other processors stay, with a warning, and so does a backend of the dispatcher that
     `set_attention_backend` chose; one that the context manager `attention_backend` chooses is overruled. Called again,
@@ -78,6 +78,7 @@ def enable_fused_kernels(
             switch(attn, flash=True, kernels=names)
         for processor in coverage.dispatching:
             dispatch.use_kernels(processor, names)
+            hidream_attention.fuse(processor)
         for block in coverage.residual_blocks:
             resnet.fuse(block)
         for clip_model in coverage.clip_models:
@@ -182,10 +183,11 @@ def _forget_processors(pipe: DiffusionPipeline | torch.nn.Module) -> None:
 
 
 def _forget_backends(pipe: DiffusionPipeline | torch.nn.Module) -> None:
-    """Those of processors in use, and of those that diffusers would put back."""
+    """Those of processors in use, and of those that diffusers would put back, and HiDream's fused operators."""
     kept = [processor for processors in _kept_processors(pipe) for processor in processors.values()]
     for processor in (*(getattr(module, "processor", None) for module in _modules(pipe)), *kept):
         dispatch.use_default(processor)
+        hidream_attention.unfuse(processor)
 
 
 def _kept_processors(pipe: DiffusionPipeline | torch.nn.Module) -> list[dict[str, Any]]:

@@ -28,7 +28,9 @@ WORDS = (
 )
 
 
-def make_transformer(seed: int = 0, max_resolution: tuple[int, int] = (16, 32)) -> HiDreamImageTransformer2DModel:
+def make_transformer(
+    seed: int = 0, max_resolution: tuple[int, int] = (16, 32), head_dim: int = 16
+) -> HiDreamImageTransformer2DModel:
     """Its blocks see `max_resolution[0] * max_resolution[1] / 4` tokens of a picture that is not square."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -38,13 +40,13 @@ def make_transformer(seed: int = 0, max_resolution: tuple[int, int] = (16, 32)) 
             out_channels=4,
             num_layers=LAYERS,
             num_single_layers=SINGLE_LAYERS,
-            attention_head_dim=16,
+            attention_head_dim=head_dim,
             num_attention_heads=2,
             caption_channels=[24, 20],
             text_emb_dim=64,
             num_routed_experts=4,
             num_activated_experts=2,
-            axes_dims_rope=(8, 4, 4),
+            axes_dims_rope=(head_dim // 2, head_dim // 4, head_dim // 4),
             max_resolution=max_resolution,
             llama_layers=[0, 1, 1],
             force_inference_output=True,

@@ -1,7 +1,7 @@
 """The feed-forward of a mixture of experts, of which each token goes through some, without a wait for the device.
 
 `grouped` puts the tokens in the order of their experts, and each expert's rows are a group of one grouped matrix
-product, whose sizes stay on the device. `dense` sends all tokens through all experts, for devices without one.
+product, whose sizes stay on the device. `dense` sends all tokens through all experts, where no such product exists.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from processors.kernels import npu_experts
 from processors.kernels.low_rank_experts import LowRank, add_low_rank, experts_of_rows
 
 # Where torch's grouped_mm has kernels. For CUDA it promises bfloat16 alone, and torch_npu registers none.
@@ -41,10 +42,12 @@ def route(indices: torch.Tensor, experts: int) -> Routing:
     """
     choices = indices.shape[-1]
     is_of = indices.flatten()[:, None] == torch.arange(experts, device=indices.device)
+    # int32, as the scatter of 310P takes it and not int64
     before = is_of.cumsum(0, dtype=torch.int32)
     ends = before[-1].cumsum(0, dtype=torch.int32)
-    places = ((before - 1 + ends - before[-1]) * is_of).sum(1, dtype=torch.int64)
-    rows = torch.empty_like(places).scatter_(0, places, torch.arange(len(places), device=places.device))
+    places = ((before - 1 + ends - before[-1]) * is_of).sum(1, dtype=torch.int32).long()
+    numbers = torch.arange(len(places), dtype=torch.int32, device=places.device)
+    rows = torch.empty_like(numbers).scatter_(0, places, numbers)
     return Routing(rows // choices, places.view(-1, choices), ends)
 
 
@@ -68,7 +71,8 @@ def expert_feed_forward(
     Returns:
         `[tokens, dim]`, in the dtype of `x`.
     """
-    compute = grouped if x.dtype in GROUPED_ON.get(x.device.type, ()) else dense
+    groups = x.dtype in GROUPED_ON.get(x.device.type, ()) or npu_experts.can_group(x, gate_up)
+    compute = grouped if groups else dense
     return compute(x, indices, weights, gate_up, down, low_rank)
 
 
@@ -81,15 +85,24 @@ def grouped(
     low_rank: LowRank = NO_ADAPTERS,
 ) -> torch.Tensor:
     """By grouped matrix products; see `expert_feed_forward`."""
+    if x.device.type == "npu" and npu_experts.has_routing(x.device):
+        rows, places, ends = npu_experts.order_rows(x, indices, len(gate_up))
+        return npu_experts.combine_rows(_by_expert(rows, ends, gate_up, down, low_rank), places, weights).to(x.dtype)
     routing = route(indices, len(gate_up))
-    multiply = F.grouped_mm if torch.is_grad_enabled() else grouped_mm
-    rows = x[routing.tokens]
-    is_of = experts_of_rows(routing.ends, len(rows)) if any(low_rank) else None
-    product = multiply(rows, gate_up.transpose(1, 2), offs=routing.ends)
-    hidden = _swiglu(add_low_rank(product, rows, low_rank.gate_up, is_of))
-    results = multiply(hidden, down.transpose(1, 2), offs=routing.ends)
-    results = add_low_rank(results, hidden, low_rank.down, is_of)
+    results = _by_expert(x[routing.tokens], routing.ends, gate_up, down, low_rank)
     return (results[routing.places] * weights[..., None]).sum(1).to(x.dtype)
+
+
+def _by_expert(
+    rows: torch.Tensor, ends: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, low_rank: LowRank
+) -> torch.Tensor:
+    """What the experts make of rows in their order."""
+    is_npu = rows.device.type == "npu"
+    multiply = npu_experts.multiply if is_npu else F.grouped_mm if torch.is_grad_enabled() else grouped_mm
+    is_of = experts_of_rows(ends, len(rows)) if any(low_rank) else None
+    product = add_low_rank(multiply(rows, gate_up.transpose(1, 2), ends), rows, low_rank.gate_up, is_of)
+    hidden = npu_experts.swiglu(product) if is_npu else _swiglu(product)
+    return add_low_rank(multiply(hidden, down.transpose(1, 2), ends), hidden, low_rank.down, is_of)
 
 
 @torch.library.custom_op("diffusers_npu::grouped_mm", mutates_args=())

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.transformers.transformer_hidream_image import MOEFeedForwardSwiGLU
+from diffusers.models.transformers.transformer_hidream_image import MoEGate, MOEFeedForwardSwiGLU
 from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 
+from processors.kernels import npu_experts
 from processors.kernels.experts import expert_feed_forward
 from processors.kernels.low_rank_experts import Factor, LowRank
 
@@ -160,11 +161,19 @@ class FusedMoE(MOEFeedForwardSwiGLU):
     experts: StackedExperts
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        indices, weights, _ = self.gate(x)
         tokens = x.view(-1, x.shape[-1])
+        indices, weights = self._choose(x)
         experts = self.experts
         y = expert_feed_forward(tokens, indices, weights, experts.gate_up, experts.down, experts.low_rank())
         return y.view_as(x) + self.shared_experts(x)
+
+    def _choose(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The experts of each token, `[tokens, choices]`, and their shares."""
+        gate = self.gate
+        if type(gate) is MoEGate and npu_experts.can_choose(x.device):
+            return npu_experts.choose(F.linear(x.view(-1, x.shape[-1]), gate.weight), gate.top_k)
+        indices, weights, _ = gate(x)
+        return indices, weights
 
 
 def is_fusable(moe: MOEFeedForwardSwiGLU) -> bool:

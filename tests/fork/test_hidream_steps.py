@@ -39,7 +39,9 @@ def padded(transformer: HiDreamImageTransformer2DModel, given: dict[str, Any]) -
     rows, columns = latents.shape[2] // 2, latents.shape[3] // 2
     tokens = latents.unflatten(2, (rows, 2)).unflatten(4, (columns, 2)).permute(0, 2, 4, 3, 5, 1).reshape(2, -1, 16)
     rest = transformer.max_seq - rows * columns
-    ids = torch.stack(torch.meshgrid(torch.zeros(1), *(torch.arange(float(n)) for n in (rows, columns)), indexing="ij"), dim=-1)
+    ids = torch.stack(
+        torch.meshgrid(torch.zeros(1), *(torch.arange(float(n)) for n in (rows, columns)), indexing="ij"), dim=-1
+    )
     ids = torch.cat([ids.reshape(-1, 3), torch.zeros(rest, 3)])[None].expand(2, -1, -1)
     return given | {
         "hidden_states": torch.cat([tokens, tokens.new_zeros(2, rest, 16)], dim=1),
@@ -51,7 +53,8 @@ def padded(transformer: HiDreamImageTransformer2DModel, given: dict[str, Any]) -
 
 # Sums in another order, of as many digits as the dtype has; 16 bits round the weight's logarithm only in its digits.
 @pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.float64, 1e-13), (torch.bfloat16, 5e-2), (torch.float16, 3e-3)]
+    ("dtype", "tolerance"),
+    [(torch.float32, 2e-6), (torch.float64, 1e-13), (torch.bfloat16, 5e-2), (torch.float16, 3e-3)],
 )
 @torch.no_grad()
 def test_one_token_stands_for_all_padding(dtype: torch.dtype, tolerance: float) -> None:
@@ -69,7 +72,9 @@ def test_padding_costs_one_token() -> None:
     transformer = make_transformer()
     seen: list[int] = []
     block = transformer.double_stream_blocks[0]
-    block.register_forward_pre_hook(lambda _, __, kwargs: seen.append(kwargs["hidden_states"].shape[1]), with_kwargs=True)
+    block.register_forward_pre_hook(
+        lambda _, __, kwargs: seen.append(kwargs["hidden_states"].shape[1]), with_kwargs=True
+    )
     for height, width in ((HEIGHT, WIDTH), (8, 8), (16, 32)):  # padded, square, and exactly max_seq
         transformer(**arguments(transformer, height, width))
     assert seen == [HEIGHT * WIDTH // 4 + 1, 16, 128]
@@ -97,13 +102,18 @@ def test_what_is_made_once_changes_nothing(size: tuple[int, int]) -> None:
     transformer = make_transformer()
     given = arguments(transformer, *size)
     (expected,) = transformer(**given)
-    embeds = tuple(given.pop(name) for name in ("encoder_hidden_states_t5", "encoder_hidden_states_llama3", "pooled_embeds"))
+    embeds = tuple(
+        given.pop(name) for name in ("encoder_hidden_states_t5", "encoder_hidden_states_llama3", "pooled_embeds")
+    )
     step_arguments = StepArguments()
     made = step_arguments(transformer, embeds, given["hidden_states"])
     assert made["captions_are_projected"]
     assert torch.equal(transformer(**given, **made)[0], expected)
     calls: list[int] = []
-    transformer.caption_projection[0].forward, original = lambda _: calls.append(1), transformer.caption_projection[0].forward
+    transformer.caption_projection[0].forward, original = (
+        lambda _: calls.append(1),
+        transformer.caption_projection[0].forward,
+    )
     again = step_arguments(transformer, embeds, given["hidden_states"])
     assert again["encoder_hidden_states_t5"] is made["encoder_hidden_states_t5"] and not calls
     # a replaced forward may look at the texts: it is given them

@@ -23,13 +23,16 @@ def make_moe(dtype: torch.dtype = torch.float32) -> MOEFeedForwardSwiGLU:
 
 
 def predict(
-    model: HiDreamImageTransformer2DModel, width: int = 16, device: torch.device | None = None
+    model: HiDreamImageTransformer2DModel,
+    width: int = 16,
+    device: torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """Of a latent of 8 times `width`, which is padded unless it is square."""
     generator = torch.Generator().manual_seed(1)
 
     def noise(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator).to(device)
+        return torch.randn(*shape, generator=generator).to(device, dtype)
 
     with torch.no_grad():
         return model(
