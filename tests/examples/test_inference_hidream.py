@@ -14,6 +14,7 @@ from PIL import Image
 
 from runners.hidream import run as program
 from runners.hidream.arguments import E1_1, E1_FULL
+from runners.hidream.editing import prompt_of
 from runners.hidream.edits import Edit
 from tests.examples.conftest import Outcome
 from tests.tiny_hidream import make_components, make_transformer
@@ -173,6 +174,6 @@ def test_models_that_lack_something(
 
 def test_prompts_are_as_the_models_were_trained() -> None:
     edit = Edit(Path("a.png"), "Make it night.", "A night.", 0, "a")
-    assert program.prompt_of(edit, E1_1.prompt) == "Make it night."
+    assert prompt_of(edit, E1_1.prompt) == "Make it night."
     expected = "Editing Instruction: Make it night. Target Image Description: A night."
-    assert program.prompt_of(edit, E1_FULL.prompt) == expected
+    assert prompt_of(edit, E1_FULL.prompt) == expected
