@@ -9,6 +9,7 @@ import gradio as gr
 
 from runners.web.drawing import GUIDANCE_SCALE, NUM_IMAGES, STEPS, Drawing, DrawingModel
 from runners.web.parts import (
+    AT_ONCE,
     PROGRESS,
     QUEUE,
     Results,
@@ -62,7 +63,7 @@ class DrawTab:
             api_name="draw",
             **QUEUE,
         )
-        cancel.click(self.cancel, language, queue=False, api_visibility="private")
+        cancel.click(self.cancel, language, **AT_ONCE)
         cancel.click(None, cancels=[drawing])  # what still waits for its turn
 
     def _lay_inputs(self, make: Translated) -> list[Any]:
@@ -100,14 +101,14 @@ class DrawTab:
     ) -> tuple[Any, ...]:
         """The pictures, the files that hold them, and what is kept in the place of `former`."""
         if not prompt.strip():
-            raise error(text("no_prompt", language), language)
+            raise error(text("no_prompt", language))
         drawing = Drawing([prompt.strip()], negative_prompt, int(steps), guidance_scale, int(num_images), int(seed))
         if self.worker.loaded_name != self.model.name:
             progress(0, desc=text("loading", language))
         show = steps_shown(progress, language)
         owner, model = owner_of(request), self.model
         try:
-            with errors_shown(language):
+            with errors_shown():
                 drawn, warnings = self.worker.run(
                     owner, model, lambda loaded, on_step: model.draw(loaded, drawing, on_step), show
                 )

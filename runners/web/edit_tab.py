@@ -13,6 +13,7 @@ from runners.hidream.arguments import DEMO_DESCRIPTION, DEMO_IMAGE, DEMO_INSTRUC
 from runners.hidream.edits import Edit
 from runners.web.editing import Edited, EditingModel, Settings
 from runners.web.parts import (
+    AT_ONCE,
     PROGRESS,
     QUEUE,
     Results,
@@ -64,6 +65,7 @@ class EditTab:
                     {"label": "results"},
                     interactive=False,
                     allow_preview=False,
+                    object_fit="contain",
                     columns=5,
                     height=220,
                     fit_columns=False,
@@ -80,7 +82,7 @@ class EditTab:
             api_name="edit",
             **QUEUE,
         )
-        cancel.click(self.cancel, language, queue=False, api_visibility="private")
+        cancel.click(self.cancel, language, **AT_ONCE)
         cancel.click(None, cancels=[edits])  # what still waits for its turn
         results.select(self.choose_result, kept, compare, queue=False, api_visibility="private")
 
@@ -161,9 +163,9 @@ class EditTab:
     ) -> tuple[Any, ...]:
         """The pair to compare, all results, their files, and what is kept in the place of `former`."""
         if not pictures:
-            raise error(text("no_picture", language), language)
+            raise error(text("no_picture", language))
         if not instruction.strip():
-            raise error(text("no_instruction", language), language)
+            raise error(text("no_instruction", language))
         description = description.strip()
         if refine_strength > 0 and not description:
             warn(text("no_description", language))
@@ -176,7 +178,7 @@ class EditTab:
         ]
         model, owner = self.models[model_name], owner_of(request)
         try:
-            with errors_shown(language), new_folder(self.scratch) as folder:
+            with errors_shown(), new_folder(self.scratch) as folder:
                 updates = self._edit_all(model, edits, settings, folder, owner, language, progress)
         except Cancelled:
             return (gr.skip(),) * 4

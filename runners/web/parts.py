@@ -22,6 +22,8 @@ from runners.web.worker import OnStep
 
 # Of all that wants the one worker, so that people see their place.
 QUEUE: dict[str, Any] = {"concurrency_id": "device", "concurrency_limit": 1}
+# Of what does not wait for the worker; boxes with messages come through the queue alone.
+AT_ONCE: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
 PROGRESS = gr.Progress()
 KEPT_SECONDS = 24 * 3600  # uploads and results
 
@@ -62,17 +64,17 @@ def files_to_download(make: Translated, elem_id: str) -> gr.Files:
 
 
 @contextmanager
-def errors_shown(language: str) -> Iterator[None]:
+def errors_shown() -> Iterator[None]:
     """What the person can put right is shown to them; what is a bug stays a traceback of the server."""
     try:
         yield
     except UserError as problem:
-        raise error(str(problem), language) from problem
+        raise error(str(problem)) from problem
 
 
-def error(message: str, language: str) -> gr.Error:
+def error(message: str) -> gr.Error:
     """`message` as a box on the page, which would read it as HTML."""
-    return gr.Error(html.escape(message), title=text("error", language), print_exception=False)
+    return gr.Error(html.escape(message), print_exception=False)
 
 
 def warn(message: str) -> None:

@@ -48,7 +48,6 @@ TEXTS = {
         "第 {number}/{count} 张，第 {step}/{steps} 步",
     ),
     "cancelled": ("cancelled", "已取消"),
-    "error": ("Error", "错误"),
     "no_picture": ("upload a picture first", "请先上传图片"),
     "no_instruction": ("the instruction is empty: say what to change", "编辑指令为空：请说明要修改什么"),
     "no_prompt": ("the prompt is empty: say what to draw", "提示词为空：请说明要绘制什么"),

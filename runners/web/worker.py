@@ -78,10 +78,12 @@ class Worker:
             context = contextvars.copy_context()
             return self._thread.submit(context.run, self._run, model, work, on_step, unwanted).result()
 
-    def cancel(self, owner: str) -> None:
-        """End what `owner` has running and waiting here."""
-        for unwanted in tuple(self._wanted.get(owner, ())):
+    def cancel(self, owner: str) -> int:
+        """End what `owner` has running and waiting here. The result is how many jobs that are."""
+        jobs = tuple(self._wanted.get(owner, ()))
+        for unwanted in jobs:
             unwanted.set()
+        return len(jobs)
 
     def close(self) -> None:
         """End all jobs and free the model."""
