@@ -25,6 +25,7 @@ from runners.hidream.arguments import Family, parse_arguments
 from runners.hidream.editing import accelerate, describe, edit_picture
 from runners.hidream.edits import Edit, list_edits, open_picture
 from runners.hidream.model import Editor, complete, load_editor
+from runners.hidream.refine_instruction import check_endpoint, refine_edit
 from runners.images import save_png
 from runners.model_dir import require_patched_diffusers
 from runners.overflow import overflow_warning
@@ -40,7 +41,14 @@ def run(args: argparse.Namespace, family: Family) -> None:
     complete(args, family)
     edits = list_edits(args)
     sizes = [_model_size(open_picture(edit.image), args, family, edit) for edit in edits]  # before anything is loaded
-    if args.refine_strength > 0 and not all(edit.target_description for edit in edits):
+    if args.refine_instruction:
+        check_endpoint()
+        if world_size() > 1:
+            raise UserError(
+                "--refine_instruction: several devices would each get other words; refine with "
+                "instruction_refinement.py first"
+            )
+    elif args.refine_strength > 0 and not all(edit.target_description for edit in edits):
         report.warn(
             "without --target_description refining goes towards the instruction, as if that described a picture"
         )
@@ -116,7 +124,8 @@ def _edit_all(
         try:
             start = time.perf_counter()
             source = open_picture(edit.image)
-            result, processed = edit_picture(edit, source, editor, args, family, manager)
+            wanted = refine_edit(edit, args.refine_instruction) if args.refine_instruction else edit
+            result, processed = edit_picture(wanted, source, editor, args, family, manager)
             seconds = time.perf_counter() - start
         except Exception as error:
             if not (is_out_of_memory(error) or isinstance(error, ValueError | UserError)):
@@ -131,7 +140,9 @@ def _edit_all(
         if mesh.branch:
             continue
         path = args.output_dir / f"{edit.name}.png"
-        metadata = describe(edit, args, source, processed)
+        metadata = describe(wanted, args, source, processed)
+        if wanted is not edit:
+            metadata["original_instruction"] = edit.instruction
         save_png(result, path, {name: json.dumps(content) for name, content in (metadata | about).items()})
         # Last: this file says that the result is whole.
         entry = {"digest": edit.digest(settings), "seconds": seconds, "versions": versions()}
@@ -154,7 +165,7 @@ def _settings(args: argparse.Namespace, family: Family, manager: DeviceManager) 
     """All that decides what results look like, beside pictures and instructions."""
     folders = [args.model_path, *filter(None, (args.refiner_path, args.llama_path))]
     weights = [digest_of_files(folder, sorted(folder.glob("**/*.safetensors"))) for folder in folders]
-    return {name: getattr(args, name) for name in (*APPEARANCE, "FA", "enlarge")} | {
+    return {name: getattr(args, name) for name in (*APPEARANCE, "FA", "enlarge", "refine_instruction")} | {
         "family": family.name,
         "weights": weights,
         "dtype": str(args.dtype),

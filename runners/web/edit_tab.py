@@ -11,6 +11,7 @@ import gradio as gr
 from runners.cli import UserError
 from runners.hidream.arguments import DEMO_DESCRIPTION, DEMO_IMAGE, DEMO_INSTRUCTION
 from runners.hidream.edits import Edit
+from runners.hidream.refine_instruction import check_endpoint, refine_edit
 from runners.web.editing import Edited, EditingModel, Settings
 from runners.web.parts import (
     AT_ONCE,
@@ -113,6 +114,15 @@ class EditTab:
             )
             for key, value in (("instruction", DEMO_INSTRUCTION), ("description", DEMO_DESCRIPTION))
         ]
+        has_endpoint = can_refine_words()
+        words.append(
+            make(
+                gr.Checkbox,
+                {"label": "refine_words", "info": "refine_words_hint"},
+                value=has_endpoint and refines_words(model),
+                interactive=has_endpoint,
+            )
+        )
         with make(gr.Accordion, {"label": "settings"}, open=False):
             negative = make(
                 gr.Textbox,
@@ -129,14 +139,17 @@ class EditTab:
             settings[3].interactive = model.refines
             seed = seed_number(make, args.seed, ranges.seed[1])
         chosen = [negative, *settings, seed]
-        name.change(self.choose_model, name, chosen, queue=False, api_visibility="private")
+        name.change(self.choose_model, name, [words[-1], *chosen], queue=False, api_visibility="private")
         return [name, pictures, *words, *chosen]
 
     def choose_model(self, name: str) -> list[dict[str, Any]]:
         """That model's own settings, within its ranges."""
         model = self.models[name]
         args, ranges = model.args, model.ranges
-        updates = [gr.update(value=args.negative_prompt)]
+        updates = [
+            gr.update(value=can_refine_words() and refines_words(model)),
+            gr.update(value=args.negative_prompt),
+        ]
         for key in ("steps", "guidance_scale", "image_guidance_scale", "refine_strength"):
             least, most, step = getattr(ranges, key)
             updates.append(gr.update(minimum=least, maximum=most, step=step, value=getattr(args, key)))
@@ -151,6 +164,7 @@ class EditTab:
         pictures: list[tuple[str, str | None]] | None,
         instruction: str,
         description: str,
+        refine_words: bool,
         negative_prompt: str,
         steps: float,
         guidance_scale: float,
@@ -167,7 +181,7 @@ class EditTab:
         if not instruction.strip():
             raise error(text("no_instruction", language))
         description = description.strip()
-        if refine_strength > 0 and not description:
+        if refine_strength > 0 and not description and not refine_words:
             warn(text("no_description", language))
         settings = Settings(
             negative_prompt, int(steps), guidance_scale, image_guidance_scale, refine_strength, clip_cfg_norm
@@ -179,7 +193,7 @@ class EditTab:
         model, owner = self.models[model_name], owner_of(request)
         try:
             with errors_shown(), new_folder(self.scratch) as folder:
-                updates = self._edit_all(model, edits, settings, folder, owner, language, progress)
+                updates = self._edit_all(model, edits, refine_words, settings, folder, owner, language, progress)
         except Cancelled:
             return (gr.skip(),) * 4
         former.remove()
@@ -189,6 +203,7 @@ class EditTab:
         self,
         model: EditingModel,
         edits: Sequence[Edit],
+        refine_words: bool,
         settings: Settings,
         folder: Path,
         owner: str,
@@ -197,12 +212,15 @@ class EditTab:
     ) -> tuple[Any, ...]:
         pairs: list[tuple[str, str]] = []
         files: list[str] = []
-        if self.worker.loaded_name != model.name:
-            progress(0, desc=text("loading", language))
         for number, edit in enumerate(edits, start=1):
             show = steps_shown(progress, language, number, len(edits))
             try:
-                edited = self.worker.run(owner, model, make_edit(model, edit, settings), show)
+                if refine_words:
+                    progress(0, desc=text("wording", language))
+                wanted = refine_edit(edit) if refine_words else edit
+                if self.worker.loaded_name != model.name:
+                    progress(0, desc=text("loading", language))
+                edited = self.worker.run(owner, model, make_edit(model, wanted, settings), show)
             except UserError as problem:
                 if len(edits) == 1:
                     raise
@@ -212,7 +230,8 @@ class EditTab:
                 warn(edited.warning)
             before = folder / f"{edit.name}_before.jpg"
             edited.source.save(before, quality=95)
-            saved = save(edited.image, edit.name, edited.about, folder)
+            about = edited.about if wanted is edit else edited.about | {"original_instruction": edit.instruction}
+            saved = save(edited.image, edit.name, about, folder)
             files += saved
             pairs.append((str(before), saved[0]))
         several = len(edits) > 1
@@ -233,6 +252,19 @@ class EditTab:
 
 def make_edit(model: EditingModel, edit: Edit, settings: Settings) -> Callable[..., Edited]:
     return lambda loaded, on_step: model.edit(loaded, edit, settings, on_step)
+
+
+def can_refine_words() -> bool:
+    try:
+        check_endpoint()
+    except UserError:
+        return False
+    return True
+
+
+def refines_words(model: EditingModel) -> bool:
+    """Whether the original's page does so unless it is told not to."""
+    return model.key == "e1-full" and not model.is_demo
 
 
 def owner_of(request: gr.Request) -> str:

@@ -30,6 +30,12 @@ TEXTS = {
     "image_guidance_scale": ("Guidance by the picture", "图片引导强度"),
     "refine_strength": ("Refining: share of the steps", "细化强度（占步数的比例）"),
     "clip_cfg_norm": ("Limit what guidance adds", "限制引导的幅度"),
+    "refine_words": ("Let a language model word instruction and description", "由语言模型改写编辑指令与结果描述"),
+    "refine_words_hint": (
+        "by the endpoint of OPENAI_BASE_URL; wants OPENAI_API_KEY, and openai installed",
+        "使用 OPENAI_BASE_URL 指定的服务；需要 OPENAI_API_KEY 并安装 openai",
+    ),
+    "wording": ("wording the instruction ...", "正在改写编辑指令……"),
     "seed": ("Seed", "随机种子"),
     "num_images": ("Number of pictures", "图片数量"),
     "prompt": ("Prompt", "提示词"),

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from runners.hidream.arguments import DEMO_DESCRIPTION, DEMO_IMAGE, DEMO_INSTRUCTION
+from tests.chat_server import Endpoint, chat_server
 from tests.programs import ROOT, environment
 
 EXAMPLES = ROOT / "examples/hidream_e1"
@@ -27,9 +28,17 @@ gradio_client = pytest.importorskip("gradio_client", reason="the page needs grad
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def words() -> Iterator[Endpoint]:
+    """The language model that the page asks."""
+    with chat_server() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory, words: Endpoint) -> Iterator[str]:
     """Of the page, served with the demo models on the CPU."""
     environ = environment(HF_HUB_OFFLINE="1", TMPDIR=str(tmp_path_factory.mktemp("served")))
+    environ |= {"OPENAI_BASE_URL": words.url, "OPENAI_API_KEY": "secret"}
     command = [sys.executable, str(PROGRAM), "--device", "cpu", "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=environ, text=True) as server:
         try:
@@ -49,7 +58,13 @@ def edit(address: str) -> Callable[..., tuple[Image.Image, dict[str, Any]]]:
         options = {"model_name": "HiDream-E1.1", "description": DEMO_DESCRIPTION, "negative_prompt": "", "steps": 10}
         options |= {"guidance_scale": 1.5, "image_guidance_scale": 1.5, "refine_strength": 0.3, "clip_cfg_norm": True}
         uploads = [{"image": gradio_client.handle_file(picture), "caption": None} for picture in pictures]
-        options |= {"language": "en", "seed": 3, "pictures": uploads, "instruction": instruction} | changes
+        options |= {
+            "language": "en",
+            "seed": 3,
+            "pictures": uploads,
+            "instruction": instruction,
+            "refine_words": False,
+        } | changes
         files = client.predict(**options, api_name="/edit")[2]
         paths = [Path(path) for path in (files["value"] if isinstance(files, dict) else files)]
         return (
@@ -97,6 +112,13 @@ def test_a_broken_picture_does_not_stop_others(edit: Callable[..., Any], tmp_pat
         edit(broken)
     results, about = edit(SHAPES, broken)
     assert len(results) == 1 and about[0]["input_image"] == "shapes.png"
+
+
+def test_a_language_model_words_the_instruction(edit: Callable[..., Any], words: Endpoint) -> None:
+    pytest.importorskip("openai", reason="refining instructions needs openai, see requirements_npu.txt")
+    _, (about,) = edit(SHAPES, description="", refine_words=True)
+    assert about["instruction"] == "Make the circle blue." and about["original_instruction"] == DEMO_INSTRUCTION
+    assert about["target_description"] == "A blue circle on white." and len(words.requests) == 1
 
 
 def test_drawings_come_with_their_seeds(address: str) -> None:
