@@ -20,7 +20,7 @@ TEXTS = {
     "description": ("Description of the result", "结果描述"),
     "description_hint": (
         "what the result shows; refining goes towards it",
-        "结果图中的内容，细化阶段以此为目标",
+        "结果图中的内容，精修阶段以此为目标",
     ),
     "settings": ("Settings", "设置"),
     "negative_prompt": ("Negative prompt", "反向提示词"),
@@ -28,7 +28,7 @@ TEXTS = {
     "steps": ("Steps", "步数"),
     "guidance_scale": ("Guidance by the text", "文本引导强度"),
     "image_guidance_scale": ("Guidance by the picture", "图片引导强度"),
-    "refine_strength": ("Refining: share of the steps", "细化强度（占步数的比例）"),
+    "refine_strength": ("Refining: share of the steps", "精修强度（占步数的比例）"),
     "clip_cfg_norm": ("Limit what guidance adds", "限制引导的幅度"),
     "refine_words": ("Let a language model word instruction and description", "由语言模型改写编辑指令与结果描述"),
     "refine_words_hint": (
@@ -59,7 +59,7 @@ TEXTS = {
     "no_prompt": ("the prompt is empty: say what to draw", "提示词为空：请说明要绘制什么"),
     "no_description": (
         "without a description refining goes towards the instruction, as if that described a picture",
-        "没有结果描述时，细化阶段会把编辑指令当作图片描述",
+        "没有结果描述时，精修阶段会把编辑指令当作图片描述",
     ),
     "status": (
         "**{device}** · {dtype} · memory {used} of {total} in use, peak {peak} · {model} · {state}",
