@@ -108,7 +108,7 @@ def check_endpoint() -> None:
     """Raise UserError where no endpoint can be asked; whether it answers is seen then."""
     if importlib.util.find_spec("openai") is None:
         raise UserError(
-            "refining instructions needs openai: install it as examples/hidream_e1/requirements_npu.txt pins it"
+            "refining instructions needs openai: see examples/hidream_e1/requirements_npu.txt"
         )
     if not os.environ.get("OPENAI_API_KEY"):
         raise UserError(
