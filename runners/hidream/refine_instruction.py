@@ -107,9 +107,7 @@ def as_data_url(image: PIL.Image.Image) -> str:
 def check_endpoint() -> None:
     """Raise UserError where no endpoint can be asked; whether it answers is seen then."""
     if importlib.util.find_spec("openai") is None:
-        raise UserError(
-            "refining instructions needs openai: see examples/hidream_e1/requirements_npu.txt"
-        )
+        raise UserError("refining instructions needs openai: see examples/hidream_e1/requirements_npu.txt")
     if not os.environ.get("OPENAI_API_KEY"):
         raise UserError(
             "OPENAI_API_KEY is not set, which refining instructions sends to the endpoint that OPENAI_BASE_URL names; "
