@@ -5,6 +5,7 @@ from processors.kernels.call import AttentionCall
 from processors.kernels.select import check_kernels, explain, kernel_names
 from processors.merging.processor import AttnProcessor2_0Tome
 from processors.models.attention_processor import AttnProcessor2_0
+from processors.models.hidream_lora import load_adapter
 from processors.presets import PRESETS, Report, disable, enable
 from processors.quantization import dequantize_weights, load_quantized, quantize_weights, save_quantized
 from processors.switches import (
@@ -35,6 +36,7 @@ __all__ = [
     "enable_token_merging",
     "explain",
     "kernel_names",
+    "load_adapter",
     "load_quantized",
     "quantize_weights",
     "save_quantized",

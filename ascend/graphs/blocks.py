@@ -82,7 +82,7 @@ class BlockGraphs:
         if block.watch.has_other_parts():
             before = block.kind
             block.look()
-            if block.kind != before:
+            if block.kind != before and block.kind not in self.graphs:
                 logger.warning("a block of %s has changed since it was compiled: its graph is made anew", self.name)
         leaves, structure = pytree.tree_flatten(((block.weights(), args, kwargs), {}))
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]

@@ -28,6 +28,7 @@ from ascend.graphs.watch import Watch
 logger = logging.getLogger(__name__)
 
 MOST_GRAPHS = 16  # of a module: more kinds of calls take turns
+MOST_SETTINGS = 2  # whose graphs are kept: what is switched off for a while, as an adapter, will be on again
 
 _made = itertools.count(1)  # the graphs of this process
 
@@ -79,9 +80,11 @@ class StaticGraphs:
         self._own_forward = vars(module).get("forward")
         self._undo = ExitStack()
         self.graphs: OrderedDict[Any, Graph] = OrderedDict()
+        self._graphs_of: OrderedDict[str, OrderedDict[Any, Graph]] = OrderedDict()  # with other settings, by these
         from diffusers.models.unets.change_watch import current_loop  # of the fork, whose absence runners report
 
         self._current_loop = current_loop
+        self._description = ""  # of the module that `graphs` were made from
         self._loop: object | None = None  # in whose first step the whole module was compared
         self._prepare()
         module.forward = self
@@ -116,7 +119,7 @@ class StaticGraphs:
             del self.module.forward
         else:
             self.module.forward = self._own_forward
-        self.graphs.clear()
+        self._forget()
         self._undo.close()
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
@@ -135,7 +138,7 @@ class StaticGraphs:
             raise
 
     def _look_again(self) -> None:
-        """Drop the graphs if the module is no longer what they were made from."""
+        """Drop the graphs, or lay them aside, if the module is no longer what they were made from."""
         if any(is_moved_by_hooks(child) for child in self.module.modules()):
             raise RuntimeError(
                 f"{self.name} is offloaded since it was compiled, and graphs want its weights to stay where they are: "
@@ -147,14 +150,31 @@ class StaticGraphs:
                 "compile it again"
             )
         if self.graphs:
-            watch = Watch(self.module)
-            if watch.has_same_tensors(self._watch) and self._description == describe(self.module):
+            watch, description = Watch(self.module), describe(self.module)
+            is_same = watch.has_same_tensors(self._watch)
+            if not is_same or description not in (self._description, *self._graphs_of):
+                logger.warning("%s has changed since it was compiled: its graphs are made anew", self.name)
+            if is_same:
                 self._watch = watch
+                self._turn_to(description)
                 return
-            logger.warning("%s has changed since it was compiled: its graphs are made anew", self.name)
-            self.graphs.clear()
+        self._forget()
         self._undo.close()
         self._prepare()
+
+    def _turn_to(self, description: str) -> None:
+        """To the graphs that were made with these settings, if any; weights are what they were."""
+        self.module.requires_grad_(False)  # which peft may have switched on
+        if description != self._description:
+            self._graphs_of[self._description] = self.graphs
+            self.graphs = self._graphs_of.pop(description, OrderedDict())
+            self._description = description
+            while len(self._graphs_of) >= MOST_SETTINGS:
+                self._graphs_of.popitem(last=False)
+
+    def _forget(self) -> None:
+        self.graphs.clear()
+        self._graphs_of.clear()
 
     def _make(self, key: Any, leaves: list[Any], tensors: list[torch.Tensor]) -> Any:
         if not self.graphs:

@@ -13,8 +13,9 @@ from torch import nn
 
 DEPTH = 3  # of the objects and containers that a module holds: a config's lists, a processor's settings
 STANDARD = frozenset(vars(nn.Module())) - {"training"}  # the attributes of every module
-# Attributes whose own contents are watched as DICTIONARIES, or are around a graph and no part of it.
-INTERNALS = frozenset({*vars(nn.Module()), "forward", "_shared_batch"})
+# Attributes whose own contents are watched as DICTIONARIES, in the module that they are of, or are around a graph and
+# no part of it.
+INTERNALS = frozenset({*vars(nn.Module()), "forward", "_shared_batch", "_parameters_of_stack"})
 # The dictionaries of every module that others write to; that one was empty does not keep it so.
 DICTIONARIES = ("_modules", "_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks")
 

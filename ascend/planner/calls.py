@@ -45,10 +45,13 @@ def usual_request(pipe: Any) -> Request:
 
 
 def as_called(pipeline: str, request: Request) -> Request:
-    """What a pipeline of the class of that name makes of a request: HiDream's edits an image, or draws a megapixel."""
+    """What a pipeline of the class of that name makes of a request: HiDream's edits an image, or draws a megapixel.
+
+    That which draws has an image if an adapter lets its transformer edit.
+    """
     if pipeline == HIDREAM_EDITING:
         return request._replace(image=True)
-    if pipeline == HIDREAM_DRAWING:
+    if pipeline == HIDREAM_DRAWING and not request.image:
         factor = math.sqrt(HIDREAM_SIDE**2 / (request.height * request.width))
         sides = (int(side * factor // HIDREAM_MULTIPLE * HIDREAM_MULTIPLE) for side in (request.height, request.width))
         height, width = sides
@@ -178,6 +181,8 @@ def _hidream(model: Any, models: dict[str, nn.Module], request: Request, dtype: 
     height, width = _latents(models, request)
     if request.image:  # edits: the source is beside the picture, and guidance has a branch without it
         rows, width = request.batch * (3 if request.guidance else 1), 2 * width
+    # Who edits with a model that draws raises what its configuration says, as HiDream-E1's scripts do.
+    model.max_seq = max(model.max_seq, height * width // config.patch_size**2)
     t5, llama = config.caption_channels
     layers = max(config.llama_layers) + 1
     inputs = {

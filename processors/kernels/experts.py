@@ -11,8 +11,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from processors.kernels.low_rank_experts import LowRank, add_low_rank, experts_of_rows
+
 # Where torch's grouped_mm has kernels. For CUDA it promises bfloat16 alone, and torch_npu registers none.
 GROUPED_ON = {"cpu": (torch.float32, torch.float16, torch.bfloat16), "cuda": (torch.bfloat16,)}
+NO_ADAPTERS = LowRank()
 
 
 class Routing(NamedTuple):
@@ -46,7 +49,12 @@ def route(indices: torch.Tensor, experts: int) -> Routing:
 
 
 def expert_feed_forward(
-    x: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
+    x: torch.Tensor,
+    indices: torch.Tensor,
+    weights: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    low_rank: LowRank = NO_ADAPTERS,
 ) -> torch.Tensor:
     """SwiGLU experts: `sum_c weights[t, c] * down_e(silu(gate_e(x_t)) * up_e(x_t))` with `e = indices[t, c]`.
 
@@ -55,22 +63,32 @@ def expert_feed_forward(
         indices, weights: `[tokens, choices]`, the experts of each token and their shares.
         gate_up: `[experts, 2 * hidden, dim]`, the weights of gate and up one below the other.
         down: `[experts, dim, hidden]`.
+        low_rank: what adapters add to both.
 
     Returns:
         `[tokens, dim]`, in the dtype of `x`.
     """
     compute = grouped if x.dtype in GROUPED_ON.get(x.device.type, ()) else dense
-    return compute(x, indices, weights, gate_up, down)
+    return compute(x, indices, weights, gate_up, down, low_rank)
 
 
 def grouped(
-    x: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
+    x: torch.Tensor,
+    indices: torch.Tensor,
+    weights: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    low_rank: LowRank = NO_ADAPTERS,
 ) -> torch.Tensor:
     """By grouped matrix products; see `expert_feed_forward`."""
     routing = route(indices, len(gate_up))
     multiply = F.grouped_mm if torch.is_grad_enabled() else grouped_mm
-    hidden = _swiglu(multiply(x[routing.tokens], gate_up.transpose(1, 2), offs=routing.ends))
+    rows = x[routing.tokens]
+    is_of = experts_of_rows(routing.ends, len(rows)) if any(low_rank) else None
+    product = multiply(rows, gate_up.transpose(1, 2), offs=routing.ends)
+    hidden = _swiglu(add_low_rank(product, rows, low_rank.gate_up, is_of))
     results = multiply(hidden, down.transpose(1, 2), offs=routing.ends)
+    results = add_low_rank(results, hidden, low_rank.down, is_of)
     return (results[routing.places] * weights[..., None]).sum(1).to(x.dtype)
 
 
@@ -86,7 +104,12 @@ def _(x: torch.Tensor, weights: torch.Tensor, offs: torch.Tensor) -> torch.Tenso
 
 
 def dense(
-    x: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
+    x: torch.Tensor,
+    indices: torch.Tensor,
+    weights: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    low_rank: LowRank = NO_ADAPTERS,
 ) -> torch.Tensor:
     """By all experts, one after the other, with a share of 0 where a token does not choose one.
 
@@ -95,7 +118,9 @@ def dense(
     result: torch.Tensor | None = None
     for expert in range(len(gate_up)):
         share = (weights * (indices == expert).to(weights.dtype)).sum(1, keepdim=True)
-        part = _times(F.linear(_swiglu(F.linear(x, gate_up[expert])), down[expert]), share)
+        of_expert = low_rank.of(expert)
+        hidden = _swiglu(add_low_rank(F.linear(x, gate_up[expert]), x, of_expert.gate_up))
+        part = _times(add_low_rank(F.linear(hidden, down[expert]), hidden, of_expert.down), share)
         result = part if result is None else _plus(result, part)
     assert result is not None
     return result.to(x.dtype)

@@ -6,7 +6,7 @@ from typing import NamedTuple, Self
 import torch
 
 from processors.kernels.quantized import QuantizedLinear
-from processors.models.hidream import StackedExperts
+from processors.models.hidream import StackedExperts, StackedLinear
 
 FEWEST_WEIGHTS = 4096  # of a layer: fewer save less than 4 KiB, for one more operand in each call
 CONVOLUTIONS = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
@@ -22,7 +22,11 @@ class LinearLayers(NamedTuple):
     @classmethod
     def of(cls, model: torch.nn.Module) -> Self:
         """Describe `model` without changing it."""
-        linear = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+        linear = {
+            name: module
+            for name, module in model.named_modules()
+            if isinstance(module, torch.nn.Linear) and not isinstance(module, StackedLinear)
+        }
         adapters, shared, edges = _adapters(model), _shared_weights(model), _edges(model)
         usual = _usual_dtype(linear)
         plain, quantized = {}, []

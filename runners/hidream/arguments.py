@@ -9,6 +9,7 @@ from pathlib import Path
 
 from runners.cli import ArgumentParser, file_path, finite_float, non_negative_int, positive_int, text
 from runners.devices import add_device_arguments
+from runners.stable_diffusion.arguments import lora
 
 DEMO_MODEL = "demo_model"
 DEMO_IMAGE, DEMO_INSTRUCTION = "assets/shapes.png", "make the circle blue"
@@ -104,6 +105,20 @@ def parse_arguments(
     add("--model_path", type=file_path, default=folder / DEMO_MODEL, metavar="DIR", help="in diffusers' layout (demo)")
     add("--refiner_path", type=file_path, metavar="DIR", help=f"folder of a transformer ({REFINER} in --model_path)")
     add("--llama_path", type=file_path, metavar="DIR", help="Llama 3.1 8B Instruct, where the model has none")
+    add(
+        "--edit_lora",
+        type=lora,
+        metavar="FILE[:SCALE]",
+        help="HiDream-E1-Full's adapter, which lets HiDream-I1-Full in --model_path edit; off while that refines",
+    )
+    add(
+        "--lora",
+        type=lora,
+        action="append",
+        default=[],
+        metavar="FILE[:SCALE]",
+        help="another adapter, in .safetensors, of what edits; repeat it for several (scale 1)",
+    )
     add_device_arguments(parser)
     add = parser.add_argument_group("acceleration").add_argument
     add("--FA", action="store_true", help="fused attention and experts, see README")

@@ -14,6 +14,7 @@ from ascend import compile_module, compile_pipeline
 from ascend.device import DeviceManager
 from processors import enable_fused_kernels
 from runners.devices import check_compiler
+from runners.hidream.adapters import adapters_in_use
 from runners.hidream.arguments import E1_1, Family
 from runners.hidream.edits import Edit
 from runners.hidream.model import Editor
@@ -101,4 +102,5 @@ def describe(
         "input_image": str(edit.image),
         "original_size": list(to_rgb(source).size),
         "processed_size": list(processed),
+        **adapters_in_use(args),
     }

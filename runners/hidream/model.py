@@ -17,17 +17,22 @@ from ascend.streaming import Buffers, stream_module
 from ascend.streaming.blocks import bytes_of
 from processors import enable_fused_kernels
 from runners.cli import UserError, is_out_of_memory
+from runners.hidream.adapters import bytes_of_adapters, check_adapters, load_adapters
 from runners.hidream.arguments import REFINER, Family
 from runners.model_dir import DEFAULTS, INDEX, check_is_pipeline, read_json
 from runners.report import Report
 from runners.weight_files import check_weights, first_line
 
-PIPELINE = "HiDreamImageEditingPipeline"
+PIPELINE, DRAWING = "HiDreamImageEditingPipeline", "HiDreamImagePipeline"
 LLAMA = ("text_encoder_4", "tokenizer_4")
 
 
 class Editor(NamedTuple):
-    """What edits, and what refines; `side` is what pictures are squeezed to, where the model wants that."""
+    """What edits, and what refines if that is another transformer.
+
+    Attributes:
+        side: what pictures are squeezed to, where the model wants that.
+    """
 
     pipe: HiDreamImageEditingPipeline
     refiner: HiDreamImageTransformer2DModel | None
@@ -41,20 +46,26 @@ def complete(args: argparse.Namespace, family: Family) -> None:
         UserError: it is no model of HiDream-E1, or lacks something.
     """
     check_is_pipeline(args.model_path)
-    index = read_json(args.model_path / INDEX)
-    if index.get("_class_name") != PIPELINE:
-        raise UserError(f"{args.model_path} holds a {index.get('_class_name')}, and what edits is a {PIPELINE}")
+    found = read_json(args.model_path / INDEX).get("_class_name")
+    if found == DRAWING and not args.edit_lora:
+        raise UserError(
+            f"{args.model_path} holds a {DRAWING}, which draws: --edit_lora names HiDream-E1-Full's adapter, with "
+            "which it edits"
+        )
+    if found not in (PIPELINE, DRAWING):
+        raise UserError(f"{args.model_path} holds a {found}, and what edits is a {PIPELINE}")
+    check_adapters(args)
     for file in sorted(args.model_path.glob("*/*.safetensors")):
         check_weights(file)
     absent = [name for name in LLAMA if not (args.model_path / name).is_dir()]
     if absent and args.llama_path is None:
         raise UserError(f"{args.model_path} has no {' and no '.join(absent)}: --llama_path names Llama's folder")
-    if args.refiner_path is None and (args.model_path / REFINER).is_dir():
+    if args.refiner_path is None and not args.edit_lora and (args.model_path / REFINER).is_dir():
         args.refiner_path = args.model_path / REFINER
-    if args.refine_strength > 0 and args.refiner_path is None:
+    if args.refine_strength > 0 and args.refiner_path is None and not args.edit_lora:
         raise UserError(
             f"--refine_strength {args.refine_strength:g} wants a transformer that draws: --refiner_path names the "
-            "folder of HiDream-I1-Full's, or 0 leaves it out"
+            "folder of HiDream-I1-Full's, or 0 leaves it out; an adapter of --edit_lora is switched off for it"
         )
     defaults = read_json(args.model_path / DEFAULTS) if (args.model_path / DEFAULTS).exists() else {}
     for name in ("guidance_scale", "image_guidance_scale", "negative_prompt"):
@@ -76,7 +87,7 @@ def load_editor(
     Raises:
         UserError: no placement fits, or a file cannot be loaded.
     """
-    refines = args.refine_strength > 0
+    has_refiner = args.refine_strength > 0 and args.refiner_path is not None
     plan = _plan(args, manager.device, dtype, size, report)
     given: dict[str, Any] = {}
     try:
@@ -90,7 +101,7 @@ def load_editor(
         )
         refiner = (
             HiDreamImageTransformer2DModel.from_pretrained(args.refiner_path, dtype=dtype, local_files_only=True)
-            if refines
+            if has_refiner
             else None
         )
     except Exception as error:  # of any kind: the files are the user's
@@ -104,7 +115,11 @@ def load_editor(
         enable_fused_kernels(pipe)
         if refiner is not None:
             enable_fused_kernels(refiner)
+    if not from_disk:
+        load_adapters(pipe, args)
     _place(pipe, refiner, plan, manager.device, args.model_path)
+    if from_disk:  # whose weights have the names that they have in the files
+        load_adapters(pipe, args)
     return Editor(pipe, refiner, args.side)
 
 
@@ -121,9 +136,11 @@ def _plan(
     fused = True if args.FA else None
     try:
         plan = plan_memory(args.model_path, device, request, dtype, args.steps, args.memory, limit, fused)
-        if plan.is_resident and args.refine_strength > 0 and args.memory == "auto":
-            second = _bytes_of_files(args.refiner_path, dtype)
-            if plan.required + second > plan.limit:  # both take turns in the buffers
+        if plan.is_resident and args.memory == "auto":
+            beside = bytes_of_adapters(args)
+            if args.refine_strength > 0 and args.refiner_path:
+                beside += _bytes_of_files(args.refiner_path, dtype)
+            if beside and plan.required + beside > plan.limit:  # both transformers take turns in the buffers
                 plan = plan_memory(args.model_path, device, request, dtype, args.steps, "stream", limit, fused)
     except (PlanError, ValueError) as error:
         raise UserError(str(error)) from error

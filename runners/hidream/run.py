@@ -21,6 +21,7 @@ from ascend.parallel import Mesh, choose_branch_size, process_group, world_size
 from runners.cli import FAILED, UserError, fail, is_out_of_memory, one_line_errors
 from runners.devices import choose_device, choose_dtype
 from runners.files import make_output_dir, write_json
+from runners.hidream.adapters import settings_of_adapters
 from runners.hidream.arguments import Family, parse_arguments
 from runners.hidream.editing import accelerate, describe, edit_picture
 from runners.hidream.edits import Edit, list_edits, open_picture
@@ -52,6 +53,8 @@ def run(args: argparse.Namespace, family: Family) -> None:
         report.warn(
             "without --target_description refining goes towards the instruction, as if that described a picture"
         )
+    if args.lora and args.refine_strength > 0:
+        report.warn("refining goes without the adapters of --lora, which are of what edits")
     args.output_dir = make_output_dir(args.output_dir)
     manager = choose_device(args, report)
     if manager.device.type == "cpu":
@@ -170,6 +173,7 @@ def _settings(args: argparse.Namespace, family: Family, manager: DeviceManager) 
         "weights": weights,
         "dtype": str(args.dtype),
         "device": manager.device.type,
+        **settings_of_adapters(args),
     }
 
 

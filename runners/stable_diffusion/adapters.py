@@ -16,12 +16,12 @@ class Lora(NamedTuple):
     scale: float
 
 
-def check_loras(loras: Sequence[Lora]) -> None:
-    """Raise UserError unless each is a whole .safetensors file."""
+def check_loras(loras: Sequence[Lora], option: str = "--lora") -> None:
+    """Raise UserError unless each is a whole .safetensors file; `option` gave them."""
     for path, _ in loras:
         if path.suffix != ".safetensors" or not path.is_file():
             what = "must be a .safetensors file" if path.exists() else "does not exist"
-            raise UserError(f"--lora {path} {what}")
+            raise UserError(f"{option} {path} {what}")
         check_weights(path)
 
 

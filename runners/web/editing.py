@@ -68,7 +68,8 @@ class EditingModel:
 
     Args:
         key: of `FAMILIES`.
-        chosen: `model_path`, `refiner_path`, `llama_path` and the arguments of device and acceleration.
+        chosen: `model_path`, None for the demo's in `folder`, `edit_lora`, `refiner_path`, `llama_path` and the
+            arguments of device and acceleration.
 
     Attributes:
         args: what an edit takes where nobody chooses.
@@ -87,9 +88,9 @@ class EditingModel:
         self.is_demo = chosen["model_path"] is None
         if self.is_demo:
             chosen = chosen | {"model_path": defaults.model_path, "refiner_path": None, "llama_path": None}
-        self.args = argparse.Namespace(**(vars(defaults) | chosen))
-        if self.args.refiner_path is None and not (self.args.model_path / REFINER).is_dir():
-            self.args.refine_strength = 0.0
+        self.args = args = argparse.Namespace(**(vars(defaults) | chosen))
+        if args.refiner_path is None and not args.edit_lora and not (args.model_path / REFINER).is_dir():
+            args.refine_strength = 0.0
         complete(self.args, self.family)
 
     @property
@@ -133,8 +134,11 @@ class EditingModel:
             if isinstance(error, ValueError):
                 raise UserError(f"{edit.image.name}: {error}") from error
             raise
-        about = describe(edit, args, source, processed) | {
-            "input_image": edit.image.name,  # not where the server keeps it
+        about = describe(edit, args, source, processed)
+        if args.edit_lora:
+            about["edit_lora"] = {args.edit_lora.path.name: args.edit_lora.scale}
+        about |= {
+            "input_image": edit.image.name,  # not where the server keeps files, here and above
             "family": self.family.name,
             "device": {**get_device_info(self.manager.device), "dtype": str(args.dtype)},
             "flags": flags,

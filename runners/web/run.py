@@ -15,6 +15,7 @@ from runners.cli import ArgumentParser, UserError, file_path, non_negative_int, 
 from runners.devices import add_device_arguments, choose_device, choose_dtype
 from runners.model_dir import require_patched_diffusers
 from runners.report import Report
+from runners.stable_diffusion.arguments import lora
 from runners.web.drawing import DrawingModel
 from runners.web.editing import FAMILIES, EditingModel
 from runners.web.texts import LANGUAGES
@@ -32,6 +33,12 @@ def parse_arguments(description: str | None, arguments: Sequence[str] | None) ->
     add = parser.add_argument_group("models").add_argument
     add("--e1_1_path", type=file_path, metavar="DIR", help="HiDream-E1.1 in diffusers' layout")
     add("--e1_full_path", type=file_path, metavar="DIR", help="HiDream-E1-Full; without both, the demo model is each")
+    add(
+        "--edit_lora",
+        type=lora,
+        metavar="FILE[:SCALE]",
+        help="HiDream-E1-Full's adapter, with HiDream-I1-Full in --e1_full_path",
+    )
     add("--refiner_path", type=file_path, metavar="DIR", help="folder of HiDream-I1-Full's transformer")
     add("--llama_path", type=file_path, metavar="DIR", help="Llama 3.1 8B Instruct, where the models have none")
     add("--sd_path", type=file_path, metavar="DIR", help="Stable Diffusion, for the second tab (demo model)")
@@ -44,6 +51,8 @@ def parse_arguments(description: str | None, arguments: Sequence[str] | None) ->
     for name in ("refiner_path", "llama_path"):
         if getattr(args, name) and not (args.e1_1_path or args.e1_full_path):
             parser.error(f"--{name} has no effect on the demo model: give --e1_1_path or --e1_full_path")
+    if args.edit_lora and not args.e1_full_path:
+        parser.error("--edit_lora is for HiDream-I1-Full in --e1_full_path, which is not given")
     return args
 
 
@@ -64,8 +73,11 @@ def run(args: argparse.Namespace, folder: Path) -> None:
     if args.model and args.model not in keys:
         raise UserError(f"--model {args.model} is none of the models that are given: give its path, too")
     files = {"refiner_path": args.refiner_path, "llama_path": args.llama_path}
+    adapters = {"e1.1": None, "e1-full": args.edit_lora}
     editing = [
-        EditingModel(key, shared | files | {"model_path": paths[key]}, folder, manager, report)
+        EditingModel(
+            key, shared | files | {"model_path": paths[key], "edit_lora": adapters[key]}, folder, manager, report
+        )
         for key in sorted(keys, key=lambda key: key != args.model)
     ]
     drawing = DrawingModel(shared | {"model_path": args.sd_path}, folder.parent / "sd2.1", manager, report)

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from diffusers import HiDreamImageEditingPipeline
+import torch
+from diffusers import HiDreamImageEditingPipeline, HiDreamImageTransformer2DModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
+from safetensors.torch import save_file
 
 from runners.hidream import run as program
 from runners.hidream.arguments import E1_1, E1_FULL
@@ -18,6 +24,7 @@ from runners.hidream.editing import prompt_of
 from runners.hidream.edits import Edit
 from tests.chat_server import Endpoint
 from tests.examples.conftest import Outcome
+from tests.hidream_adapters import add_adapter, full_of, save_original
 from tests.tiny_hidream import make_components, make_transformer
 
 KEYS = {
@@ -87,6 +94,88 @@ def test_a_result_is_as_large_as_its_picture_and_says_how_it_was_made(
     shutil.rmtree(tmp_path / "out")
     assert edit(*wanted, "--refine_strength", 0).code == 0
     assert not np.array_equal(np.asarray(Image.open(tmp_path / "out/photo.png")), first)
+
+
+@pytest.fixture
+def drawing_dir(tiny_hidream_dir: Path, tmp_path: Path) -> Path:
+    """As HiDream-I1-Full: a model that draws, without what refines."""
+    model = shutil.copytree(tiny_hidream_dir, tmp_path / "I1-Full", ignore=shutil.ignore_patterns("refiner"))
+    index = json.loads((model / "model_index.json").read_text())
+    (model / "model_index.json").write_text(json.dumps(index | {"_class_name": "HiDreamImagePipeline"}))
+    return model
+
+
+@pytest.fixture
+def e1_full(tmp_path: Path) -> Path:
+    """As HiDream-E1-Full.safetensors."""
+    bare = make_transformer()
+    return save_original(tmp_path / "E1-Full.safetensors", add_adapter(make_transformer()), full_of(bare))
+
+
+def test_one_transformer_edits_with_an_adapter_and_refines_without(
+    edit: Callable[..., Outcome],
+    photo: Path,
+    drawing_dir: Path,
+    e1_full: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[tuple[int, bool]] = []
+    forward = HiDreamImageTransformer2DModel.forward
+
+    def record(model: HiDreamImageTransformer2DModel, hidden_states: torch.Tensor, **arguments: Any) -> Any:
+        layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
+        if not hidden_states.is_meta:  # on which the planner runs it dry
+            assert len(layers) == 65 + 3 and len({layer.disable_adapters for layer in layers}) == 1
+            calls.append((len(hidden_states), not layers[0].disable_adapters))
+        return forward(model, hidden_states, **arguments)
+
+    monkeypatch.setattr(HiDreamImageTransformer2DModel, "forward", record)
+    wanted = ["--image", photo, "--instruction", "make it blue", "--target_description", "a circle", "--steps", 4]
+    given = [*wanted, "--edit_lora", e1_full, "--refine_strength", 0.5]
+    results = []
+    for options in ([], ["--FA"], ["--FA", "--memory", "stream"], ["--memory", "disk"]):
+        calls.clear()
+        outcome = edit(*given, *options, model=drawing_dir)
+        assert outcome.code == 0, outcome.err
+        assert calls == [(3, True)] * 2 + [(2, False)] * 2
+        about = json.loads((tmp_path / "out/photo.json").read_text())
+        assert about["edit_lora"] == {str(e1_full): 1.0}
+        results.append(np.asarray(Image.open(tmp_path / "out/photo.png")).astype(int))
+        shutil.rmtree(tmp_path / "out")
+    assert all(np.abs(result - results[0]).max() <= 1 for result in results)
+    assert edit(*given[:-2], "--refine_strength", 0, model=drawing_dir).code == 0
+    edited = np.asarray(Image.open(tmp_path / "out/photo.png")).astype(int)
+    assert np.abs(edited - results[0]).max() > 10
+    assert "of another picture, instruction or setting" in edit(*given, model=drawing_dir).err
+
+
+def test_other_adapters_change_what_edits(
+    edit: Callable[..., Outcome], photo: Path, drawing_dir: Path, e1_full: Path, tmp_path: Path
+) -> None:
+    wanted = ["--image", photo, "--instruction", "make it blue", "--target_description", "a circle"]
+    style = save_original(tmp_path / "style.safetensors", add_adapter(make_transformer(), seed=3), {})
+    results = []
+    for lora in ([], ["--lora", f"{style}:0.5"], ["--lora", f"{style}:0.5", "--lora", f"{e1_full}:0.1"]):
+        outcome = edit(*wanted, *lora)
+        assert outcome.code == 0 and ("refining goes without the adapters" in outcome.err) == bool(lora)
+        results.append(np.asarray(Image.open(tmp_path / "out/photo.png")))
+        about = json.loads((tmp_path / "out/photo.json").read_text())
+        shutil.rmtree(tmp_path / "out")
+    assert about["lora"] == {str(style): 0.5, str(e1_full): 0.1}
+    assert not any(np.array_equal(a, b) for a, b in itertools.combinations(results, 2))
+    (tmp_path / "cut.safetensors").write_bytes(style.read_bytes()[:-10])
+    save_file({"unet.mid.lora_A.weight": torch.ones(1)}, tmp_path / "other.safetensors")
+    for options, message in (
+        (["--lora", "absent.safetensors"], "--lora absent.safetensors does not exist"),
+        (["--edit_lora", photo], "--edit_lora .*photo.jpg must be a .safetensors file"),
+        (["--lora", tmp_path / "cut.safetensors"], "cut.safetensors are damaged"),
+        (["--edit_lora", tmp_path / "other.safetensors"], "--edit_lora .*one of two matrices only.*unet.mid"),
+        (["--lora", f"{style}:strong"], "argument --lora"),
+    ):
+        outcome = edit(*wanted, *options)
+        assert outcome.code == 2 and re.search(message, outcome.err) and "Traceback" not in outcome.err
+    assert "holds a HiDreamImagePipeline, which draws: --edit_lora names" in edit(*wanted, model=drawing_dir).err
 
 
 def test_folders_and_files_of_edits(edit: Callable[..., Outcome], photo: Path, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ def test_edits_are_cancelled_and_made_again_on_the_chip_that_was_chosen() -> Non
         pytest.skip("there is one chip")
     manager = DeviceManager("npu:1")
     chosen = {"memory": "auto", "memory_limit": None, "FA": True, "dynamo": False, "dtype": manager.dtype}
-    chosen |= {"model_path": None, "refiner_path": None, "llama_path": None}
+    chosen |= {"model_path": None, "edit_lora": None, "refiner_path": None, "llama_path": None}
     model = EditingModel("e1.1", chosen, FOLDER, manager, Report())
     edit = Edit(Path(FOLDER / DEMO_IMAGE), DEMO_INSTRUCTION, DEMO_DESCRIPTION, 3, "x")
     settings = Settings("", 3, 1.5, 1.5, 0.3, True)

@@ -28,7 +28,7 @@ CHOSEN = {"memory": "auto", "memory_limit": None, "FA": False, "dynamo": False, 
 
 @pytest.fixture(scope="module")
 def editing() -> EditingModel:
-    files = {"model_path": None, "refiner_path": None, "llama_path": None}
+    files = {"model_path": None, "edit_lora": None, "refiner_path": None, "llama_path": None}
     return EditingModel("e1-full", CHOSEN | files, FOLDER, DeviceManager("cpu"), Report())
 
 
@@ -89,6 +89,7 @@ def test_every_text_is_in_every_language() -> None:
     ("arguments", "message"),
     [
         (["--llama_path", "x"], "--llama_path has no effect on the demo model"),
+        (["--edit_lora", "x.safetensors"], "--edit_lora is for HiDream-I1-Full in --e1_full_path"),
         (["--port", "http"], "must be a whole number"),
         (["--language", "de"], "invalid choice: 'de'"),
     ],

@@ -35,6 +35,7 @@ from ...utils import replace_example_docstring
 from .editing_images import FittedImage, fit_images
 from .pipeline_hidream_image import HiDreamImagePipeline, calculate_shift, retrieve_timesteps
 from .pipeline_output import HiDreamImagePipelineOutput
+from .step_arguments import StepArguments
 
 
 TARGET_MARK = "Target Image Description:"  # what HiDream-E1's prompts have before the description of the result
@@ -361,6 +362,7 @@ class HiDreamImageEditingPipeline(HiDreamImagePipeline):
         self._num_timesteps = len(timesteps)
         refine_start = int(num_inference_steps * (1.0 - refine_strength))
         denoiser, is_refining = self.transformer, False
+        step_arguments = StepArguments()
 
         with self.progress_bar(total=len(timesteps)) as progress_bar, ExitStack() as stack:
             for i, t in enumerate(timesteps):
@@ -376,9 +378,7 @@ class HiDreamImageEditingPipeline(HiDreamImagePipeline):
                 prediction = denoiser(
                     hidden_states=model_input,
                     timesteps=t.expand(len(model_input)),
-                    encoder_hidden_states_t5=embeds[0],
-                    encoder_hidden_states_llama3=embeds[1],
-                    pooled_embeds=embeds[2],
+                    **step_arguments(denoiser, embeds, model_input, is_refining),
                     attention_kwargs=self.attention_kwargs,
                     return_dict=False,
                 )[0]
