@@ -1,9 +1,11 @@
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
+from tests.chat_server import Endpoint, chat_server
 from tests.tiny_models import save_tiny_sd
 
 
@@ -19,3 +21,12 @@ def tiny_sd(tiny_sd_dir: Path) -> StableDiffusionPipeline:
     pipe = StableDiffusionPipeline.from_pretrained(tiny_sd_dir, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@pytest.fixture
+def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Endpoint]:
+    """What OPENAI_BASE_URL and OPENAI_API_KEY name."""
+    with chat_server() as made:
+        monkeypatch.setenv("OPENAI_BASE_URL", made.url)
+        monkeypatch.setenv("OPENAI_API_KEY", "secret")
+        yield made

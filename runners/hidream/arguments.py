@@ -17,6 +17,8 @@ DEMO_DESCRIPTION = (
     "small yellow cross bottom left, small blue circle top right, large green cross bottom right, black background"
 )
 REFINER = "refiner"  # a transformer beside a model's components
+REFINE_STRENGTH = 0.3  # of the original's scripts
+GPT = "gpt-4o"  # which their instructions are refined by
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 
@@ -80,7 +82,21 @@ def parse_arguments(
         metavar="S",
         help=f"by the picture ({family.image_guidance_scale})",
     )
-    add("--refine_strength", type=share, default=0.3, metavar="R", help="share of the steps that refine, 0 to 1 (0.3)")
+    add(
+        "--refine_strength",
+        type=share,
+        metavar="R",
+        help=f"share of the steps that refine, 0 to 1 ({REFINE_STRENGTH})",
+    )
+    add("--refine", action=argparse.BooleanOptionalAction, help="--no-refine is --refine_strength 0")
+    add(
+        "--refine_instruction",
+        nargs="?",
+        const=GPT,
+        type=text,
+        metavar="MODEL",
+        help=f"let a language model word instruction and description, see instruction_refinement.py ({GPT})",
+    )
     add("--clip_cfg_norm", action=argparse.BooleanOptionalAction, default=True, help="limit what guidance adds (on)")
     add("--enlarge", action="store_true", help="scale pictures of less than a megapixel up, as the original does")
     add("--seed", type=non_negative_int, default=3, metavar="N", help="of each picture (3)")
@@ -111,6 +127,12 @@ def parse_arguments(
         "--output_dir", type=file_path, default=Path("outputs/hidream_e1"), metavar="DIR", help="(outputs/hidream_e1)"
     )
     args = parser.parse_args(arguments)
+    if args.refine is not None and args.refine_strength is not None and args.refine != (args.refine_strength > 0):
+        parser.error(
+            f"--{'refine' if args.refine else 'no-refine'} contradicts --refine_strength {args.refine_strength:g}"
+        )
+    if args.refine_strength is None:
+        args.refine_strength = 0.0 if args.refine is False else REFINE_STRENGTH
     is_demo = args.model_path == folder / DEMO_MODEL
     if args.edits and (args.image or args.instruction):
         parser.error("--edits names pictures and instructions: give either it, or --image and --instruction")

@@ -12,23 +12,24 @@ from pathlib import Path
 from typing import Any
 
 import PIL.Image
-from diffusers.pipelines.hidream_image.editing_images import fit_image, to_rgb
+from diffusers.pipelines.hidream_image.editing_images import fit_image
 
-from ascend import compile_module, compile_pipeline, share_guidance, share_model
+from ascend import share_guidance, share_model
 from ascend.device import DeviceManager, get_device_info
 from ascend.memory import keep_freed_memory
 from ascend.parallel import Mesh, choose_branch_size, process_group, world_size
-from processors import enable_fused_kernels
 from runners.cli import FAILED, UserError, fail, is_out_of_memory, one_line_errors
-from runners.devices import check_compiler, choose_device, choose_dtype
+from runners.devices import choose_device, choose_dtype
 from runners.files import make_output_dir, write_json
-from runners.hidream.adapters import adapters_in_use, settings_of_adapters
-from runners.hidream.arguments import E1_1, Family, parse_arguments
+from runners.hidream.adapters import settings_of_adapters
+from runners.hidream.arguments import Family, parse_arguments
+from runners.hidream.editing import accelerate, describe, edit_picture
 from runners.hidream.edits import Edit, list_edits, open_picture
 from runners.hidream.model import Editor, complete, load_editor
+from runners.hidream.refine_instruction import check_endpoint, refine_edit
 from runners.images import save_png
 from runners.model_dir import require_patched_diffusers
-from runners.overflow import clear_overflow_flag, overflow_warning
+from runners.overflow import overflow_warning
 from runners.report import Report, versions
 from runners.weight_files import digest_of_files
 
@@ -41,7 +42,14 @@ def run(args: argparse.Namespace, family: Family) -> None:
     complete(args, family)
     edits = list_edits(args)
     sizes = [_model_size(open_picture(edit.image), args, family, edit) for edit in edits]  # before anything is loaded
-    if args.refine_strength > 0 and not all(edit.target_description for edit in edits):
+    if args.refine_instruction:
+        check_endpoint()
+        if world_size() > 1:
+            raise UserError(
+                "--refine_instruction: several devices would each get other words; refine with "
+                "instruction_refinement.py first"
+            )
+    elif args.refine_strength > 0 and not all(edit.target_description for edit in edits):
         report.warn(
             "without --target_description refining goes towards the instruction, as if that described a picture"
         )
@@ -88,13 +96,7 @@ def _run_rank(
 ) -> dict[str, str]:
     """What one process does: it makes its share of the results. Why some were not made, by their names."""
     editor = load_editor(args, family, manager, args.dtype, size, report)
-    models = [editor.pipe, *filter(None, [editor.refiner])]
-    flags: dict[str, Any] = {}
-    if args.FA:
-        flags["FA"] = [enable_fused_kernels(model) for model in models]
-    if args.dynamo:
-        check_compiler(manager.device)
-        flags["dynamo"] = [compile_pipeline(editor.pipe), *(compile_module(model) for model in models[1:])]
+    flags = accelerate(editor, args, manager.device)
     share_guidance(editor.pipe, mesh)
     if editor.refiner is not None:
         share_model(editor.refiner, mesh)
@@ -125,7 +127,8 @@ def _edit_all(
         try:
             start = time.perf_counter()
             source = open_picture(edit.image)
-            result, processed = _edit(edit, source, editor, args, family, manager)
+            wanted = refine_edit(edit, args.refine_instruction) if args.refine_instruction else edit
+            result, processed = edit_picture(wanted, source, editor, args, family, manager)
             seconds = time.perf_counter() - start
         except Exception as error:
             if not (is_out_of_memory(error) or isinstance(error, ValueError | UserError)):
@@ -140,54 +143,14 @@ def _edit_all(
         if mesh.branch:
             continue
         path = args.output_dir / f"{edit.name}.png"
-        metadata = _metadata(edit, args, source, processed)
+        metadata = describe(wanted, args, source, processed)
+        if wanted is not edit:
+            metadata["original_instruction"] = edit.instruction
         save_png(result, path, {name: json.dumps(content) for name, content in (metadata | about).items()})
         # Last: this file says that the result is whole.
         entry = {"digest": edit.digest(settings), "seconds": seconds, "versions": versions()}
         write_json(path.with_suffix(".json"), metadata | about | entry)
     return failures
-
-
-def _edit(
-    edit: Edit,
-    source: PIL.Image.Image,
-    editor: Editor,
-    args: argparse.Namespace,
-    family: Family,
-    manager: DeviceManager,
-) -> tuple[PIL.Image.Image, tuple[int, int]]:
-    """The result as large as the picture, and the size that the model saw."""
-    image = to_rgb(source)
-    policy: dict[str, Any] = {"size_policy": family.size_policy, "enlarge": args.enlarge}
-    if editor.side:
-        policy, shown = {}, image.resize((editor.side, editor.side), PIL.Image.Resampling.BICUBIC)
-        processed = shown.size
-    else:
-        shown, processed = image, fit_image(image, family.size_policy, args.enlarge).image.size
-    clear_overflow_flag(manager.device)
-    (result,) = editor.pipe(
-        prompt_of(edit, args.prompt),
-        image=shown,
-        target_prompt=edit.target_description,
-        negative_prompt=args.negative_prompt,
-        num_inference_steps=args.steps,
-        guidance_scale=args.guidance_scale,
-        image_guidance_scale=args.image_guidance_scale,
-        refine_strength=args.refine_strength,
-        refiner=editor.refiner,
-        clip_cfg_norm=args.clip_cfg_norm,
-        generator=manager.create_generator(edit.seed),
-        **policy,
-    ).images
-    if editor.side:
-        result = result.resize(image.size, PIL.Image.Resampling.BICUBIC)
-    return result, processed
-
-
-def prompt_of(edit: Edit, template: str) -> str:
-    """As the model was trained to read it. Without a description E1-Full reads the instruction in its place."""
-    instruction = edit.instruction if template == E1_1.prompt else edit.instruction.removesuffix(".")
-    return template.format(instruction=instruction, description=edit.target_description or edit.instruction)
 
 
 def _model_size(image: PIL.Image.Image, args: argparse.Namespace, family: Family, edit: Edit) -> tuple[int, int]:
@@ -205,33 +168,12 @@ def _settings(args: argparse.Namespace, family: Family, manager: DeviceManager) 
     """All that decides what results look like, beside pictures and instructions."""
     folders = [args.model_path, *filter(None, (args.refiner_path, args.llama_path))]
     weights = [digest_of_files(folder, sorted(folder.glob("**/*.safetensors"))) for folder in folders]
-    return {name: getattr(args, name) for name in (*APPEARANCE, "FA", "enlarge")} | {
+    return {name: getattr(args, name) for name in (*APPEARANCE, "FA", "enlarge", "refine_instruction")} | {
         "family": family.name,
         "weights": weights,
         "dtype": str(args.dtype),
         "device": manager.device.type,
         **settings_of_adapters(args),
-    }
-
-
-def _metadata(
-    edit: Edit, args: argparse.Namespace, source: PIL.Image.Image, processed: tuple[int, int]
-) -> dict[str, Any]:
-    """With the keys of the original's."""
-    return {
-        "instruction": edit.instruction,
-        "target_description": edit.target_description,
-        "negative_instruction": args.negative_prompt,
-        "guidance_scale": args.guidance_scale,
-        "img_guidance_scale": args.image_guidance_scale,
-        "steps": args.steps,
-        "refine_strength": args.refine_strength,
-        "clip_cfg_norm": args.clip_cfg_norm,
-        "seed": edit.seed,
-        "input_image": str(edit.image),
-        "original_size": list(to_rgb(source).size),
-        "processed_size": list(processed),
-        **adapters_in_use(args),
     }
 
 

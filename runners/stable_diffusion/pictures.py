@@ -3,7 +3,7 @@
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -103,14 +103,20 @@ def call_pipeline(
     number: int,
     cache: dict[str, Any],
     encoded: EncodedPrompts | None = None,
+    on_step: Callable[[int, int], None] | None = None,
 ) -> Call:
-    """The pictures of prompt `number`. Each has its own generator, on the CPU: any one can be drawn again alone."""
+    """The pictures of prompt `number`. Each has its own generator, on the CPU: any one can be drawn again alone.
+
+    `on_step(step, steps)` is called after each step; what it raises ends the call.
+    """
     loop_end = 0.0
 
     def on_step_end(
         pipe: StableDiffusionPipeline, step: int, timestep: int, tensors: dict[str, Any]
     ) -> dict[str, Any]:
         nonlocal loop_end
+        if on_step is not None:
+            on_step(step + 1, pipe.num_timesteps)
         if step == pipe.num_timesteps - 1:  # at no other step: waiting for the device holds it up
             manager.synchronize()
             loop_end = time.perf_counter()

@@ -20,7 +20,9 @@ from safetensors.torch import save_file
 
 from runners.hidream import run as program
 from runners.hidream.arguments import E1_1, E1_FULL
+from runners.hidream.editing import prompt_of
 from runners.hidream.edits import Edit
+from tests.chat_server import Endpoint
 from tests.examples.conftest import Outcome
 from tests.hidream_adapters import add_adapter, full_of, save_original
 from tests.tiny_hidream import make_components, make_transformer
@@ -201,6 +203,32 @@ def test_folders_and_files_of_edits(edit: Callable[..., Outcome], photo: Path, t
     assert (tmp_path / "out/x.png").exists()
 
 
+def test_a_language_model_words_the_instruction(
+    edit: Callable[..., Outcome], endpoint: Endpoint, photo: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("openai", reason="refining instructions needs openai, see requirements_npu.txt")
+    wanted = ["--image", photo, "--instruction", "make it blue", "--refine_instruction", "m"]
+    assert edit(*wanted).code == 0
+    about = json.loads((tmp_path / "out/photo.json").read_text())
+    assert about["instruction"] == "Make the circle blue." and about["original_instruction"] == "make it blue"
+    assert about["target_description"] == "A blue circle on white."
+    assert edit(*wanted).code == 0 and len(endpoint.requests) == 1  # what is there is not asked for again
+    shutil.rmtree(tmp_path / "out")
+    endpoint.answers = ["no three lines"]
+    outcome = edit(*wanted)
+    assert outcome.code == 1 and "something else than three lines" in outcome.err
+    assert not (tmp_path / "out/photo.png").exists()
+
+
+def test_refining_is_switched_off(edit: Callable[..., Outcome], photo: Path, tmp_path: Path) -> None:
+    wanted = ["--image", photo, "--instruction", "x"]
+    assert edit(*wanted, "--no-refine").code == 0
+    assert json.loads((tmp_path / "out/photo.json").read_text())["refine_strength"] == 0
+    shutil.rmtree(tmp_path / "out")
+    assert edit(*wanted, "--refine").code == 0
+    assert json.loads((tmp_path / "out/photo.json").read_text())["refine_strength"] == 0.3
+
+
 def broken(folder: Path) -> Path:
     (folder / "broken.png").write_bytes(b"no picture")
     return folder / "broken.png"
@@ -216,6 +244,14 @@ def broken(folder: Path) -> Path:
         (["--image", "FOLDER", "--instruction", "x"], "holds no picture to edit"),
         (["--image", "PHOTO", "--image", "PHOTO", "--instruction", "x"], "two results called photo"),
         (["--image", "PHOTO", "--instruction", "x", "--refine_strength", "2"], "must be from 0 to 1, not 2"),
+        (
+            ["--image", "PHOTO", "--instruction", "x", "--no-refine", "--refine_strength", "0.2"],
+            "--no-refine contradicts --refine_strength 0.2",
+        ),
+        (
+            ["--image", "PHOTO", "--instruction", "x", "--refine", "--refine_strength", "0"],
+            "--refine contradicts --refine_strength 0",
+        ),
         (["--image", "PHOTO", "--edits", "EDITS"], "--edits names pictures and instructions"),
         (["--edits", "EDITS"], "line 1 must be as"),
         (["--edits", "absent.jsonl"], "absent.jsonl"),
@@ -262,6 +298,6 @@ def test_models_that_lack_something(
 
 def test_prompts_are_as_the_models_were_trained() -> None:
     edit = Edit(Path("a.png"), "Make it night.", "A night.", 0, "a")
-    assert program.prompt_of(edit, E1_1.prompt) == "Make it night."
+    assert prompt_of(edit, E1_1.prompt) == "Make it night."
     expected = "Editing Instruction: Make it night. Target Image Description: A night."
-    assert program.prompt_of(edit, E1_FULL.prompt) == expected
+    assert prompt_of(edit, E1_FULL.prompt) == expected

@@ -1,0 +1,106 @@
+"""One edit: what the pipeline is called with, and how its result was made."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import PIL.Image
+import torch
+from diffusers.pipelines.hidream_image.editing_images import fit_image, to_rgb
+
+from ascend import compile_module, compile_pipeline
+from ascend.device import DeviceManager
+from processors import enable_fused_kernels
+from runners.devices import check_compiler
+from runners.hidream.adapters import adapters_in_use
+from runners.hidream.arguments import E1_1, Family
+from runners.hidream.edits import Edit
+from runners.hidream.model import Editor
+from runners.overflow import clear_overflow_flag
+
+
+def accelerate(editor: Editor, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Switch on what the arguments ask for. The result says of each flag what it did."""
+    models = [editor.pipe, *filter(None, [editor.refiner])]
+    flags: dict[str, Any] = {}
+    if args.FA:
+        flags["FA"] = [enable_fused_kernels(model) for model in models]
+    if args.dynamo:
+        check_compiler(device)
+        flags["dynamo"] = [compile_pipeline(editor.pipe), *(compile_module(model) for model in models[1:])]
+    return flags
+
+
+def edit_picture(
+    edit: Edit,
+    source: PIL.Image.Image,
+    editor: Editor,
+    args: argparse.Namespace,
+    family: Family,
+    manager: DeviceManager,
+    on_step_end: Callable[..., dict[str, Any]] | None = None,
+) -> tuple[PIL.Image.Image, tuple[int, int]]:
+    """The result as large as `source`, and the size that the model saw, `(width, height)`.
+
+    Args:
+        args: of the command line, after `complete`.
+        on_step_end: as the pipeline's `callback_on_step_end`; what it raises ends the edit and leaves nothing behind.
+
+    Raises:
+        ValueError: the model takes no such picture.
+    """
+    image = to_rgb(source)
+    policy: dict[str, Any] = {"size_policy": family.size_policy, "enlarge": args.enlarge}
+    if editor.side:
+        policy, shown = {}, image.resize((editor.side, editor.side), PIL.Image.Resampling.BICUBIC)
+        processed = shown.size
+    else:
+        shown, processed = image, fit_image(image, family.size_policy, args.enlarge).image.size
+    clear_overflow_flag(manager.device)
+    (result,) = editor.pipe(
+        prompt_of(edit, args.prompt),
+        image=shown,
+        target_prompt=edit.target_description,
+        negative_prompt=args.negative_prompt,
+        num_inference_steps=args.steps,
+        guidance_scale=args.guidance_scale,
+        image_guidance_scale=args.image_guidance_scale,
+        refine_strength=args.refine_strength,
+        refiner=editor.refiner,
+        clip_cfg_norm=args.clip_cfg_norm,
+        generator=manager.create_generator(edit.seed),
+        callback_on_step_end=on_step_end,
+        **policy,
+    ).images
+    if editor.side:
+        result = result.resize(image.size, PIL.Image.Resampling.BICUBIC)
+    return result, processed
+
+
+def prompt_of(edit: Edit, template: str) -> str:
+    """As the model was trained to read it. Without a description E1-Full reads the instruction in its place."""
+    instruction = edit.instruction if template == E1_1.prompt else edit.instruction.removesuffix(".")
+    return template.format(instruction=instruction, description=edit.target_description or edit.instruction)
+
+
+def describe(
+    edit: Edit, args: argparse.Namespace, source: PIL.Image.Image, processed: tuple[int, int]
+) -> dict[str, Any]:
+    """How a result was made, with the keys of the original's."""
+    return {
+        "instruction": edit.instruction,
+        "target_description": edit.target_description,
+        "negative_instruction": args.negative_prompt,
+        "guidance_scale": args.guidance_scale,
+        "img_guidance_scale": args.image_guidance_scale,
+        "steps": args.steps,
+        "refine_strength": args.refine_strength,
+        "clip_cfg_norm": args.clip_cfg_norm,
+        "seed": edit.seed,
+        "input_image": str(edit.image),
+        "original_size": list(to_rgb(source).size),
+        "processed_size": list(processed),
+        **adapters_in_use(args),
+    }
