@@ -150,11 +150,13 @@ def check_fits(file: AdapterFile, model: nn.Module) -> None:
 
 
 def _parameter(layers: dict[str, nn.Module], key: str) -> torch.Tensor | None:
-    """That of a layer which is called as a module; an expert is not."""
+    """That of a layer which is called as a module, as an expert is not, and has no integers in the weight's place."""
     owner, _, name = key.rpartition(".")
     if owner not in layers or ".experts." in f".{owner}.":
         return None
-    return layers[owner]._parameters.get(name)
+    parameters = layers[owner]._parameters
+    is_quantized = any(each is not None and not each.is_floating_point() for each in parameters.values())
+    return None if is_quantized else parameters.get(name)
 
 
 def _bare(name: str) -> str:

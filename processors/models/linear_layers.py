@@ -6,6 +6,7 @@ from typing import NamedTuple, Self
 import torch
 
 from processors.kernels.quantized import QuantizedLinear
+from processors.models.full_weights import FullWeights
 from processors.models.hidream import StackedExperts, StackedLinear
 
 FEWEST_WEIGHTS = 4096  # of a layer: fewer save less than 4 KiB, for one more operand in each call
@@ -28,6 +29,7 @@ class LinearLayers(NamedTuple):
             if isinstance(module, torch.nn.Linear) and not isinstance(module, StackedLinear)
         }
         adapters, shared, edges = _adapters(model), _shared_weights(model), _edges(model)
+        replaced = {module.base_layer for module in model.modules() if isinstance(module, FullWeights)}
         usual = _usual_dtype(linear)
         plain, quantized = {}, []
         left = Counter(type(module).__name__ for module in model.modules() if isinstance(module, CONVOLUTIONS))
@@ -38,6 +40,8 @@ class LinearLayers(NamedTuple):
                 quantized.append(layer)
             elif layer in adapters:
                 left["Linear of adapters"] += 1
+            elif layer in replaced:
+                left["Linear whose weight an adapter replaces"] += 1
             elif type(layer) is not torch.nn.Linear:
                 left[type(layer).__name__] += 1
             elif layer.weight.dtype != usual:

@@ -144,6 +144,8 @@ def test_one_transformer_edits_with_an_adapter_and_refines_without(
         results.append(np.asarray(Image.open(tmp_path / "out/photo.png")).astype(int))
         shutil.rmtree(tmp_path / "out")
     assert all(np.abs(result - results[0]).max() <= 1 for result in results)
+    assert edit(*given).code == 0  # with a refiner in the model's folder, which --edit_lora leaves out
+    shutil.rmtree(tmp_path / "out")
     assert edit(*given[:-2], "--refine_strength", 0, model=drawing_dir).code == 0
     edited = np.asarray(Image.open(tmp_path / "out/photo.png")).astype(int)
     assert np.abs(edited - results[0]).max() > 10

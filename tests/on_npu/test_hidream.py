@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,8 +17,9 @@ from diffusers import HiDreamImageEditingPipeline
 from PIL import Image
 
 from ascend import compile_module, compile_pipeline, decompile_module, decompile_pipeline
-from processors import enable_fused_kernels
+from processors import enable_fused_kernels, load_adapter
 from processors.models.hidream import fuse
+from tests.hidream_adapters import add_adapter, full_of, save_original
 from tests.processors.models.test_hidream import make_moe, predict
 from tests.programs import environment
 from tests.tiny_hidream import LAYERS, SINGLE_LAYERS, make_components, make_transformer
@@ -67,6 +69,51 @@ def test_an_edit_of_graphs_is_that_of_eager_mode(npu: torch.device, tmp_path: Pa
     decompile_module(refiner)
     decompile_pipeline(pipe)
     assert torch.equal(edit(), expected)
+
+
+def test_an_adapter_edits_and_is_off_while_refining(npu: torch.device, tmp_path: Path) -> None:
+    bare = make_transformer()
+    file = save_original(tmp_path / "edit.safetensors", add_adapter(make_transformer()), full_of(bare))
+    pipe = HiDreamImageEditingPipeline(**make_components()).to(npu, HALF)
+    pipe.set_progress_bar_config(disable=True)
+    enable_fused_kernels(pipe)
+
+    def edit(**options: Any) -> torch.Tensor:
+        options |= {"num_inference_steps": 4, "max_sequence_length": 16, "output_type": "latent"}
+        generator = torch.Generator().manual_seed(0)
+        return pipe("make it blue", image=Image.new("RGB", (48, 80), "red"), generator=generator, **options).images
+
+    plain, refiner = edit(), copy.deepcopy(pipe.transformer)
+    load_adapter(pipe, file, "edit")
+    edited, expected = edit(), edit(refine_strength=0.5, refiner=refiner)
+    assert torch.equal(edit(refine_strength=0.5), expected) and not torch.equal(edited, expected)
+    compile_module(pipe.transformer, tmp_path)
+    for _ in range(2):
+        found = edit(refine_strength=0.5)
+        assert (found - expected).abs().max() < 0.02 * expected.abs().max()  # float16, summed in another order
+    assert pipe.transformer.forward.compilations == 2
+    decompile_module(pipe.transformer)
+    assert torch.equal(edit(), edited)
+    pipe.unload_lora_weights()
+    assert torch.equal(edit(), plain)
+
+
+def test_adapters_on_experts_are_those_of_the_cpu(npu: torch.device, tmp_path: Path) -> None:
+    pipe = HiDreamImageEditingPipeline(**make_components())
+    load_adapter(pipe, save_original(tmp_path / "a.safetensors", add_adapter(make_transformer()), {}), "a")
+    moe, x = pipe.transformer.single_stream_blocks[0].block.ff_i, torch.randn(2, 37, 32)
+    with torch.no_grad():
+        expected = moe(x)
+        moe.to(npu, HALF)
+        fuse(moe)
+        on_npu = x.to(npu, HALF)
+        torch.npu.set_sync_debug_mode("error")
+        try:
+            found = moe(on_npu)
+        finally:
+            torch.npu.set_sync_debug_mode("default")
+    found = found.cpu().float()
+    assert (found - expected).abs().median() < 0.01 * expected.abs().median()
 
 
 def test_a_transformer_predicts_what_it_does_on_the_cpu(npu: torch.device) -> None:

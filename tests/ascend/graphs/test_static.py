@@ -79,6 +79,15 @@ def add_adapter(pipe: StableDiffusionPipeline) -> None:
     pipe.unet.add_adapter(LoraConfig(r=4, init_lora_weights=False, target_modules=["to_q"]))
 
 
+def draw_eagerly(pipe: StableDiffusionPipeline) -> torch.Tensor:
+    """Past the graphs."""
+    graphs = vars(pipe.unet).pop("forward")
+    try:
+        return draw(pipe)
+    finally:
+        pipe.unet.forward = graphs
+
+
 def load_other_weights(pipe: StableDiffusionPipeline) -> None:
     pipe.unet.load_state_dict({name: tensor * 1.1 for name, tensor in pipe.unet.state_dict().items()})
 
@@ -144,6 +153,23 @@ def test_an_unchanged_module_keeps_its_graphs(tiny_sd: StableDiffusionPipeline) 
         assert torch.equal(draw(tiny_sd, cache_interval=2, output_type="pt"), first)
     parts = (tiny_sd.text_encoder, tiny_sd.unet, tiny_sd.vae.decoder)
     assert [part.forward.compilations for part in parts] == [1, 2, 1]
+
+
+def test_an_adapter_that_is_switched_off_and_on_keeps_its_graphs(tiny_sd: StableDiffusionPipeline) -> None:
+    plain = draw(tiny_sd)
+    add_adapter(tiny_sd)
+    adapted = draw(tiny_sd)
+    compile_module(tiny_sd.unet)
+    for _ in range(2):
+        torch.testing.assert_close(draw(tiny_sd), adapted)
+        tiny_sd.disable_lora()
+        torch.testing.assert_close(draw(tiny_sd), plain)
+        tiny_sd.enable_lora()
+    assert tiny_sd.unet.forward.compilations == 2
+    tiny_sd.unet.conv_out.weight = nn.Parameter(tiny_sd.unet.conv_out.weight * 0.9)
+    torch.testing.assert_close(draw(tiny_sd), draw_eagerly(tiny_sd))
+    tiny_sd.disable_lora()  # whose graph has the old weights
+    torch.testing.assert_close(draw(tiny_sd), draw_eagerly(tiny_sd))
 
 
 def test_a_module_is_compared_once_a_loop_unless_callbacks_run(

@@ -30,7 +30,7 @@ from transformers import (
 from ascend.planner import MemoryPlan, plan_memory
 from ascend.planner.activations import peak_of, record_call
 from ascend.planner.activity import Part
-from ascend.planner.calls import Request, calls_of, usual_request
+from ascend.planner.calls import Request, as_called, calls_of, usual_request
 from ascend.planner.memory_plan import part_of
 from ascend.planner.models import to_meta
 from tests.processors.test_order import ip_adapter
@@ -156,6 +156,20 @@ def test_the_residuals_of_a_controlnet_are_inputs_of_the_unet() -> None:
     (call,) = calls_of(models["unet"], models, Request(64, 64), torch.float32)
     down = call.inputs["down_block_additional_residuals"]
     assert [tuple(residual.shape[1:]) for residual in down] == [(32, 8, 8), (32, 8, 8), (32, 4, 4), (64, 4, 4)]
+
+
+def test_a_model_that_draws_is_planned_as_one_that_edits_where_it_gets_an_image() -> None:
+    request = Request(256, 128)
+    assert as_called("HiDreamImagePipeline", request)[:2] == (1440, 720)
+    assert as_called("HiDreamImagePipeline", request._replace(image=True)) == request._replace(image=True)
+    models = hidream_models()
+    transformer: Any = models["transformer"]
+    tokens = transformer.max_seq
+    (call,) = calls_of(
+        transformer, models | {"vae": AutoencoderKL(**VAE)}, Request(768, 1280, image=True), torch.float16
+    )
+    assert call.inputs["hidden_states"].shape[-2:] == (96, 320)
+    assert transformer.max_seq == 7680 > tokens
 
 
 def test_experts_get_as_many_rows_as_the_others() -> None:

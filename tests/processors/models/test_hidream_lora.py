@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import pickle
 from pathlib import Path
@@ -15,21 +16,23 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 
 from ascend.streaming import stop_streaming, stream_module
-from processors import disable_fused_kernels, enable_fused_kernels, load_adapter
+from processors import disable_fused_kernels, enable_fused_kernels, load_adapter, quantize_weights
 from processors.kernels.experts import dense, grouped
 from processors.kernels.low_rank_experts import Factor, LowRank
 from processors.models.full_weights import FullWeights
 from processors.models.hidream import FusedMoE, StackedLinear
 from tests.hidream_adapters import ATTENTION, add_adapter, full_of, low_rank_of, save_original
 from tests.processors.models.test_hidream import predict
-from tests.tiny_hidream import make_components, make_transformer
+from tests.tiny_hidream import make_transformer
 
 TOLERANCE = 1e-4  # of predictions up to 20, in float32
 
 
 @pytest.fixture
 def pipe() -> HiDreamImagePipeline:
-    return HiDreamImagePipeline(**make_components())
+    """Of which adapters need the transformer alone."""
+    parts = [name for name in inspect.signature(HiDreamImagePipeline).parameters if name != "transformer"]
+    return HiDreamImagePipeline(**dict.fromkeys(parts), transformer=make_transformer())
 
 
 @pytest.fixture
@@ -287,6 +290,20 @@ def test_a_file_that_does_not_fit_is_named_and_changes_nothing(
     with pytest.raises(ValueError, match=message):
         load_adapter(pipe, tmp_path / "a.safetensors", "a")
     assert torch.equal(predict(pipe.transformer), plain) and not pipe.get_list_adapters()
+
+
+def test_a_whole_weight_and_integers_exclude_each_other(pipe: HiDreamImagePipeline, tmp_path: Path) -> None:
+    model = pipe.transformer
+    name = "single_stream_blocks.0.block.adaLN_modulation.1.weight"
+    path = save_original(
+        tmp_path / "a.safetensors", add_adapter(make_transformer()), {name: model.state_dict()[name] * 2}
+    )
+    load_adapter(pipe, path, "edit")
+    assert "1 Linear whose weight an adapter replaces" in quantize_weights(model)["HiDreamImageTransformer2DModel"]
+    pipe.unload_lora_weights()
+    quantize_weights(model)
+    with pytest.raises(ValueError, match=f"no place for {name}"):
+        load_adapter(pipe, path, "edit")
 
 
 def test_what_stacked_experts_cannot_compute_is_an_error(pipe: HiDreamImagePipeline, file: Path) -> None:
