@@ -98,11 +98,15 @@ def _by_expert(
 ) -> torch.Tensor:
     """What the experts make of rows in their order."""
     is_npu = rows.device.type == "npu"
-    multiply = npu_experts.multiply if is_npu else F.grouped_mm if torch.is_grad_enabled() else grouped_mm
+    multiply = npu_experts.multiply if is_npu else with_gradients if torch.is_grad_enabled() else grouped_mm
     is_of = experts_of_rows(ends, len(rows)) if any(low_rank) else None
     product = add_low_rank(multiply(rows, gate_up.transpose(1, 2), ends), rows, low_rank.gate_up, is_of)
     hidden = npu_experts.swiglu(product) if is_npu else _swiglu(product)
     return add_low_rank(multiply(hidden, down.transpose(1, 2), ends), hidden, low_rank.down, is_of)
+
+
+def with_gradients(x: torch.Tensor, weights: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
+    return F.grouped_mm(x, weights, offs=offs)
 
 
 @torch.library.custom_op("diffusers_npu::grouped_mm", mutates_args=())

@@ -1,4 +1,4 @@
-"""What HiDream's transformer computes once: padding tokens as one of their weight, and texts and positions of all steps."""
+"""What HiDream's transformer computes once: padding as one token of its weight, texts and positions for all steps."""
 
 from __future__ import annotations
 
