@@ -145,7 +145,9 @@ def dense(
 
 def _swiglu(hidden: torch.Tensor) -> torch.Tensor:
     gate, up = hidden.chunk(2, dim=-1)
-    return _times(F.silu(gate), up)
+    if torch.is_grad_enabled():
+        return F.silu(gate) * up
+    return F.silu(gate, inplace=True).mul_(up)
 
 
 def _times(new: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
