@@ -71,8 +71,10 @@ SELECTION: tuple[tuple[str, str, str], ...] = (
     npu_apply_rotary_pos_emb npu_clipped_swiglu npu_dropout_gen_mask npu_flash_attention npu_flash_attention_v2
     npu_fused_infer_attention_score npu_fused_infer_attention_score_v2
     npu_fused_infer_attention_score_v2_with_workspace npu_fused_infer_attention_score_with_workspace npu_gelu
-    npu_gelu_mul npu_gemma_rms_norm npu_group_norm_swish npu_indexing npu_layer_norm_eval npu_rms_norm
-    npu_rotary_mul npu_sim_exponential_ npu_swi_glu prompt_flash_attention
+    npu_gelu_mul npu_gemma_rms_norm npu_group_norm_swish npu_grouped_matmul npu_indexing npu_layer_norm_eval
+    npu_moe_finalize_routing_v2 npu_moe_gating_top_k_softmax npu_moe_gating_top_k_softmax_v2 npu_moe_init_routing
+    npu_moe_token_permute_and_unpermute npu_rms_norm npu_rotary_mul npu_sim_exponential_ npu_swi_glu
+    prompt_flash_attention
         """,
     ),
     (

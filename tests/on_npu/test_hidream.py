@@ -120,6 +120,22 @@ def test_adapters_on_experts_are_those_of_the_cpu(npu: torch.device, tmp_path: P
     assert (found - expected).abs().median() < 0.01 * expected.abs().median()
 
 
+def test_three_rounds_leave_memory_where_it_was_after_the_first(npu: torch.device) -> None:
+    pipe = HiDreamImageEditingPipeline(**make_components()).to(npu, HALF)
+    pipe.set_progress_bar_config(disable=True)
+    refiner = make_transformer(seed=7).to(npu, HALF)
+    for model in (pipe, refiner):
+        enable_fused_kernels(model)
+    image = Image.new("RGB", (48, 80), "red")
+    allocated, peaks = [], []
+    for _ in range(3):
+        torch.npu.reset_peak_memory_stats()
+        pipe("make it blue", image=image, num_inference_steps=2, refine_strength=0.5, refiner=refiner)
+        allocated.append(torch.npu.memory_allocated())
+        peaks.append(torch.npu.max_memory_allocated())
+    assert allocated[1:] == allocated[:1] * 2 and peaks[1] == peaks[2]
+
+
 def test_a_transformer_predicts_what_it_does_on_the_cpu(npu: torch.device) -> None:
     model = make_transformer()
     expected = predict(model)
