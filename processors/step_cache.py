@@ -4,8 +4,8 @@
 full step is below a threshold. The norm is compared on the host: one wait for the device in each step.
 
 `taylorseer` (arXiv 2503.06923) computes one step in N in full and extrapolates the result of the last layer in those
-between, by its last two full steps: a fixed schedule, and no wait. The first three steps of editing and of refining are
-full ones.
+between, by its last two full steps: a fixed schedule, and no wait. The first three steps of editing and of refining
+are full ones.
 """
 
 from __future__ import annotations
@@ -48,9 +48,7 @@ def _taylorseer(interval: float) -> TaylorSeerCacheConfig:
     if interval != int(interval) or not 2 <= interval <= MOST_STEPS:
         raise ValueError(f"the interval of taylorseer must be a whole number from 2 to {MOST_STEPS}, not {interval:g}")
     # Of the last layer's few channels, float32 costs nothing, and not all chips have bfloat16.
-    return TaylorSeerCacheConfig(
-        cache_interval=int(interval), use_lite_mode=True, taylor_factors_dtype=torch.float32
-    )
+    return TaylorSeerCacheConfig(cache_interval=int(interval), use_lite_mode=True, taylor_factors_dtype=torch.float32)
 
 
 STEP_CACHES = {"first_block": StepCache(0.08, _first_block), "taylorseer": StepCache(3, _taylorseer)}
@@ -81,9 +79,7 @@ def check_step_cache(name: str, value: float | None = None) -> float:
     return value
 
 
-def enable_step_cache(
-    pipe: DiffusionPipeline | nn.Module, name: str, value: float | None = None
-) -> dict[str, str]:
+def enable_step_cache(pipe: DiffusionPipeline | nn.Module, name: str, value: float | None = None) -> dict[str, str]:
     """Let HiDream's transformer in `pipe` leave blocks out, until `disable_step_cache`; a refiner is a model of its own.
 
     Call it after `compile_pipeline(pipe, by_block=True)`. The pipelines forget what was cached at the end of a call,

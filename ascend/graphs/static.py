@@ -217,7 +217,8 @@ def has_step_cache(module: nn.Module) -> bool:
 
 def has_hooks_of_diffusers(module: nn.Module) -> bool:
     """Whether it has any now: what has had some keeps a registry without."""
-    return hasattr(module, "_diffusers_hook") and bool(module._diffusers_hook.hooks)
+    registry: Any = getattr(module, "_diffusers_hook", None)
+    return registry is not None and bool(registry.hooks)
 
 
 class Call(nn.Module):

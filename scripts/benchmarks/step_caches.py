@@ -36,8 +36,10 @@ from runners.report import Report, format_table
 from scripts.demo_hidream.edits import held_out_edits, score_edit
 from scripts.demo_hidream.evaluate import REFINER, add_arguments, complete, make_edits
 
-SETTINGS = ("first_block:0.05", "first_block:0.1", "first_block:0.2", "first_block:0.4", "taylorseer:2", "taylorseer:3")
-SETTINGS += ("taylorseer:4", "taylorseer:6")
+SETTINGS = (
+    *("first_block:0.05", "first_block:0.1", "first_block:0.2", "first_block:0.4"),
+    *("taylorseer:2", "taylorseer:3", "taylorseer:4", "taylorseer:6"),
+)
 NONE = "no cache"
 
 
@@ -68,8 +70,9 @@ def run(args: argparse.Namespace) -> None:
     for first in range(0, len(edits), args.batch_size):
         batch = argparse.Namespace(**vars(args) | {"seed": args.seed + first})
         for name, cache in settings.items():
-            for model in models if cache else ():
-                enable_step_cache(model, *cache)
+            if cache:
+                for model in models:
+                    enable_step_cache(model, *cache)
             start = time.perf_counter()
             made = make_edits(
                 pipe,
@@ -88,12 +91,14 @@ def run(args: argparse.Namespace) -> None:
     blocks = len(pipe.transformer.double_stream_blocks) + len(pipe.transformer.single_stream_blocks)
     whole = len(seconds[NONE]) * args.steps * blocks
     rows = []
-    for name, made in pictures.items():
-        right = sum(score_edit(picture, edit).all for picture, edit in zip(made, edits, strict=True))
+    for name, results in pictures.items():
+        right = sum(score_edit(picture, edit).all for picture, edit in zip(results, edits, strict=True))
         share, noise = 100.0, None
         if name != NONE:
             share = 100 * computed[name] / whole
-            alike = [similarity(*map(Image.fromarray, pair)).psnr for pair in zip(made, pictures[NONE], strict=True)]
+            alike = [
+                similarity(*map(Image.fromarray, pair)).psnr for pair in zip(results, pictures[NONE], strict=True)
+            ]
             noise = statistics.median(float("inf") if psnr is None else psnr for psnr in alike)
         ratio = statistics.median(mine / plain for mine, plain in zip(seconds[name], seconds[NONE], strict=True))
         rows.append((name, [share, ratio, noise, right], ".4g"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from diffusers import (
 )
 from diffusers.hooks import apply_first_block_cache
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from processors import disable_step_cache, enable_fused_kernels, enable_step_cache
 from processors.step_cache import check_step_cache, computed_blocks
@@ -113,7 +115,9 @@ def test_what_is_left_out_is_what_it_was_or_is_extrapolated() -> None:
         found = [transformer(**call)[0] for call in calls[:2]]
     transformer.disable_cache()
     tokens = first[1] + (last[0][0] - first[0])
-    expected = transformer.unpatchify(transformer.final_layer(tokens, last[1][1]), [(HEIGHT // 2, WIDTH // 2)] * 2, False)
+    expected = transformer.unpatchify(
+        transformer.final_layer(tokens, last[1][1]), [(HEIGHT // 2, WIDTH // 2)] * 2, False
+    )
     assert torch.equal(found[0], plain[0]) and torch.allclose(found[1], expected, atol=1e-5)
 
     enable_step_cache(transformer, "taylorseer", 5)
@@ -129,6 +133,28 @@ def test_blocks_are_left_out(pipe: Any, cache: tuple[str, float]) -> None:
     edit(pipe)
     first = STEPS if cache is FIRST_BLOCK else FULL[cache[0]]
     assert computed_blocks(pipe.transformer) == [first] + [FULL[cache[0]]] * (BLOCKS - 1)
+
+
+class Waits(TorchDispatchMode):
+    """Counts the values that the host asks a device for."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("cache", "waits"), [(FIRST_BLOCK, 2), (TAYLORSEER, 0)], ids=str)
+@torch.no_grad()
+def test_first_block_waits_once_a_step(cache: tuple[str, float], waits: int) -> None:
+    transformer = make_transformer()
+    enable_fused_kernels(transformer)
+    enable_step_cache(transformer, *cache)
+    with Waits() as found, transformer.cache_context("edit"):
+        for _ in range(3):  # in the first there is nothing to compare
+            transformer(**arguments(transformer))
+    assert found.count == waits
 
 
 @pytest.mark.parametrize("cache", [FIRST_BLOCK, TAYLORSEER], ids=str)
@@ -170,17 +196,18 @@ def interrupt(pipe: Any, step: int, _: Any, tensors: dict[str, Any]) -> dict[str
 
 @pytest.mark.parametrize("callback", [stop, interrupt])
 @pytest.mark.parametrize("cache", [FIRST_BLOCK, TAYLORSEER], ids=str)
-def test_a_call_that_ends_early_leaves_nothing(pipe: Any, cache: tuple[str, float], callback: Callable[..., Any]) -> None:
+def test_a_call_that_ends_early_leaves_nothing(
+    pipe: Any, cache: tuple[str, float], callback: Callable[..., Any]
+) -> None:
     refiner = make_transformer(seed=7)
     for model in (pipe.transformer, refiner):
         enable_step_cache(model, *cache)
     options = {"refiner": refiner, "refine_strength": 0.6}
     expected = edit(pipe, **options)
-    try:
+    with suppress(KeyboardInterrupt):
         edit(pipe, callback_on_step_end=callback, **options)
-    except KeyboardInterrupt:
-        pass
-    assert not states_of(pipe.transformer) and not states_of(refiner)
+    assert not states_of(pipe.transformer)
+    assert not states_of(refiner)
     assert torch.equal(edit(pipe, **options), expected)
 
 
