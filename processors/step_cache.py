@@ -46,7 +46,7 @@ def _first_block(threshold: float) -> FirstBlockCacheConfig:
 
 def _taylorseer(interval: float) -> TaylorSeerCacheConfig:
     if interval != int(interval) or not 2 <= interval <= MOST_STEPS:
-        raise ValueError(f"the interval of taylorseer must be a whole number from 2 to {MOST_STEPS}, not {interval:g}")
+        raise ValueError(f"taylorseer's interval must be a whole number from 2 to {MOST_STEPS}, not {interval:g}")
     # Of the last layer's few channels, float32 costs nothing, and not all chips have bfloat16.
     return TaylorSeerCacheConfig(cache_interval=int(interval), use_lite_mode=True, taylor_factors_dtype=torch.float32)
 
@@ -55,7 +55,7 @@ STEP_CACHES = {"first_block": StepCache(0.08, _first_block), "taylorseer": StepC
 
 
 class BlockCounter(ModelHook):
-    """Counts how often a block is computed. Beneath the hooks of a cache, which do not reach it with blocks left out."""
+    """Counts how often a block is computed. It is beneath the hooks of a cache, which leave it out with the block."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ def check_step_cache(name: str, value: float | None = None) -> float:
 
 
 def enable_step_cache(pipe: DiffusionPipeline | nn.Module, name: str, value: float | None = None) -> dict[str, str]:
-    """Let HiDream's transformer in `pipe` leave blocks out, until `disable_step_cache`; a refiner is a model of its own.
+    """Let HiDream's transformer in `pipe` leave blocks out, until `disable_step_cache`. A refiner is another model.
 
     Call it after `compile_pipeline(pipe, by_block=True)`. The pipelines forget what was cached at the end of a call,
     and where texts, sizes, adapters or the number of branches change. Of a streamed transformer all blocks are still

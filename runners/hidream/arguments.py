@@ -128,8 +128,8 @@ def parse_arguments(
         "--step_cache",
         type=step_cache,
         metavar="NAME[:VALUE]",
-        help="leave most blocks out in many steps: taylorseer:3 computes one step in 3 in full, first_block:0.08 those "
-        "in which the first block's result changed by more than 8%%",
+        help="leave most blocks out in many steps: taylorseer:3 computes one step in 3 in full, first_block:0.08 "
+        "those in which the first block's result changed by more than 8%%",
     )
     parser.add_argument_group("output").add_argument(
         "--output_dir", type=file_path, default=Path("outputs/hidream_e1"), metavar="DIR", help="(outputs/hidream_e1)"

@@ -3,9 +3,9 @@
     python scripts/benchmarks/step_caches.py
     python scripts/benchmarks/step_caches.py --num_edits 200 --step_caches first_block:0.05 taylorseer:2
 
-Prints for each setting the share of block evaluations that were computed, the time beside that without a cache (settings
-take turns, and the median of the ratios counts), the median PSNR of results beside those without a cache, and how many
-of the held-out edits are right by image analysis.
+Prints for each setting the share of block evaluations that were computed, the time beside that without a cache
+(settings take turns, and the median of the ratios counts), the median PSNR of results beside those without a cache,
+and how many of the held-out edits are right by image analysis.
 """
 
 from __future__ import annotations
