@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from ascend.graphs.static import has_hooks_of_diffusers, has_step_cache
 from ascend.planner.activity import FROM_DISK
 from ascend.planner.calls import Request, usual_request
 from ascend.planner.memory_plan import apply_plan, modules_of, plan_memory, remove_hooks
@@ -83,7 +84,9 @@ def place_pipeline(
         RuntimeError: weights would have to move, and cannot, as the forward of a module was replaced, or diffusers'
             group offloading moves them.
     """
-    if any(hasattr(module, "_diffusers_hook") for module in _all_modules(pipe)):
+    if any(map(has_step_cache, _all_modules(pipe))):
+        raise RuntimeError("a step cache is around the blocks: disable_step_cache(pipe), and enable it afterwards")
+    if any(map(has_hooks_of_diffusers, _all_modules(pipe))):
         raise RuntimeError("group offloading moves the weights, and cannot be undone: load the pipeline anew")
     if any(hasattr(module, "_hf_hook") for module in _all_modules(pipe)):
         _require_own_forwards(pipe)

@@ -8,6 +8,7 @@ from processors.models.attention_processor import AttnProcessor2_0
 from processors.models.hidream_lora import load_adapter
 from processors.presets import PRESETS, Report, disable, enable
 from processors.quantization import dequantize_weights, load_quantized, quantize_weights, save_quantized
+from processors.step_cache import STEP_CACHES, disable_step_cache, enable_step_cache
 from processors.switches import (
     disable_flash_attention,
     disable_fused_kernels,
@@ -19,6 +20,7 @@ from processors.switches import (
 
 __all__ = [
     "PRESETS",
+    "STEP_CACHES",
     "AttentionCall",
     "AttnProcessor2_0",
     "AttnProcessor2_0Tome",
@@ -29,10 +31,12 @@ __all__ = [
     "disable",
     "disable_flash_attention",
     "disable_fused_kernels",
+    "disable_step_cache",
     "disable_token_merging",
     "enable",
     "enable_flash_attention",
     "enable_fused_kernels",
+    "enable_step_cache",
     "enable_token_merging",
     "explain",
     "kernel_names",

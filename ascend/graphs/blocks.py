@@ -1,7 +1,7 @@
-"""The blocks of a streamed model as graphs, of which equal blocks share one: weights are arguments of a graph.
+"""The blocks of a model as graphs, of which equal blocks share one: weights are arguments of a graph.
 
-A streamed block lies in another buffer at each call, and a graph with its weights as constants would hold them on the
-device, for which there is no room.
+For streamed models, whose blocks lie in another buffer at each call: a graph with weights as constants would hold them
+on the device, for which there is no room. And for models with a step cache, which leaves blocks out.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
 class Block:
-    """One block, what it is like, and its own forward."""
+    """One block, what it is like, its own forward, and what takes the place of that."""
+
+    graphs: Any
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
         self.module, self.device = module, device
@@ -64,13 +66,17 @@ class BlockGraphs:
         self.eager: dict[str, str] = {}
         self.blocks = [Block(module, device) for module in modules]
         for block in self.blocks:
-            cast(Any, block.module).forward = update_wrapper(partial(self._call, block), block.forward)
+            block.graphs = update_wrapper(partial(self._call, block), block.forward)
+            cast(Any, block.module).forward = block.graphs
 
     def __str__(self) -> str:
         kinds = len({block.kind for block in self.blocks})
         return f"{self.backend.name}, one graph for each of {kinds} kind{'s' * (kinds > 1)} of block"
 
     def remove(self) -> None:
+        """Raises RuntimeError where something has been put around a block since, and would get lost."""
+        if any(vars(block.module).get("forward") is not block.graphs for block in self.blocks):
+            raise RuntimeError(f"the blocks of {self.name} were wrapped after they were compiled: undo that first")
         for block in self.blocks:
             if block.has_own_forward:
                 cast(Any, block.module).forward = block.forward

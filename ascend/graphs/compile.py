@@ -12,19 +12,24 @@ from torch import nn
 
 from ascend.graphs.blocks import BlockGraphs
 from ascend.graphs.inductor import Inductor
-from ascend.graphs.static import Backend, StaticGraphs, is_moved_by_hooks
+from ascend.graphs.static import Backend, StaticGraphs, has_step_cache, is_moved_by_hooks
 from ascend.graphs.store import GraphStore, default_graph_cache
 from ascend.pipelines import Parts, models_at, owner_of, parts_of
-from ascend.streaming import Stream
+from ascend.streaming import Stream, find_blocks
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 logger = logging.getLogger(__name__)
 
+RESIDENT = "_block_graphs"  # of a module that is not streamed: these and how to put its weights back
+
 
 def compile_pipeline(
-    pipe: DiffusionPipeline, graph_cache: Path | None = None, graph_cache_limit: int | None = None
+    pipe: DiffusionPipeline,
+    graph_cache: Path | None = None,
+    graph_cache_limit: int | None = None,
+    by_block: bool = False,
 ) -> dict[str, str]:
     """Compile in place what runs in every step, and on an NPU what runs once a picture, as graphs without a break.
 
@@ -46,9 +51,11 @@ def compile_pipeline(
         pipe: a pipeline whose components are where they are to run.
         graph_cache: where an NPU's graphs are kept for other processes; by default in the user's cache directory.
         graph_cache_limit: bytes that they may take there, 8 GiB if None; those that were not used longest go.
+        by_block: make graphs of the blocks of what runs in every step, as of those of streamed ones; a step cache
+            wants that, which is enabled afterwards.
 
     Returns:
-        The components' names and how each runs: `"torchair"`, `"inductor"`, for a streamed one with the number of its
+        The components' names and how each runs: `"torchair"`, `"inductor"`, in blocks with the number of its
         kinds of block, as `"torchair, one graph for each of 5 kinds of block"`, or `"eager"` where compiling would not
         pay, hooks offload it, it is on another device than the UNet, or the pipeline casts it in each call (the VAE of
         SDXL in float16), so that its parameters are no constants.
@@ -71,7 +78,8 @@ def compile_pipeline(
                     done[name] = "eager"
                     continue
                 undo.callback(decompile_module, module)
-            done[name] = compile_module(module, graph_cache, graph_cache_limit, name)
+            in_blocks = by_block and name in parts.each_step
+            done[name] = compile_module(module, graph_cache, graph_cache_limit, name, in_blocks)
         undo.pop_all()
     return done
 
@@ -88,17 +96,29 @@ def decompile_pipeline(pipe: DiffusionPipeline) -> None:
 
 
 def compile_module(
-    module: nn.Module, graph_cache: Path | None = None, graph_cache_limit: int | None = None, name: str | None = None
+    module: nn.Module,
+    graph_cache: Path | None = None,
+    graph_cache_limit: int | None = None,
+    name: str | None = None,
+    by_block: bool = False,
 ) -> str:
     """Compile one module in place (see `compile_pipeline`) and return the name of the backend, of a streamed module
-    with the number of its kinds of block. `stop_streaming` ends that, too.
+    and `by_block` with the number of its kinds of block. `stop_streaming` ends that, too.
 
     Raises:
-        RuntimeError: the backend lacks what it needs, or the module's forward was replaced.
+        RuntimeError: the backend lacks what it needs, the module's forward was replaced, it has a step cache, or is
+            compiled as a whole and not by block.
+        ValueError: it is not known which blocks a module has.
     """
     name = name or type(module).__name__
+    if has_step_cache(module):
+        raise RuntimeError(
+            f"{name} has a step cache: disable it, compile the model with by_block=True, then enable the cache again"
+        )
     graphs = _find_graphs(module)
     if graphs is not None:
+        if by_block:
+            raise RuntimeError(f"{name} is compiled as a whole: decompile it before it is compiled by block")
         return graphs.backend.name
     stream = _stream_of(module)
     if stream is not None:
@@ -110,6 +130,13 @@ def compile_module(
             blocks = BlockGraphs([copy.module for copy in stream.copies], stream.execution_device, backend, name)
             stream.handles.append(blocks)
         return str(blocks)
+    if by_block:
+        found = _find_block_graphs(module)
+        if found is None:
+            found = _compile_blocks(module, make_backend(device_of(module), graph_cache, graph_cache_limit), name)
+        return str(found)
+    if is_compiled(module):
+        raise RuntimeError(f"{name} is compiled by block: decompile it before it is compiled as a whole")
     forward = vars(module).get("forward")
     if forward is not None and getattr(forward, "__func__", None) is not type(module).forward:
         raise RuntimeError(f"{name} cannot be compiled after its forward was replaced by {forward!r:.100}")
@@ -123,19 +150,27 @@ def is_compiled(module: nn.Module) -> bool:
     return _find_graphs(module) is not None or _find_block_graphs(module) is not None
 
 
+def is_one_graph(module: nn.Module) -> bool:
+    """Whether `compile_module` is in effect for the module as a whole, and not by block."""
+    return _find_graphs(module) is not None
+
+
 def decompile_module(module: nn.Module) -> None:
     """Undo `compile_module`; does nothing where it was not called.
 
     Raises:
-        RuntimeError: the module's forward has been wrapped since.
+        RuntimeError: the module's forward has been wrapped since, or its blocks', as by a step cache.
     """
     graphs = _find_graphs(module)
     if graphs is not None:
         graphs.remove()
     blocks, stream = _find_block_graphs(module), _stream_of(module)
-    if blocks is not None and stream is not None:
-        stream.handles.remove(blocks)
+    if blocks is not None:
         blocks.remove()
+        if stream is not None:
+            stream.handles.remove(blocks)
+        else:
+            vars(module).pop(RESIDENT)[1].close()
     if stream is not None:
         stream.prepare(None)
 
@@ -166,7 +201,24 @@ def _stream_of(module: nn.Module) -> Stream | None:
 
 def _find_block_graphs(module: nn.Module) -> BlockGraphs | None:
     stream = _stream_of(module)
-    return next((handle for handle in stream.handles if isinstance(handle, BlockGraphs)), None) if stream else None
+    handles = stream.handles if stream else vars(module).get(RESIDENT, ())
+    return next((handle for handle in handles if isinstance(handle, BlockGraphs)), None)
+
+
+def _compile_blocks(module: nn.Module, backend: Backend, name: str) -> BlockGraphs:
+    """Of a module whose weights stay on the device. Its blocks are those that it says must not be split."""
+    kinds = set(getattr(module, "_no_split_modules", None) or ())
+    blocks = [
+        block for block in find_blocks(module).values() if kinds & {type(part).__name__ for part in block.modules()}
+    ]
+    if not blocks:
+        raise ValueError(f"{name} is a {type(module).__name__}, of which no list of blocks is known: compile it whole")
+    with ExitStack() as undo:
+        if backend.has_formats:
+            backend.prepare(module, undo)
+        graphs = BlockGraphs(blocks, device_of(module), backend, name)
+        vars(module)[RESIDENT] = graphs, undo.pop_all()
+    return graphs
 
 
 def device_of(module: nn.Module) -> torch.device:

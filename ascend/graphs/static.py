@@ -139,6 +139,11 @@ class StaticGraphs:
 
     def _look_again(self) -> None:
         """Drop the graphs, or lay them aside, if the module is no longer what they were made from."""
+        if has_step_cache(self.module):
+            raise RuntimeError(
+                f"{self.name} has a step cache since it was compiled as a whole, and a graph cannot leave blocks out: "
+                "decompile_module(model), then compile_module(model, by_block=True) before the cache is enabled"
+            )
         if any(is_moved_by_hooks(child) for child in self.module.modules()):
             raise RuntimeError(
                 f"{self.name} is offloaded since it was compiled, and graphs want its weights to stay where they are: "
@@ -202,7 +207,18 @@ class StaticGraphs:
 
 def is_moved_by_hooks(module: nn.Module) -> bool:
     """Whether hooks of accelerate or diffusers bring the weights when they are needed, so that they do not stay."""
-    return hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook")
+    return hasattr(module, "_hf_hook") or has_hooks_of_diffusers(module)
+
+
+def has_step_cache(module: nn.Module) -> bool:
+    """Whether diffusers' cache hooks decide in each step which blocks of a model are computed."""
+    return bool(getattr(module, "is_cache_enabled", False))
+
+
+def has_hooks_of_diffusers(module: nn.Module) -> bool:
+    """Whether it has any now: what has had some keeps a registry without."""
+    registry: Any = getattr(module, "_diffusers_hook", None)
+    return registry is not None and bool(registry.hooks)
 
 
 class Call(nn.Module):

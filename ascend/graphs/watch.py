@@ -15,7 +15,7 @@ DEPTH = 3  # of the objects and containers that a module holds: a config's lists
 STANDARD = frozenset(vars(nn.Module())) - {"training"}  # the attributes of every module
 # Attributes whose own contents are watched as DICTIONARIES, in the module that they are of, or are around a graph and
 # no part of it.
-INTERNALS = frozenset({*vars(nn.Module()), "forward", "_shared_batch", "_parameters_of_stack"})
+INTERNALS = frozenset({*vars(nn.Module()), "forward", "_shared_batch", "_parameters_of_stack", "_diffusers_hook"})
 # The dictionaries of every module that others write to; that one was empty does not keep it so.
 DICTIONARIES = ("_modules", "_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks")
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from processors.step_cache import check_step_cache
 from runners.cli import ArgumentParser, file_path, finite_float, non_negative_int, positive_int, text
 from runners.devices import add_device_arguments
 from runners.stable_diffusion.arguments import lora
@@ -134,6 +135,13 @@ def parse_arguments(
         choices=("float32",),
         help="of the sum that the transformers' blocks add to, where float16 is too narrow for it (the model's)",
     )
+    add(
+        "--step_cache",
+        type=step_cache,
+        metavar="NAME[:VALUE]",
+        help="leave most blocks out in many steps: taylorseer:3 computes one step in 3 in full, first_block:0.08 "
+        "those in which the first block's result changed by more than 8%%",
+    )
     parser.add_argument_group("output").add_argument(
         "--output_dir", type=file_path, default=Path("outputs/hidream_e1"), metavar="DIR", help="(outputs/hidream_e1)"
     )
@@ -154,6 +162,15 @@ def parse_arguments(
     if not args.edits and not (args.image and args.instruction and args.instruction.strip()):
         parser.error("--image and --instruction say what to edit; --instruction must not be empty")
     return args
+
+
+def step_cache(argument: str) -> tuple[str, float]:
+    """The name and value of `taylorseer`, `first_block:0.1` and the like."""
+    name, has_value, value = argument.partition(":")
+    try:
+        return name, check_step_cache(name, finite_float(value) if has_value else None)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def share(argument: str) -> float:

@@ -12,7 +12,8 @@ from diffusers.pipelines.hidream_image.editing_images import fit_image, to_rgb
 
 from ascend import compile_module, compile_pipeline
 from ascend.device import DeviceManager
-from processors import enable_fused_kernels
+from processors import enable_fused_kernels, enable_step_cache
+from processors.step_cache import computed_blocks
 from runners.devices import check_compiler
 from runners.hidream.adapters import adapters_in_use
 from runners.hidream.arguments import E1_1, Family
@@ -37,8 +38,19 @@ def accelerate(editor: Editor, args: argparse.Namespace, device: torch.device) -
         flags["FA"] = [enable_fused_kernels(model) for model in models]
     if args.dynamo:
         check_compiler(device)
-        flags["dynamo"] = [compile_pipeline(editor.pipe), *(compile_module(model) for model in models[1:])]
+        in_blocks = args.step_cache is not None  # a graph of all blocks cannot leave any out
+        flags["dynamo"] = [
+            compile_pipeline(editor.pipe, by_block=in_blocks),
+            *(compile_module(model, by_block=in_blocks) for model in models[1:]),
+        ]
+    if args.step_cache:
+        flags["step_cache"] = [enable_step_cache(model, *args.step_cache) for model in models]
     return flags
+
+
+def count_full_steps(editor: Editor) -> int:
+    """Those that both transformers made since a step cache was enabled."""
+    return sum(computed_blocks(model)[-1] for model in (editor.pipe.transformer, editor.refiner) if model is not None)
 
 
 def edit_picture(

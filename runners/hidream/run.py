@@ -23,7 +23,7 @@ from runners.devices import choose_device, choose_dtype
 from runners.files import make_output_dir, write_json
 from runners.hidream.adapters import settings_of_adapters
 from runners.hidream.arguments import Family, parse_arguments
-from runners.hidream.editing import accelerate, describe, edit_picture
+from runners.hidream.editing import accelerate, count_full_steps, describe, edit_picture
 from runners.hidream.edits import Edit, list_edits, open_picture
 from runners.hidream.model import Editor, complete, load_editor
 from runners.hidream.refine_instruction import check_endpoint, refine_edit
@@ -101,11 +101,23 @@ def _run_rank(
         share_model(editor.refiner, mesh)
     about = {"device": {**get_device_info(manager.device), "dtype": str(args.dtype)}, "flags": flags}
     report.sections = dict(about)
+    if args.step_cache:
+        _warn_of_step_cache(args.step_cache[0], editor, mesh, report)
     editor.pipe.set_progress_bar_config(disable=mesh.rank > 0)
     manager.reset_peak_memory()
     failures = _edit_all(edits, editor, args, family, manager, mesh, settings, about, report)
     report.sections["peak_memory"] = manager.memory_stats()["peak"]
     return failures
+
+
+def _warn_of_step_cache(name: str, editor: Editor, mesh: Mesh, report: Report) -> None:
+    if hasattr(editor.pipe.transformer, "_hf_hook"):
+        report.warn("--step_cache: blocks that are left out are brought to the device all the same")
+    if name == "first_block" and mesh.branch_size > 1:
+        report.warn(
+            "--step_cache first_block: each device decides by its own branches, so that results are not those of one "
+            "device; taylorseer has one schedule for all"
+        )
 
 
 def _edit_all(
@@ -123,6 +135,7 @@ def _edit_all(
     for number, edit in enumerate(edits, start=1):
         if mesh.rank == 0:
             print(f"{number} of {len(edits)}: {edit.image.name}: {edit.instruction}", flush=True)
+        full_steps = count_full_steps(editor) if args.step_cache else 0
         try:
             start = time.perf_counter()
             source = open_picture(edit.image)
@@ -140,8 +153,13 @@ def _edit_all(
             report.warn(f"{edit.name}: {result.warning}")
         if mesh.branch:
             continue
+        cached: dict[str, Any] = {}
+        if args.step_cache:
+            cached = {"step_cache": list(args.step_cache), "full_steps": count_full_steps(editor) - full_steps}
+            report.sections.setdefault("full_steps", {})[edit.name] = cached["full_steps"]
+            print(f"{cached['full_steps']} of {args.steps} steps were computed in full")
         path = args.output_dir / f"{edit.name}.png"
-        metadata = describe(wanted, args, source, result.processed)
+        metadata = describe(wanted, args, source, result.processed) | cached
         if wanted is not edit:
             metadata["original_instruction"] = edit.instruction
         save_png(result.image, path, {name: json.dumps(content) for name, content in (metadata | about).items()})
@@ -175,6 +193,7 @@ def _settings(args: argparse.Namespace, family: Family, manager: DeviceManager) 
         "dtype": str(args.dtype),
         "device": manager.device.type,
         **settings_of_adapters(args),
+        **({"step_cache": args.step_cache} if args.step_cache else {}),
     }
 
 

@@ -45,22 +45,9 @@ FONT_SIZE = 14
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = ArgumentParser(
-        prog="evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument_group("what to edit").add_argument
-    add("--model_path", type=file_path, default=DEMO_MODEL, metavar="DIR", help="(the demo editor)")
-    add("--num_edits", type=positive_int, default=200, metavar="N", help="held-out edits (200)")
-    add("--steps", type=positive_int, default=28, metavar="N", help="denoising steps (28)")
-    add("--guidance_scale", type=finite_float, metavar="G", help=f"(what {DEFAULTS} of the model says)")
-    add("--image_guidance_scale", type=finite_float, metavar="G", help=f"(what {DEFAULTS} of the model says)")
+    parser = add_arguments("evaluate.py", __doc__)
+    add = parser.add_argument_group("what to compare").add_argument
     add("--refine_strengths", type=finite_float, nargs="+", default=[0.0, 0.3], metavar="R", help="(0 0.3)")
-    add("--seed", type=non_negative_int, default=0, metavar="N", help="of the first picture, the next has N+1 ... (0)")
-    add("--batch_size", type=positive_int, default=20, metavar="N", help="pictures made together (20)")
-    add = parser.add_argument_group("where to compute").add_argument
-    add("--device", metavar="NAME", help="npu, cuda or cpu, or one of several as npu:1 (the best there is)")
-    add("--dtype", choices=DTYPES, help="(the device's best)")
-    parser.set_defaults(local_rank=None, soc_version=None)
     add = parser.add_argument_group("output").add_argument
     add(
         "--output_dir",
@@ -69,7 +56,31 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="DIR",
         help="(outputs/evaluate_hidream)",
     )
-    args = parser.parse_args(arguments)
+    return complete(parser.parse_args(arguments))
+
+
+def add_arguments(program: str, description: str | None) -> ArgumentParser:
+    """Those of every program that makes held-out edits; see `complete`."""
+    parser = ArgumentParser(
+        prog=program, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument_group("what to edit").add_argument
+    add("--model_path", type=file_path, default=DEMO_MODEL, metavar="DIR", help="(the demo editor)")
+    add("--num_edits", type=positive_int, default=200, metavar="N", help="held-out edits (200)")
+    add("--steps", type=positive_int, default=28, metavar="N", help="denoising steps (28)")
+    add("--guidance_scale", type=finite_float, metavar="G", help=f"(what {DEFAULTS} of the model says)")
+    add("--image_guidance_scale", type=finite_float, metavar="G", help=f"(what {DEFAULTS} of the model says)")
+    add("--seed", type=non_negative_int, default=0, metavar="N", help="of the first picture, the next has N+1 ... (0)")
+    add("--batch_size", type=positive_int, default=20, metavar="N", help="pictures made together (20)")
+    add = parser.add_argument_group("where to compute").add_argument
+    add("--device", metavar="NAME", help="npu, cuda or cpu, or one of several as npu:1 (the best there is)")
+    add("--dtype", choices=DTYPES, help="(the device's best)")
+    parser.set_defaults(local_rank=None, soc_version=None)
+    return parser
+
+
+def complete(args: argparse.Namespace) -> argparse.Namespace:
+    """With what the model's folder says of guidance where the arguments do not."""
     defaults = args.model_path / DEFAULTS
     known = json.loads(defaults.read_text()) if defaults.exists() else {}
     args.guidance_scale = args.guidance_scale or known.get("guidance_scale", 5.0)

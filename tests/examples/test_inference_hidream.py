@@ -180,6 +180,31 @@ def test_other_adapters_change_what_edits(
     assert "holds a HiDreamImagePipeline, which draws: --edit_lora names" in edit(*wanted, model=drawing_dir).err
 
 
+def test_a_step_cache_leaves_blocks_out_and_is_told(edit: Callable[..., Outcome], photo: Path, tmp_path: Path) -> None:
+    wanted = ["--image", photo, "--instruction", "x", "--refine_strength", 0, "--steps", 6]
+    assert edit(*wanted).code == 0
+    plain = np.asarray(Image.open(tmp_path / "out/photo.png"))
+    assert "of another picture, instruction or setting" in edit(*wanted, "--step_cache", "taylorseer").err
+    shutil.rmtree(tmp_path / "out")
+    outcome = edit(*wanted, "--step_cache", "taylorseer", "--FA")
+    assert outcome.code == 0 and "4 of 6 steps were computed in full" in outcome.out
+    about = json.loads((tmp_path / "out/photo.json").read_text())
+    assert about["step_cache"] == ["taylorseer", 3] and about["full_steps"] == 4
+    assert json.loads((tmp_path / "out/report.json").read_text())["full_steps"] == {"photo": 4}
+    cached = np.asarray(Image.open(tmp_path / "out/photo.png"))
+    assert not np.array_equal(cached, plain)
+    shutil.rmtree(tmp_path / "out")
+    outcome = edit(*wanted, "--step_cache", "taylorseer:3", "--memory", "stream")
+    assert outcome.code == 0 and "blocks that are left out are brought to the device all the same" in outcome.err
+    assert np.abs(np.asarray(Image.open(tmp_path / "out/photo.png")).astype(int) - cached).max() <= 1
+
+
+@pytest.mark.parametrize("value", ["taylorseer:1", "taylorseer:2.5", "first_block:0", "first_block:x", "second_block"])
+def test_a_step_cache_out_of_range_is_one_line(edit: Callable[..., Outcome], photo: Path, value: str) -> None:
+    outcome = edit("--image", photo, "--instruction", "x", "--step_cache", value)
+    assert outcome.code == 2 and "argument --step_cache: " in outcome.err and "Traceback" not in outcome.err
+
+
 def test_folders_and_files_of_edits(edit: Callable[..., Outcome], photo: Path, tmp_path: Path) -> None:
     folder = tmp_path / "photos"
     folder.mkdir()

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from diffusers import HiDreamImageEditingPipeline
 from PIL import Image
 
 from ascend import compile_module, compile_pipeline, decompile_module, decompile_pipeline
-from processors import enable_fused_kernels, load_adapter
+from processors import disable_step_cache, enable_fused_kernels, enable_step_cache, load_adapter
 from processors.models.hidream import fuse
+from processors.step_cache import computed_blocks
 from runners.hidream import run as program
 from runners.hidream.arguments import E1_1
 from tests.hidream_adapters import add_adapter, full_of, save_original
@@ -73,6 +75,58 @@ def test_an_edit_of_graphs_is_that_of_eager_mode(npu: torch.device, tmp_path: Pa
     decompile_module(refiner)
     decompile_pipeline(pipe)
     assert torch.equal(edit(), expected)
+
+
+def test_a_step_cache_leaves_blocks_out_of_graphs(npu: torch.device, tmp_path: Path) -> None:
+    pipe = HiDreamImageEditingPipeline(**make_components()).to(npu, HALF)
+    pipe.set_progress_bar_config(disable=True)
+    enable_fused_kernels(pipe)
+
+    def edit() -> torch.Tensor:
+        options = {"num_inference_steps": 6, "max_sequence_length": 16, "output_type": "latent"}
+        generator = torch.Generator().manual_seed(0)
+        return pipe("make it blue", image=Image.new("RGB", (48, 80), "red"), generator=generator, **options).images
+
+    plain = edit()
+    enable_step_cache(pipe, "taylorseer", 3)
+    expected = edit()
+    assert not torch.equal(expected, plain)
+    disable_step_cache(pipe)
+    assert "graph for each of 2 kinds of block" in compile_module(pipe.transformer, tmp_path, by_block=True)
+    enable_step_cache(pipe, "taylorseer", 3)
+    found = edit()
+    assert computed_blocks(pipe.transformer) == [4] * (LAYERS + SINGLE_LAYERS)
+    assert (found - expected).abs().max() < 0.05 * expected.abs().max()  # float16, summed in another order
+    disable_step_cache(pipe)
+    decompile_module(pipe.transformer)
+    assert torch.equal(edit(), plain)
+
+
+@pytest.mark.parametrize(("name", "value", "waits"), [("taylorseer", 2, False), ("first_block", 1.0, True)])
+def test_first_block_waits_and_taylorseer_does_not(npu: torch.device, name: str, value: float, waits: bool) -> None:
+    transformer = make_transformer().to(npu, HALF)
+    enable_fused_kernels(transformer)
+    enable_step_cache(transformer, name, value)
+    call = {
+        name: tensor.to(npu, HALF)
+        for name, tensor in {
+            "hidden_states": torch.randn(2, 4, 8, 8),
+            "timesteps": torch.tensor([500.0, 500.0]),
+            "encoder_hidden_states_t5": torch.randn(2, 6, 24),
+            "encoder_hidden_states_llama3": torch.randn(2, 2, 6, 20),
+            "pooled_embeds": torch.randn(2, 64),
+        }.items()
+    }
+    with torch.no_grad(), transformer.cache_context("edit"):
+        for _ in range(3):
+            transformer(**call)
+        torch.npu.set_sync_debug_mode("error")
+        try:
+            with pytest.raises(RuntimeError, match="synchroniz") if waits else nullcontext():
+                for _ in range(4):  # full ones and others
+                    transformer(**call)
+        finally:
+            torch.npu.set_sync_debug_mode("default")
 
 
 def test_an_adapter_edits_and_is_off_while_refining(npu: torch.device, tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ from .editing_images import FittedImage, fit_images
 from .pipeline_hidream_image import HiDreamImagePipeline, calculate_shift, retrieve_timesteps
 from .pipeline_output import HiDreamImagePipelineOutput
 from .step_arguments import StepArguments
+from .step_caches import StepCaches
 
 
 TARGET_MARK = "Target Image Description:"  # what HiDream-E1's prompts have before the description of the result
@@ -362,9 +363,9 @@ class HiDreamImageEditingPipeline(HiDreamImagePipeline):
         self._num_timesteps = len(timesteps)
         refine_start = int(num_inference_steps * (1.0 - refine_strength))
         denoiser, is_refining = self.transformer, False
-        step_arguments = StepArguments()
+        step_arguments, caches = StepArguments(), StepCaches()
 
-        with self.progress_bar(total=len(timesteps)) as progress_bar, ExitStack() as stack:
+        with self.progress_bar(total=len(timesteps)) as progress_bar, ExitStack() as stack, caches.forgotten_at_end():
             for i, t in enumerate(timesteps):
                 if self.interrupt:
                     continue
@@ -375,13 +376,15 @@ class HiDreamImageEditingPipeline(HiDreamImagePipeline):
                 model_input = torch.cat([latents] * branches)
                 if not is_refining:
                     model_input = torch.cat([model_input, image_latents[-len(model_input) :]], dim=-1)
-                prediction = denoiser(
-                    hidden_states=model_input,
-                    timesteps=t.expand(len(model_input)),
-                    **step_arguments(denoiser, embeds, model_input, is_refining),
-                    attention_kwargs=self.attention_kwargs,
-                    return_dict=False,
-                )[0]
+                constant = step_arguments(denoiser, embeds, model_input, is_refining)
+                with caches.context(denoiser, "refine" if is_refining else "edit", step_arguments.changes):
+                    prediction = denoiser(
+                        hidden_states=model_input,
+                        timesteps=t.expand(len(model_input)),
+                        **constant,
+                        attention_kwargs=self.attention_kwargs,
+                        return_dict=False,
+                    )[0]
                 prediction = -prediction[..., : latents.shape[-1]]
                 if branches == 3:
                     prediction = guide_edit(prediction, self.guidance_scale, self.image_guidance_scale, clip_cfg_norm)

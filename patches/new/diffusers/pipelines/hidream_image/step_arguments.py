@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from ...models import HiDreamImageTransformer2DModel
+from .step_caches import hooks_of
 
 
 class StepArguments:
@@ -29,9 +30,13 @@ class StepArguments:
     The arguments of a transformer that are the same in many steps: made once, and again when what they depend on does.
 
     A transformer that hooks move or watch, or whose forward is another's, gets the texts themselves.
+
+    Attributes:
+        changes: how often they were made.
     """
 
     def __init__(self) -> None:
+        self.changes = 0
         self._made_of: tuple = ()
         self._context: tuple = ()
         self._arguments: dict[str, Any] = {}
@@ -46,12 +51,13 @@ class StepArguments:
             epoch: another one where the weights are others, such as those with an adapter and those without.
         """
         t5, llama3, pooled = embeds
-        made_of = (transformer, t5, llama3)
-        context = (latents.shape, epoch, _version(t5), _version(llama3))  # a callback may write into them
+        made_of = (transformer, *embeds)
+        context = (latents.shape, epoch, *map(_version, embeds))  # a callback may write into them
         is_known = context == self._context and all(a is b for a, b in zip(made_of, self._made_of))
         if not is_known:
             self._made_of, self._context = made_of, context
             self._arguments = _prepare(transformer, t5, llama3, latents)
+            self.changes += 1
         return self._arguments | {"pooled_embeds": pooled}
 
 
@@ -85,4 +91,4 @@ def _can_prepare(transformer: nn.Module) -> bool:
 
 def _has_hooks(module: nn.Module) -> bool:
     hooks = module._forward_pre_hooks or module._forward_hooks
-    return bool(hooks) or hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook")
+    return bool(hooks) or hasattr(module, "_hf_hook") or bool(hooks_of(module))
