@@ -6,13 +6,19 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from tests.chat_server import Endpoint, chat_server
-from tests.tiny_models import save_tiny_sd
+from tests.tiny_models import save_tiny_sd, small_unet
 
 
 @pytest.fixture(scope="session")
 def tiny_sd_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a saved, randomly initialised SD pipeline. Read only: copy it before you change it."""
     return save_tiny_sd(tmp_path_factory.mktemp("models") / "tiny_sd")
+
+
+@pytest.fixture(scope="session")
+def small_sd_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with a UNet of two levels, which compiles in a fraction of the time. Read only."""
+    return save_tiny_sd(tmp_path_factory.mktemp("models") / "small_sd", make_unet=small_unet)
 
 
 @pytest.fixture
