@@ -30,6 +30,14 @@ def tiny_sd(tiny_sd_dir: Path) -> StableDiffusionPipeline:
 
 
 @pytest.fixture
+def small_sd(small_sd_dir: Path) -> StableDiffusionPipeline:
+    """A fresh pipeline from `small_sd_dir`, else as `tiny_sd`."""
+    pipe = StableDiffusionPipeline.from_pretrained(small_sd_dir, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
 def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Endpoint]:
     """What OPENAI_BASE_URL and OPENAI_API_KEY name."""
     with chat_server() as made:
