@@ -82,12 +82,6 @@ def test_ranks_with_other_settings_are_named(tiny_sd_dir: Path, tmp_path: Path) 
     assert not pictures(tmp_path)
 
 
-def test_devices_that_cannot_work_together(tiny_sd_dir: Path, tmp_path: Path) -> None:
-    result = launch("0,1,2", *draw(tmp_path, tiny_sd_dir, "--prompt", "x"))
-    assert result.returncode == 2 and "Traceback" not in result.stderr
-    assert "3 devices cannot share the two branches of guidance evenly" in result.stderr
-
-
 # By what is wrong on the launcher's line.
 MISTAKES = {
     "'0,0' must name each device once, in ascending order": ["--device_list", "0,0"],
