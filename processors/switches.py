@@ -36,11 +36,11 @@ def enable_fused_kernels(
     Replaces diffusers' default attention processor, with fused projections or without, in the UNet, the VAE and
     whatever else has one, the backend of processors that attend through diffusers' dispatcher (Flux, Stable Diffusion
     3 and other transformers), torch's attention in CLIP models, GroupNorm followed by SiLU in residual blocks, the
-    GELU of transformers, and HiDream's norms, rotary embeddings and mixtures of experts, whose weights it stacks. Which kernel runs is decided at
-    each call by the device of its tensors, so the pipeline may be moved afterwards; off the NPU, results do not change
-    by a bit. Other processors stay, with a warning, and so does a backend of the dispatcher that
-    `set_attention_backend` chose; one that the context manager `attention_backend` chooses is overruled. Called again,
-    it replaces the old choice of kernels.
+    GELU of transformers, and HiDream's norms, rotary embeddings and mixtures of experts, whose weights it stacks.
+    Which kernel runs is decided at each call by the device of its tensors, so the pipeline may be moved afterwards;
+    off the NPU, results do not change by a bit. Other processors stay, with a warning, and so does a backend of the
+    dispatcher that `set_attention_backend` chose; one that the context manager `attention_backend` chooses is
+    overruled. Called again, it replaces the old choice of kernels.
 
     Args:
         pipe: a pipeline, or a model such as a UNet, a VAE or a CLIP model.

@@ -1,6 +1,7 @@
 """Values too large for the arithmetic, which would pass unseen into the pictures."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from PIL import Image
@@ -25,6 +26,33 @@ def overflow_warning(images: Sequence[Image.Image], device: torch.device) -> str
     elif any(image.getbbox() is None for image in images):
         return f"a picture is all black, which NaN or infinity in the model's output turns into; {advice}"
     return None
+
+
+class OverflowWatch:
+    """Which steps of a loop had values too large for float16, on a chip that clips them and keeps a flag of it.
+
+    It asks for the flag in each step, for which the host waits: little beside a step of such a chip.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.is_on = saturates(device)
+        self._module: Any = torch.get_device_module(device) if self.is_on else None
+        self._steps: list[int] = []
+        if self.is_on:
+            clear_overflow_flag(device)
+
+    def see(self, step: int) -> None:
+        """Look at the flag after a step, numbered from 0, and forget it."""
+        if self.is_on and self._module.get_npu_overflow_flag():
+            self._steps.append(step)
+            self._module.clear_npu_overflow_flag()
+
+    def warning(self, steps: int) -> str | None:
+        """What was seen in a loop of so many steps, None if nothing was."""
+        if not self._steps:
+            return None
+        numbers = ", ".join(str(step + 1) for step in self._steps)
+        return f"float16 values overflowed and were clipped in step {numbers} of {steps}, the picture may be wrong"
 
 
 def saturates(device: torch.device) -> bool:

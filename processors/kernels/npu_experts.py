@@ -17,7 +17,7 @@ ROW_ORDER = 2  # `drop_pad_mode`: nothing is dropped, and a token's choices are 
 
 
 def can_group(x: torch.Tensor, gate_up: torch.Tensor) -> bool:
-    """Whether the chip of `x`, `[tokens, dim]`, multiplies it in groups with such weights, and nobody wants gradients."""
+    """Whether the chip of `x`, `[tokens, dim]`, multiplies it in groups, where nobody wants gradients."""
     chip = chip_of(x.device)
     family = family_of(chip)
     if family is None or not has_operator(chip, GROUPED_MATMUL) or torch.is_grad_enabled():
@@ -34,7 +34,7 @@ def can_choose(device: torch.device) -> bool:
 
 
 def choose(logits: torch.Tensor, choices: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The best experts of each token and their shares in a softmax over all, `[tokens, choices]` of `[tokens, experts]`."""
+    """The best experts of each token and their shares of all, `[tokens, choices]`, from `[tokens, experts]`."""
     shares, experts, _ = torch.ops.npu.npu_moe_gating_top_k_softmax(logits, None, choices)
     return experts, shares
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.transformers.transformer_hidream_image import MoEGate, MOEFeedForwardSwiGLU
+from diffusers.models.transformers.transformer_hidream_image import MOEFeedForwardSwiGLU, MoEGate
 from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 

@@ -30,12 +30,14 @@ class FusedHiDreamAttnProcessor(HiDreamAttnProcessor):
         hidden_states: torch.Tensor,
         hidden_states_masks: torch.Tensor | None = None,
         encoder_hidden_states: torch.Tensor | None = None,
-        image_rotary_emb: torch.Tensor = None,
+        image_rotary_emb: Any = None,
         padding_columns: tuple[torch.Tensor, torch.Tensor] | None = None,
         *args: Any,
         **kwargs: Any,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        streams = [(hidden_states, attn.to_q, attn.to_k, attn.to_v, attn.q_rms_norm, attn.k_rms_norm)]
+        streams: list[tuple[Any, ...]] = [
+            (hidden_states, attn.to_q, attn.to_k, attn.to_v, attn.q_rms_norm, attn.k_rms_norm)
+        ]
         if not attn.single:
             streams.append(
                 (encoder_hidden_states, attn.to_q_t, attn.to_k_t, attn.to_v_t, attn.q_rms_norm_t, attn.k_rms_norm_t)
@@ -59,7 +61,8 @@ class FusedHiDreamAttnProcessor(HiDreamAttnProcessor):
         out = out[..., :head_dim].flatten(2).to(query.dtype)
         if attn.single:
             return attn.to_out(out)
-        image, text = out.split([hidden_states.shape[1], encoder_hidden_states.shape[1]], dim=1)
+        tokens = hidden_states.shape[1]
+        image, text = out[:, :tokens], out[:, tokens:]
         return attn.to_out(image), attn.to_out_t(text)
 
 

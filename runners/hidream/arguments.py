@@ -120,9 +120,20 @@ def parse_arguments(
         help="another adapter, in .safetensors, of what edits; repeat it for several (scale 1)",
     )
     add_device_arguments(parser)
+    add(
+        "--t5",
+        choices=("auto", "device", "host"),
+        default="auto",
+        help="where T5 reads texts; auto: with the host where the chip clips what T5 needs float32 for, as 310P",
+    )
     add = parser.add_argument_group("acceleration").add_argument
     add("--FA", action="store_true", help="fused attention and experts, see README")
     add("--dynamo", action="store_true", help="graphs: torchair on NPUs, inductor elsewhere")
+    add(
+        "--residual_dtype",
+        choices=("float32",),
+        help="of the sum that the transformers' blocks add to, where float16 is too narrow for it (the model's)",
+    )
     parser.add_argument_group("output").add_argument(
         "--output_dir", type=file_path, default=Path("outputs/hidream_e1"), metavar="DIR", help="(outputs/hidream_e1)"
     )

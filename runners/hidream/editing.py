@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import PIL.Image
 import torch
@@ -18,7 +18,15 @@ from runners.hidream.adapters import adapters_in_use
 from runners.hidream.arguments import E1_1, Family
 from runners.hidream.edits import Edit
 from runners.hidream.model import Editor
-from runners.overflow import clear_overflow_flag
+from runners.overflow import OverflowWatch, overflow_warning
+
+
+class Result(NamedTuple):
+    """A picture as large as its source, the size that the model saw, `(width, height)`, and what may be wrong."""
+
+    image: PIL.Image.Image
+    processed: tuple[int, int]
+    warning: str | None
 
 
 def accelerate(editor: Editor, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
@@ -41,8 +49,8 @@ def edit_picture(
     family: Family,
     manager: DeviceManager,
     on_step_end: Callable[..., dict[str, Any]] | None = None,
-) -> tuple[PIL.Image.Image, tuple[int, int]]:
-    """The result as large as `source`, and the size that the model saw, `(width, height)`.
+) -> Result:
+    """What `editor` makes of `source`.
 
     Args:
         args: of the command line, after `complete`.
@@ -58,7 +66,12 @@ def edit_picture(
         processed = shown.size
     else:
         shown, processed = image, fit_image(image, family.size_policy, args.enlarge).image.size
-    clear_overflow_flag(manager.device)
+    watch = OverflowWatch(manager.device)
+
+    def after_step(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        watch.see(step)
+        return tensors if on_step_end is None else on_step_end(pipe, step, timestep, tensors)
+
     (result,) = editor.pipe(
         prompt_of(edit, args.prompt),
         image=shown,
@@ -71,12 +84,15 @@ def edit_picture(
         refiner=editor.refiner,
         clip_cfg_norm=args.clip_cfg_norm,
         generator=manager.create_generator(edit.seed),
-        callback_on_step_end=on_step_end,
+        callback_on_step_end=after_step if watch.is_on else on_step_end,
         **policy,
     ).images
+    warning = watch.warning(args.steps) or overflow_warning([result], manager.device)
+    if warning and not args.residual_dtype:
+        warning += "; --residual_dtype float32 holds larger sums"
     if editor.side:
         result = result.resize(image.size, PIL.Image.Resampling.BICUBIC)
-    return result, processed
+    return Result(result, processed, warning)
 
 
 def prompt_of(edit: Edit, template: str) -> str:

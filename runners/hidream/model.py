@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
 from diffusers import HiDreamImageEditingPipeline, HiDreamImageTransformer2DModel
-from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaForCausalLM, T5EncoderModel
 
 from ascend.device import DeviceManager
 from ascend.planner import MemoryPlan, PlanError, Request, apply_plan, plan_memory
@@ -20,6 +21,7 @@ from runners.cli import UserError, is_out_of_memory
 from runners.hidream.adapters import bytes_of_adapters, check_adapters, load_adapters
 from runners.hidream.arguments import REFINER, Family
 from runners.model_dir import DEFAULTS, INDEX, check_is_pipeline, read_json
+from runners.overflow import saturates
 from runners.report import Report
 from runners.weight_files import check_weights, first_line
 
@@ -110,6 +112,15 @@ def load_editor(
         raise UserError(f"cannot load the model in {args.model_path}: {first_line(error)}") from error
     if family.max_seq and args.side is None:
         pipe.transformer.max_seq = family.max_seq
+    if args.t5 == "host" and manager.device.type == "cpu":
+        report.warn("--t5 has no effect on the CPU, where all read with the host")
+    if args.residual_dtype == str(dtype).removeprefix("torch."):
+        report.warn(f"--residual_dtype has no effect: the model computes in {args.residual_dtype}")
+    elif args.residual_dtype:
+        for transformer in filter(None, (pipe.transformer, refiner)):
+            transformer.residual_dtype = getattr(torch, args.residual_dtype)
+        if plan is not None:
+            report.warn("the plan does not count --residual_dtype: a tensor of each branch's tokens is twice as large")
     from_disk = plan is not None and any(placement.where == FROM_DISK for placement in plan.placements)
     if args.FA and not from_disk:  # before, as stacking experts' weights leaves gaps in a device's memory
         enable_fused_kernels(pipe)
@@ -117,10 +128,29 @@ def load_editor(
             enable_fused_kernels(refiner)
     if not from_disk:
         load_adapters(pipe, args)
+    t5, on_host = pipe.text_encoder_3, _reads_on_host(args, manager.device)
+    if on_host and plan is None:
+        pipe.text_encoder_3 = None  # or all its gigabytes would pass through the device
     _place(pipe, refiner, plan, manager.device, args.model_path)
+    if on_host:
+        pipe.text_encoder_3 = keep_on_host(t5)
+        report.warn("T5 reads texts with the host, where its largest values are not clipped: --t5 device, if it fits")
     if from_disk:  # whose weights have the names that they have in the files
         load_adapters(pipe, args)
     return Editor(pipe, refiner, args.side)
+
+
+def _reads_on_host(args: argparse.Namespace, device: torch.device) -> bool:
+    """Whether T5 stays with the host: it computes parts in float32, which 310P does as in float16, and clips."""
+    return device.type != "cpu" and (args.t5 == "host" or args.t5 == "auto" and saturates(device))
+
+
+def keep_on_host(model: T5EncoderModel) -> T5EncoderModel:
+    """Let `model` compute with the host, whatever hooks placed it elsewhere; results go to where the texts were."""
+    remove_hook_from_module(model, recurse=True)
+    model.to("cpu")
+    add_hook_to_module(model, AlignDevicesHook(execution_device="cpu", io_same_device=True))
+    return model
 
 
 def _plan(

@@ -29,7 +29,6 @@ from runners.hidream.model import Editor, complete, load_editor
 from runners.hidream.refine_instruction import check_endpoint, refine_edit
 from runners.images import save_png
 from runners.model_dir import require_patched_diffusers
-from runners.overflow import overflow_warning
 from runners.report import Report, versions
 from runners.weight_files import digest_of_files
 
@@ -128,7 +127,7 @@ def _edit_all(
             start = time.perf_counter()
             source = open_picture(edit.image)
             wanted = refine_edit(edit, args.refine_instruction) if args.refine_instruction else edit
-            result, processed = edit_picture(wanted, source, editor, args, family, manager)
+            result = edit_picture(wanted, source, editor, args, family, manager)
             seconds = time.perf_counter() - start
         except Exception as error:
             if not (is_out_of_memory(error) or isinstance(error, ValueError | UserError)):
@@ -137,16 +136,15 @@ def _edit_all(
             print(f"error: {edit.image}: {failures[edit.name]}", file=sys.stderr)
             manager.empty_cache()
             continue
-        warning = overflow_warning([result], manager.device)
-        if warning:
-            report.warn(f"{edit.name}: {warning}")
+        if result.warning:
+            report.warn(f"{edit.name}: {result.warning}")
         if mesh.branch:
             continue
         path = args.output_dir / f"{edit.name}.png"
-        metadata = describe(wanted, args, source, processed)
+        metadata = describe(wanted, args, source, result.processed)
         if wanted is not edit:
             metadata["original_instruction"] = edit.instruction
-        save_png(result, path, {name: json.dumps(content) for name, content in (metadata | about).items()})
+        save_png(result.image, path, {name: json.dumps(content) for name, content in (metadata | about).items()})
         # Last: this file says that the result is whole.
         entry = {"digest": edit.digest(settings), "seconds": seconds, "versions": versions()}
         write_json(path.with_suffix(".json"), metadata | about | entry)
@@ -168,7 +166,10 @@ def _settings(args: argparse.Namespace, family: Family, manager: DeviceManager) 
     """All that decides what results look like, beside pictures and instructions."""
     folders = [args.model_path, *filter(None, (args.refiner_path, args.llama_path))]
     weights = [digest_of_files(folder, sorted(folder.glob("**/*.safetensors"))) for folder in folders]
-    return {name: getattr(args, name) for name in (*APPEARANCE, "FA", "enlarge", "refine_instruction")} | {
+    return {
+        name: getattr(args, name)
+        for name in (*APPEARANCE, "FA", "enlarge", "refine_instruction", "residual_dtype", "t5")
+    } | {
         "family": family.name,
         "weights": weights,
         "dtype": str(args.dtype),

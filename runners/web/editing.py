@@ -16,7 +16,6 @@ from runners.hidream.arguments import E1_1, E1_FULL, REFINER, Family, parse_argu
 from runners.hidream.editing import accelerate, describe, edit_picture
 from runners.hidream.edits import Edit, open_picture
 from runners.hidream.model import Editor, complete, load_editor
-from runners.overflow import overflow_warning
 from runners.report import Report, versions
 from runners.web.worker import OnStep
 
@@ -128,13 +127,13 @@ class EditingModel:
             return {}
 
         try:
-            image, processed = edit_picture(edit, source, editor, args, self.family, self.manager, on_step_end)
+            result = edit_picture(edit, source, editor, args, self.family, self.manager, on_step_end)
         except BaseException as error:
             editor.pipe.maybe_free_model_hooks()  # as after its last step
             if isinstance(error, ValueError):
                 raise UserError(f"{edit.image.name}: {error}") from error
             raise
-        about = describe(edit, args, source, processed)
+        about = describe(edit, args, source, result.processed)
         if args.edit_lora:
             about["edit_lora"] = {args.edit_lora.path.name: args.edit_lora.scale}
         about |= {
@@ -144,4 +143,4 @@ class EditingModel:
             "flags": flags,
             "versions": versions(),
         }
-        return Edited(to_rgb(source), image, about, overflow_warning([image], self.manager.device))
+        return Edited(to_rgb(source), result.image, about, result.warning)

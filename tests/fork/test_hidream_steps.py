@@ -1,4 +1,4 @@
-"""What HiDream's transformer computes once: padding tokens as one of their weight, and texts and positions of all steps."""
+"""What HiDream's transformer computes once: padding as one token of its weight, texts and positions for all steps."""
 
 from __future__ import annotations
 
@@ -139,3 +139,21 @@ def test_what_is_made_once_is_made_again_for_other_texts_sizes_and_weights() -> 
     first = made()
     embeds[0].mul_(2)  # in place, as a callback may
     assert not torch.equal(made(), first)
+
+
+@torch.no_grad()
+def test_the_residual_stream_in_float32_holds_more_than_float16() -> None:
+    transformer = make_transformer().half()
+    given = arguments(transformer)
+    transformer.x_embedder.proj.bias.fill_(60000)
+    transformer.double_stream_blocks[0].block.adaLN_modulation[1].bias[5 * 32 : 6 * 32] = 1000  # of the feed-forward
+    assert not transformer(**given)[0].isfinite().all()
+    seen: list[torch.dtype] = []
+    for block in (transformer.double_stream_blocks[0], transformer.single_stream_blocks[-1]):
+        block.register_forward_pre_hook(
+            lambda _, __, kwargs: seen.append(kwargs["hidden_states"].dtype), with_kwargs=True
+        )
+    transformer.residual_dtype = torch.float32
+    (result,) = transformer(**given)
+    assert seen == [torch.float32] * 2
+    assert result.dtype == torch.float16 and result.isfinite().all()

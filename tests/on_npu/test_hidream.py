@@ -11,6 +11,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import HiDreamImageEditingPipeline
@@ -19,7 +20,10 @@ from PIL import Image
 from ascend import compile_module, compile_pipeline, decompile_module, decompile_pipeline
 from processors import enable_fused_kernels, load_adapter
 from processors.models.hidream import fuse
+from runners.hidream import run as program
+from runners.hidream.arguments import E1_1
 from tests.hidream_adapters import add_adapter, full_of, save_original
+from tests.on_npu.helpers import SATURATES
 from tests.processors.models.test_hidream import make_moe, predict
 from tests.programs import environment
 from tests.tiny_hidream import LAYERS, SINGLE_LAYERS, make_components, make_transformer
@@ -116,6 +120,22 @@ def test_adapters_on_experts_are_those_of_the_cpu(npu: torch.device, tmp_path: P
     assert (found - expected).abs().median() < 0.01 * expected.abs().median()
 
 
+def test_three_rounds_leave_memory_where_it_was_after_the_first(npu: torch.device) -> None:
+    pipe = HiDreamImageEditingPipeline(**make_components()).to(npu, HALF)
+    pipe.set_progress_bar_config(disable=True)
+    refiner = make_transformer(seed=7).to(npu, HALF)
+    for model in (pipe, refiner):
+        enable_fused_kernels(model)
+    image = Image.new("RGB", (48, 80), "red")
+    allocated, peaks = [], []
+    for _ in range(3):
+        torch.npu.reset_peak_memory_stats()
+        pipe("make it blue", image=image, num_inference_steps=2, refine_strength=0.5, refiner=refiner)
+        allocated.append(torch.npu.memory_allocated())
+        peaks.append(torch.npu.max_memory_allocated())
+    assert allocated[1:] == allocated[:1] * 2 and peaks[1] == peaks[2]
+
+
 def test_a_transformer_predicts_what_it_does_on_the_cpu(npu: torch.device) -> None:
     model = make_transformer()
     expected = predict(model)
@@ -124,6 +144,23 @@ def test_a_transformer_predicts_what_it_does_on_the_cpu(npu: torch.device) -> No
     found = predict(on_npu, device=npu).cpu()
     # 310P multiplies float32 in float16, and a token may go to another expert for it: so not the largest difference.
     assert (found - expected).abs().median() < 0.01 * expected.abs().median()
+
+
+def test_the_runner_keeps_t5_with_the_host_where_the_chip_clips(npu: torch.device, tmp_path: Path) -> None:
+    """And the residual stream in float32; the picture is that of the CPU, but for float16."""
+    folder = tmp_path / "model"
+    HiDreamImageEditingPipeline(**make_components()).save_pretrained(folder)
+    (folder / "defaults.json").write_text(json.dumps({"side": 64}))
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "red.png")
+    given = ["--model_path", folder, "--image", tmp_path / "red.png", "--instruction", "make it blue", "--steps", 3]
+    given += ["--refine_strength", 0, "--residual_dtype", "float32", "--FA"]
+    for name, options in (("npu", ["--dtype", "float16"]), ("cpu", ["--device", "cpu"])):
+        arguments = [str(a) for a in [*given, *options, "--output_dir", tmp_path / name]]
+        program.main("inference_e1_1_npu.py", "", E1_1, tmp_path, arguments)
+    warnings = json.loads((tmp_path / "npu/report.json").read_text())["warnings"]
+    assert any("T5 reads texts with the host" in warning for warning in warnings) == SATURATES
+    found, expected = (np.asarray(Image.open(tmp_path / name / "red.png")).astype(float) for name in ("npu", "cpu"))
+    assert np.abs(found - expected).mean() < 3  # of 255; random weights
 
 
 LAUNCHES = """
