@@ -45,13 +45,14 @@ fi
 "$python" -m ruff format --check .
 "$python" -m ruff check .
 "$python" -m mypy
-if (($# == 0)); then # the emulator compiles on the core that the tests leave free
-    nice "$python" -m emulator build >/dev/null 2>&1 &
-    builder=$!
-    trap 'kill "$builder" 2>/dev/null || true' EXIT
+if (($#)); then
+    exec "$python" -m pytest "$@"
 fi
-"$python" -m pytest "$@"
-if (($# == 0)); then # the same on emulated chips, with the genuine torch_npu
-    wait "$builder" || true # test_on_chips says what failed
-    test_on_chips
-fi
+nice "$python" -m emulator build >/dev/null 2>&1 & # in what the tests leave of the cores
+builder=$!
+trap 'kill "$builder" 2>/dev/null || true' EXIT
+# Each process takes one half of the list, and at its end what the other one has not come to; fixtures of a file are
+# then rarely made twice.
+"$python" -m pytest --numprocesses 2 --dist worksteal
+wait "$builder" || true # test_on_chips says what failed
+test_on_chips # the same on emulated chips, with the genuine torch_npu

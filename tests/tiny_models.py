@@ -1,6 +1,7 @@
 """Randomly initialised models with the shape of Stable Diffusion 2.1, small enough for a test."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -22,6 +23,24 @@ def tiny_unet(sample_size: int = 16) -> UNet2DConditionModel:
         down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
         up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
         attention_head_dim=(4, 4, 8, 8),  # diffusers' historical name for the number of heads
+        cross_attention_dim=CROSS_ATTENTION_DIM,
+        norm_num_groups=8,
+        use_linear_projection=True,
+    )
+
+
+def small_unet() -> UNet2DConditionModel:
+    """The least that DeepCache, token merging and adapters work on: two levels of a layer, attention in the upper one.
+
+    For tests of what happens around a UNet, which is compiled or computed many times. Input `[batch, 4, 16, 16]`.
+    """
+    return UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        attention_head_dim=(4, 8),
         cross_attention_dim=CROSS_ATTENTION_DIM,
         norm_num_groups=8,
         use_linear_projection=True,
@@ -79,7 +98,7 @@ def tiny_scheduler() -> DDIMScheduler:
     )
 
 
-def save_tiny_sd(folder: Path, seed: int = 0) -> Path:
+def save_tiny_sd(folder: Path, seed: int = 0, make_unet: Callable[[], UNet2DConditionModel] = tiny_unet) -> Path:
     """Save a whole tiny pipeline (128 x 128 pixels) to `folder` and return `folder`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -88,7 +107,7 @@ def save_tiny_sd(folder: Path, seed: int = 0) -> Path:
             vae=tiny_vae(),
             text_encoder=tiny_text_encoder(tokenizer),
             tokenizer=tokenizer,
-            unet=tiny_unet(),
+            unet=make_unet(),
             scheduler=tiny_scheduler(),
             safety_checker=None,
             feature_extractor=None,

@@ -426,25 +426,23 @@ def test_a_file_that_is_no_parquet_is_one_line(run_batch: Callable, tmp_path: Pa
 
 
 def test_all_good_rows_are_drawn_on_ray_and_a_rerun_has_nothing_to_do(
-    parse: Callable, tiny_sd_dir: Path, tmp_path: Path
+    parse: Callable, run_batch: Callable[..., Outcome], tiny_sd_dir: Path, tmp_path: Path
 ) -> None:
     pytest.importorskip("ray")
     rows = [{"prompt": "a red circle", "id": "x"}, {"prompt": " "}, {"prompt": "a blue square", "seed": 5, "id": "y"}]
     (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
     settings = ["--model_path", tiny_sd_dir, "--steps", 2, "--device", "cpu", "--workers", 2]
-    command = [sys.executable, SCRIPT, "--prompts", tmp_path / "prompts.jsonl", "--output_dir", tmp_path / "batch"]
+    settings += ["--prompts", tmp_path / "prompts.jsonl"]
+    line = [sys.executable, SCRIPT, *settings, "--output_dir", tmp_path / "batch"]
+    environment = os.environ | {"RAY_ADDRESS": ""}
+    result = subprocess.run(list(map(str, line)), capture_output=True, text=True, env=environment, check=False)
 
-    def run() -> tuple[int, str, dict[str, int]]:
-        line = [str(part) for part in [*command, *settings]]
-        result = subprocess.run(
-            line, capture_output=True, text=True, env=os.environ | {"RAY_ADDRESS": ""}, check=False
-        )
-        report = json.loads((tmp_path / "batch" / "report.json").read_text())
-        return result.returncode, result.stderr, report["images"]
+    def counts() -> dict[str, int]:
+        return json.loads((tmp_path / "batch" / "report.json").read_text())["images"]
 
-    code, message, counts = run()
-    assert code == 1 and "line 2: prompt is empty" in message and "Traceback" not in message
-    assert counts == {"drawn": 2, "already_there": 0, "failed": 1}
+    assert result.returncode == 1
+    assert "line 2: prompt is empty" in result.stderr and "Traceback" not in result.stderr
+    assert counts() == {"drawn": 2, "already_there": 0, "failed": 1}
     images = tmp_path / "batch" / "images"
     assert sorted(path.name for path in images.glob("[!.]*")) == ["x.json", "x.png", "y.json", "y.png"]
     single = batch.Painter(parse(*settings, "--output_dir", tmp_path / "single"), "cpu")
@@ -452,9 +450,11 @@ def test_all_good_rows_are_drawn_on_ray_and_a_rerun_has_nothing_to_do(
         single(batch.asdict(picture))
         [ours, alone] = (np.asarray(Image.open(folder / f"{picture.name}.png")) for folder in (images, single.folder))
         assert np.array_equal(ours, alone)
-    assert run()[2] == {"drawn": 0, "already_there": 2, "failed": 1}
+    assert run_batch(*settings).code == 1
+    assert counts() == {"drawn": 0, "already_there": 2, "failed": 1}
 
 
+@pytest.mark.slow
 def test_a_run_that_is_terminated_says_what_is_there(tiny_sd_dir: Path, tmp_path: Path) -> None:
     pytest.importorskip("ray")
     rows = [{"prompt": f"circle {number}"} for number in range(500)]

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.programs import ROOT
+from tests.programs import ROOT, run_forked
 
 LAUNCH = ROOT / "examples/launch.py"
 RUN_SD = ROOT / "examples/sd2.1/run_sd.py"
@@ -82,19 +82,22 @@ def test_ranks_with_other_settings_are_named(tiny_sd_dir: Path, tmp_path: Path) 
     assert not pictures(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("devices", "message"),
-    [
-        ("0,1,2", "3 devices cannot share the two branches of guidance evenly"),
-        ("0,0", "'0,0' must name each device once, in ascending order"),
-        ("1,0", "'1,0' must name each device once, in ascending order"),
-        ("0,x", "'0,x' is not a list of numbers such as 0,1"),
-    ],
-)
-def test_devices_that_cannot_work_together(devices: str, message: str, tiny_sd_dir: Path, tmp_path: Path) -> None:
-    result = launch(devices, *draw(tmp_path, tiny_sd_dir, "--prompt", "x"))
-    assert result.returncode == 2
-    assert message in result.stderr and "Traceback" not in result.stderr
+# By what is wrong on the launcher's line.
+MISTAKES = {
+    "'0,0' must name each device once, in ascending order": ["--device_list", "0,0"],
+    "'1,0' must name each device once, in ascending order": ["--device_list", "1,0"],
+    "'0,x' is not a list of numbers such as 0,1": ["--device_list", "0,x"],
+    "--nnodes 2 needs --rdzv_endpoint HOST:PORT": ["--device_list", "0,1", "--nnodes", "2"],
+    "--node_rank 1 must be less than --nnodes, which is 1": ["--device_list", "0,1", "--node_rank", "1"],
+    "'somewhere' is not a host and a port": ["--device_list", "0,1", "--rdzv_endpoint", "somewhere"],
+}
+
+
+def test_mistakes_on_the_line_are_one_line() -> None:
+    runs = run_forked([([LAUNCH, *line, "--", "x.py"], {}) for line in MISTAKES.values()], ["torch.distributed.run"])
+    for message, done in zip(MISTAKES, runs, strict=True):
+        assert done.returncode == 2, message
+        assert message in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
 def test_devices_count_within_those_that_a_scheduler_left(tmp_path: Path) -> None:
@@ -145,19 +148,6 @@ def test_a_port_that_another_program_has() -> None:
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert f"error: --rdzv_endpoint {endpoint}: the ranks cannot meet there" in result.stderr
     assert "address already in use" in result.stderr
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--nnodes", 2], "--nnodes 2 needs --rdzv_endpoint HOST:PORT"),
-        (["--node_rank", 1], "--node_rank 1 must be less than --nnodes, which is 1"),
-        (["--rdzv_endpoint", "somewhere"], "'somewhere' is not a host and a port"),
-    ],
-)
-def test_machines_that_cannot_meet(options: list[object], message: str) -> None:
-    result = launch("0,1", "x.py", launcher=options)
-    assert result.returncode == 2 and message in result.stderr
 
 
 def test_two_machines(tmp_path: Path) -> None:

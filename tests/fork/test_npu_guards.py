@@ -105,6 +105,7 @@ def test_a_torch_npu_that_fails_to_import_counts_as_absent(without_cann: Path) -
     assert result.stderr.count(f"torch_npu is installed but failed to import: {WITHOUT_CANN}") == 1
 
 
+@pytest.mark.parametrize("without_cann", ["ImportError", WHEEL], indirect=True)
 @pytest.mark.parametrize("first", ["import diffusers", "import torch_npu"])
 def test_the_reason_why_torch_npu_is_absent_survives_in_either_order(without_cann: Path, first: str) -> None:
     result = run_beside(

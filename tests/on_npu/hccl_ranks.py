@@ -1,6 +1,7 @@
-"""One rank of the programs that `test_hccl.py` starts: python hccl_ranks.py PROGRAM RANK SIZE DIRECTORY.
+"""The ranks of the programs that `test_hccl.py` starts: python hccl_ranks.py PROGRAM SIZE DIRECTORY.
 
-Writes what it got to DIRECTORY/RANK.pt: results on the CPU, or the text of the error, by name and dtype.
+Each writes what it got to DIRECTORY/RANK.pt: results on the CPU, or the text of the error, by name and dtype. They are
+forked after the imports, which take longest, and before anything of the device.
 """
 
 from __future__ import annotations
@@ -211,7 +212,7 @@ def again(rank: int, size: int) -> Results:
     tensor = torch.ones(2, device="npu")
     dist.all_reduce(tensor)
     dist.destroy_process_group()
-    start(f"file://{sys.argv[4]}/store_of_the_second", rank, size)
+    start(f"file://{sys.argv[3]}/store_of_the_second", rank, size)
     dist.all_reduce(tensor)
     torch.npu.synchronize()
     return {("again", ""): tensor.cpu()}
@@ -242,7 +243,7 @@ def late(rank: int, size: int) -> Results:
 
 def wait_for_results(ranks: Iterable[int]) -> None:
     deadline = time.monotonic() + PATIENCE  # nobody else ends a child of a killed rank
-    while not all(Path(sys.argv[4], f"{rank}.pt").exists() for rank in ranks) and time.monotonic() < deadline:
+    while not all(Path(sys.argv[3], f"{rank}.pt").exists() for rank in ranks) and time.monotonic() < deadline:
         time.sleep(0.05)
 
 
@@ -272,8 +273,7 @@ def start(store: str, rank: int, size: int) -> None:
     dist.init_process_group("hccl", init_method=store, rank=rank, world_size=size)
 
 
-def main() -> None:
-    program, rank, size, directory = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
+def run(program: str, rank: int, size: int, directory: Path) -> None:
     if program == "one_each":  # as Ray and Kubernetes start them
         os.environ["ASCEND_RT_VISIBLE_DEVICES"] = str(rank)
     torch.npu.set_compile_mode(jit_compile=False)
@@ -283,6 +283,15 @@ def main() -> None:
     results = globals()[program](rank, size)
     torch.save(results, directory / f"{rank}.pt")
     os._exit(0)  # torch_npu ends a process whose communicator has failed, but not at a certain time
+
+
+def main() -> None:
+    program, size, directory = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
+    for rank in range(size):
+        if os.fork() == 0:
+            run(program, rank, size, directory)
+    for _ in range(size):
+        os.wait()  # how a rank ends is seen by its file
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -33,21 +34,13 @@ def run(program: str, size: int, directory: Path, **environment: str) -> list[Re
     variables = {**os.environ, "TASK_QUEUE_ENABLE": "0", "CANN_EMULATOR_DEVICES": str(SIZE), **environment}
     variables["PYTHONPATH"] = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
     with (directory / "output").open("w") as output:
-        ranks = [
-            subprocess.Popen(
-                [sys.executable, hccl_ranks.__file__, program, str(rank), str(size), str(directory)],
-                env=variables,
-                stdout=output,
-                stderr=output,
-            )
-            for rank in range(size)
-        ]
+        command = [sys.executable, hccl_ranks.__file__, program, str(size), str(directory)]
+        ranks = subprocess.Popen(command, env=variables, stdout=output, stderr=output, start_new_session=True)
         try:
-            for rank in ranks:
-                rank.wait(timeout=PATIENCE)
+            ranks.wait(timeout=PATIENCE)
         finally:
-            for rank in ranks:
-                rank.kill()
+            if ranks.poll() is None:
+                os.killpg(ranks.pid, signal.SIGKILL)
     files = [directory / f"{rank}.pt" for rank in range(size)]
     return [torch.load(file) if file.exists() else None for file in files]
 

@@ -18,6 +18,12 @@ HALF = torch.float16 if SATURATES else torch.bfloat16
 TOLERANCE = {torch.float16: 0.02, torch.bfloat16: 0.12}[HALF]
 
 
+@pytest.fixture(scope="module")
+def graphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where a pipeline finds what another one has compiled: the same UNet, called in the same way."""
+    return tmp_path_factory.mktemp("graphs")
+
+
 def difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return ((actual.cpu().float() - expected).norm() / expected.norm()).item()
 
@@ -32,13 +38,13 @@ def test_a_pipeline_with_fused_kernels_draws_the_cpus_picture(npu: torch.device,
 
 
 @pytest.mark.parametrize("name", PIPELINES)
-def test_everything_as_graphs_is_everything_in_eager(npu: torch.device, name: str, tmp_path: Path) -> None:
+def test_everything_as_graphs_is_everything_in_eager(npu: torch.device, name: str, graphs: Path) -> None:
     pipe = make_pipeline(name).to(npu, HALF)
     enable_fused_kernels(pipe)
     plain = draw(pipe, name).cpu().float()
     eager = draw(pipe, name, cache_interval=3).cpu().float()
     assert not torch.equal(eager, plain)
-    backends = compile_pipeline(pipe, tmp_path)
+    backends = compile_pipeline(pipe, graphs)
     parts = parts_of(pipe)
     casts = {path for path in parts.each_picture if path.startswith("vae") and HALF in parts.casts_vae}
     assert {path for path, backend in backends.items() if backend == "eager"} == casts

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.programs import ROOT
+from tests.programs import ROOT, environment, run_forked
 
 pytestmark = pytest.mark.skipif("CANN_EMULATOR_SOC" not in os.environ, reason="of the emulator")
 
@@ -102,8 +102,8 @@ def write(path: Path, *programs: str) -> Path:
 
 
 def start(path: Path, **variables: str) -> subprocess.Popen[str]:
-    environment = os.environ | {"CANN_EMULATOR_CHECK_RACES": "1", "TASK_QUEUE_ENABLE": "0"} | variables
-    return subprocess.Popen([sys.executable, str(path)], env=environment, stderr=subprocess.PIPE, text=True)
+    settings = os.environ | {"CANN_EMULATOR_CHECK_RACES": "1", "TASK_QUEUE_ENABLE": "0"} | variables
+    return subprocess.Popen([sys.executable, str(path)], env=settings, stderr=subprocess.PIPE, text=True)
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
@@ -123,10 +123,21 @@ def assert_found(path: Path, result: tuple[int, str]) -> None:
     assert "[CANN emulator] 1 race\n" in errors, errors[-3000:]
 
 
+@pytest.fixture(scope="module")
+def unordered(tmp_path_factory: pytest.TempPathFactory) -> dict[str, subprocess.CompletedProcess[str]]:
+    folder = tmp_path_factory.mktemp("unordered")
+    paths = [write(folder / f"{number}.py", program(order, is_there=False)) for number, order in enumerate(ALONE)]
+    checked = environment(CANN_EMULATOR_CHECK_RACES="1", TASK_QUEUE_ENABLE="0")
+    done = run_forked([([path], {}) for path in paths], ["torch_npu"], checked)
+    return dict(zip(ALONE, done, strict=True))
+
+
 @pytest.mark.parametrize("order", ALONE)
-def test_what_nothing_orders_is_found_with_both_lines(order: str, tmp_path: Path) -> None:
-    path = write(tmp_path / "program.py", program(order, is_there=False))
-    assert_found(path, finish(start(path)))
+def test_what_nothing_orders_is_found_with_both_lines(
+    unordered: dict[str, subprocess.CompletedProcess[str]], order: str
+) -> None:
+    done = unordered[order]
+    assert_found(Path(done.args[0]), (done.returncode, done.stderr))
 
 
 @pytest.mark.parametrize("asynchronous", ["0", "1"])
@@ -144,18 +155,14 @@ def test_the_option_and_streams_that_run_behind_the_program(chip: str, tmp_path:
     assert_found(path, (done.returncode, done.stderr))
 
 
-def test_without_the_option_nothing_is_said(tmp_path: Path) -> None:
-    path = write(tmp_path / "program.py", program("current.wait_stream(side)", is_there=False))
-    code, errors = finish(start(path, CANN_EMULATOR_CHECK_RACES="0"))
-    assert code == 0 and "race" not in errors
-
-
 def test_a_pair_is_reported_once_and_an_exit_code_of_the_programs_own_stays(tmp_path: Path) -> None:
     racing = textwrap.indent(program("current.wait_stream(side)", is_there=False), "    ")
     path = write(tmp_path / "program.py", f"for _ in range(3):{racing}\nraise SystemExit(5)\n")
     code, errors = finish(start(path))
     assert code == 5
     assert errors.count("[CANN emulator] race in memory of device 0") == 1
+    code, errors = finish(start(path, CANN_EMULATOR_CHECK_RACES="0"))
+    assert code == 5 and "race" not in errors, "without the option nothing is said"
 
 
 @pytest.mark.parametrize("is_there", [False, True])

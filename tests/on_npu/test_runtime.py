@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.on_npu.helpers import FAMILY
+from tests.programs import Run, environment, run_forked
 
 emulated = pytest.mark.skipif("CANN_EMULATOR_SOC" not in os.environ, reason="of the emulator")
 
@@ -103,8 +104,8 @@ torch.npu.set_compile_mode(jit_compile=True)
 x = torch.zeros(4, 3, device="npu")
 x[torch.tensor([1, 2], device="npu")] = 1
 """
-    environment = os.environ | {"TASK_QUEUE_ENABLE": "0"}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    settings = os.environ | {"TASK_QUEUE_ENABLE": "0"}
+    done = subprocess.run([sys.executable, "-c", program], env=settings, capture_output=True, text=True)
     assert done.returncode != 0
     assert "Adding an operator" in done.stderr
 
@@ -124,73 +125,84 @@ print(behind)
 torch.npu.synchronize()
 print(torch.npu.current_stream().query(), y[0, 0].item())
 """
-    environment = os.environ | {"CANN_EMULATOR_ASYNC": "1"}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    settings = os.environ | {"CANN_EMULATOR_ASYNC": "1"}
+    done = subprocess.run([sys.executable, "-c", program], env=settings, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["True", "True", "900.0"]
 
 
-def see(visible: str | None, code: str) -> subprocess.CompletedProcess[str]:
-    """Run `code` on a machine with four chips, of which ASCEND_RT_VISIBLE_DEVICES leaves some to the process."""
-    environment = os.environ | {"CANN_EMULATOR_DEVICES": "4"}
-    environment.pop("ASCEND_RT_VISIBLE_DEVICES", None)
-    if visible is not None:
-        environment["ASCEND_RT_VISIBLE_DEVICES"] = visible
-    program = [sys.executable, "-c", f"import torch, torch_npu\n{code}"]
-    return subprocess.run(program, env=environment, capture_output=True, text=True, check=False)
-
-
-@emulated
-@pytest.mark.parametrize(
-    ("visible", "numbers"),
-    [
-        (None, [0, 1, 2, 3]),
-        ("2", [2]),
-        ("1,3", [1, 3]),
-        ("1, 3", [1]),
-        ("0,2,4", [0, 2]),
-        ("3,x", [3]),
-        ("0,1,", [0, 1]),
-    ],
-)
-def test_a_process_sees_the_devices_that_cann_would_leave_it(visible: str | None, numbers: list[int]) -> None:
-    code = """
+COUNT = """
+import torch
 count = torch.npu.device_count()
 print(count, [torch.ones(2, device=f"npu:{device}").sum().item() for device in range(count)])
 torch.ones(2, device=f"npu:{count}")
 """
-    done = see(visible, code)
+VISIBLE = {
+    None: [0, 1, 2, 3],
+    "2": [2],
+    "1,3": [1, 3],
+    "1, 3": [1],
+    "0,2,4": [0, 2],
+    "3,x": [3],
+    "0,1,": [0, 1],
+}
+REFUSED = {
+    "1,0": "configured in ascending order",
+    "0,2,1": "configured in ascending order",
+    "1,1": "cannot be duplicated",
+    "4": "[0, 4)",
+    "-1": "[0, 4)",
+    "": "[0, 4)",
+}
+# As on a card, where there is no emulator to name the chip.
+UNNAMED = """
+import os, torch
+torch.npu.get_device_name(0)
+del os.environ["CANN_EMULATOR_SOC"]
+from tests.on_npu.helpers import SATURATES
+print(SATURATES)
+"""
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str | None, subprocess.CompletedProcess[str]]:
+    """Programs on a machine with four chips, by what ASCEND_RT_VISIBLE_DEVICES leaves of them; `UNNAMED` by itself."""
+    folder = tmp_path_factory.mktemp("visible")
+    programs = dict.fromkeys(VISIBLE, COUNT) | dict.fromkeys(REFUSED, "import torch; torch.npu.set_device(0)")
+    runs: list[Run] = []
+    for number, (visible, code) in enumerate([*programs.items(), (None, UNNAMED)]):
+        path = folder / f"{number}.py"
+        path.write_text(code)
+        runs.append(([path], {} if visible is None else {"ASCEND_RT_VISIBLE_DEVICES": visible}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("ASCEND_RT_VISIBLE_DEVICES", raising=False)
+        found = run_forked(runs, ["torch_npu"], environment(CANN_EMULATOR_DEVICES="4"))
+    return dict(zip([*programs, UNNAMED], found, strict=True))
+
+
+@emulated
+@pytest.mark.parametrize(("visible", "numbers"), VISIBLE.items())
+def test_a_process_sees_the_devices_that_cann_would_leave_it(
+    seen: dict[str | None, subprocess.CompletedProcess[str]], visible: str | None, numbers: list[int]
+) -> None:
+    done = seen[visible]
     assert done.stdout.strip() == f"{len(numbers)} {[2.0] * len(numbers)}", done.stderr[-2000:]
     assert done.returncode != 0  # there is no further one
 
 
 @emulated
-@pytest.mark.parametrize(
-    ("visible", "expected"),
-    [
-        ("1,0", "configured in ascending order"),
-        ("0,2,1", "configured in ascending order"),
-        ("1,1", "cannot be duplicated"),
-        ("4", "[0, 4)"),
-        ("-1", "[0, 4)"),
-        ("", "[0, 4)"),
-    ],
-)
-def test_devices_that_cann_would_refuse_are_refused_with_its_error(visible: str, expected: str) -> None:
-    done = see(visible, "torch.npu.set_device(0)")
+@pytest.mark.parametrize(("visible", "expected"), REFUSED.items())
+def test_devices_that_cann_would_refuse_are_refused_with_its_error(
+    seen: dict[str | None, subprocess.CompletedProcess[str]], visible: str, expected: str
+) -> None:
+    done = seen[visible]
     assert done.returncode != 0
     error = f"EE2002: Value {visible} for environment variable ASCEND_RT_VISIBLE_DEVICES is invalid. Expected value: "
     assert error + expected in done.stderr
 
 
 @emulated
-def test_the_tests_take_the_chip_from_the_device(chip: str) -> None:
-    """As on a card, where there is no emulator to name it."""
-    code = """
-import os
-torch.npu.get_device_name(0)
-del os.environ["CANN_EMULATOR_SOC"]
-from tests.on_npu.helpers import SATURATES
-print(SATURATES)
-"""
-    done = see(None, code)
+def test_the_tests_take_the_chip_from_the_device(
+    seen: dict[str | None, subprocess.CompletedProcess[str]], chip: str
+) -> None:
+    done = seen[UNNAMED]
     assert done.stdout.strip() == str(chip.startswith("Ascend310P")), done.stderr[-2000:]

@@ -128,10 +128,10 @@ CHANGES: dict[str, Callable[[StableDiffusionPipeline], object]] = {
 @torch.no_grad()
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("when", ["before the first call", "after it"])
-def test_a_change_after_compiling_is_seen(tiny_sd_dir: Path, change: str, when: str) -> None:
+def test_a_change_after_compiling_is_seen(small_sd_dir: Path, change: str, when: str) -> None:
     pictures = []
     for compiled in (False, True):
-        pipe = StableDiffusionPipeline.from_pretrained(tiny_sd_dir, dtype=torch.float32)
+        pipe = StableDiffusionPipeline.from_pretrained(small_sd_dir, dtype=torch.float32)
         pipe.set_progress_bar_config(disable=True)
         if compiled:
             assert set(compile_pipeline(pipe).values()) == {Tracer.name}
@@ -144,42 +144,42 @@ def test_a_change_after_compiling_is_seen(tiny_sd_dir: Path, change: str, when: 
     assert pipe.unet.forward.compilations > made
 
 
-def test_an_unchanged_module_keeps_its_graphs(tiny_sd: StableDiffusionPipeline) -> None:
-    enable_flash_attention(tiny_sd)
-    compile_pipeline(tiny_sd)
-    first = draw(tiny_sd, cache_interval=2, output_type="pt")
+def test_an_unchanged_module_keeps_its_graphs(small_sd: StableDiffusionPipeline) -> None:
+    enable_flash_attention(small_sd)
+    compile_pipeline(small_sd)
+    first = draw(small_sd, cache_interval=2, output_type="pt")
     for _ in range(2):
-        tiny_sd.to("cpu")  # where it is
-        assert torch.equal(draw(tiny_sd, cache_interval=2, output_type="pt"), first)
-    parts = (tiny_sd.text_encoder, tiny_sd.unet, tiny_sd.vae.decoder)
+        small_sd.to("cpu")  # where it is
+        assert torch.equal(draw(small_sd, cache_interval=2, output_type="pt"), first)
+    parts = (small_sd.text_encoder, small_sd.unet, small_sd.vae.decoder)
     assert [part.forward.compilations for part in parts] == [1, 2, 1]
 
 
-def test_an_adapter_that_is_switched_off_and_on_keeps_its_graphs(tiny_sd: StableDiffusionPipeline) -> None:
-    plain = draw(tiny_sd)
-    add_adapter(tiny_sd)
-    adapted = draw(tiny_sd)
-    compile_module(tiny_sd.unet)
+def test_an_adapter_that_is_switched_off_and_on_keeps_its_graphs(small_sd: StableDiffusionPipeline) -> None:
+    plain = draw(small_sd)
+    add_adapter(small_sd)
+    adapted = draw(small_sd)
+    compile_module(small_sd.unet)
     for _ in range(2):
-        torch.testing.assert_close(draw(tiny_sd), adapted)
-        tiny_sd.disable_lora()
-        torch.testing.assert_close(draw(tiny_sd), plain)
-        tiny_sd.enable_lora()
-    assert tiny_sd.unet.forward.compilations == 2
-    tiny_sd.unet.conv_out.weight = nn.Parameter(tiny_sd.unet.conv_out.weight * 0.9)
-    torch.testing.assert_close(draw(tiny_sd), draw_eagerly(tiny_sd))
-    tiny_sd.disable_lora()  # whose graph has the old weights
-    torch.testing.assert_close(draw(tiny_sd), draw_eagerly(tiny_sd))
+        torch.testing.assert_close(draw(small_sd), adapted)
+        small_sd.disable_lora()
+        torch.testing.assert_close(draw(small_sd), plain)
+        small_sd.enable_lora()
+    assert small_sd.unet.forward.compilations == 2
+    small_sd.unet.conv_out.weight = nn.Parameter(small_sd.unet.conv_out.weight * 0.9)
+    torch.testing.assert_close(draw(small_sd), draw_eagerly(small_sd))
+    small_sd.disable_lora()  # whose graph has the old weights
+    torch.testing.assert_close(draw(small_sd), draw_eagerly(small_sd))
 
 
 def test_a_module_is_compared_once_a_loop_unless_callbacks_run(
-    tiny_sd: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
+    small_sd: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looks: list[Watch] = []
     has_changed = Watch.has_changed
     monkeypatch.setattr(Watch, "has_changed", lambda watch: looks.append(watch) or has_changed(watch))
-    compile_module(tiny_sd.unet)
-    draw(tiny_sd, num_inference_steps=3)
+    compile_module(small_sd.unet)
+    draw(small_sd, num_inference_steps=3)
     assert len(looks) == 1
 
     def callback(pipe: StableDiffusionPipeline, step: int, *_: Any) -> dict[str, Any]:
@@ -187,11 +187,11 @@ def test_a_module_is_compared_once_a_loop_unless_callbacks_run(
             pipe.unet.conv_out.weight.mul_(0.9)
         return {}
 
-    changed = draw(tiny_sd, num_inference_steps=3, callback_on_step_end=callback)
+    changed = draw(small_sd, num_inference_steps=3, callback_on_step_end=callback)
     assert len(looks) == 4
-    tiny_sd.unet.conv_out.weight.data.div_(0.9)
-    decompile_pipeline(tiny_sd)
-    torch.testing.assert_close(changed, draw(tiny_sd, num_inference_steps=3, callback_on_step_end=callback))
+    small_sd.unet.conv_out.weight.data.div_(0.9)
+    decompile_pipeline(small_sd)
+    torch.testing.assert_close(changed, draw(small_sd, num_inference_steps=3, callback_on_step_end=callback))
 
 
 @pytest.mark.parametrize("table", ["_forward_hooks", "_parameters", "_modules"])
@@ -212,17 +212,17 @@ def test_an_element_that_moves_to_the_next_list_is_seen() -> None:
     assert watch.has_changed()
 
 
-def test_many_sizes_have_a_graph_each(tiny_sd: StableDiffusionPipeline) -> None:
-    compile_module(tiny_sd.vae.decoder)
+def test_many_sizes_have_a_graph_each(small_sd: StableDiffusionPipeline) -> None:
+    compile_module(small_sd.vae.decoder)
     sizes = list(range(1, MOST_GRAPHS + 3))
     with torch.no_grad():
         for size in sizes:
-            assert tiny_sd.vae.decoder(torch.ones(1, 4, 1, size)).shape[-1] == 8 * size
-        tiny_sd.vae.decoder(torch.ones(1, 4, 1, sizes[-1]))
-        assert tiny_sd.vae.decoder.forward.compilations == len(sizes)
-        tiny_sd.vae.decoder(torch.ones(1, 4, 1, sizes[0]))  # the longest unused were dropped
-    assert tiny_sd.vae.decoder.forward.compilations == len(sizes) + 1
-    assert len(tiny_sd.vae.decoder.forward.graphs) == MOST_GRAPHS
+            assert small_sd.vae.decoder(torch.ones(1, 4, 1, size)).shape[-1] == 8 * size
+        small_sd.vae.decoder(torch.ones(1, 4, 1, sizes[-1]))
+        assert small_sd.vae.decoder.forward.compilations == len(sizes)
+        small_sd.vae.decoder(torch.ones(1, 4, 1, sizes[0]))  # the longest unused were dropped
+    assert small_sd.vae.decoder.forward.compilations == len(sizes) + 1
+    assert len(small_sd.vae.decoder.forward.graphs) == MOST_GRAPHS
 
 
 def state(pipe: StableDiffusionPipeline) -> list[Any]:
@@ -235,47 +235,47 @@ def state(pipe: StableDiffusionPipeline) -> list[Any]:
     return found
 
 
-def test_decompiling_puts_everything_back(tiny_sd: StableDiffusionPipeline) -> None:
-    tiny_sd.unet.conv_in.weight.requires_grad_(False)
-    before, plain = state(tiny_sd), draw(tiny_sd)
-    compile_pipeline(tiny_sd)
-    assert state(tiny_sd) != before
-    torch.testing.assert_close(draw(tiny_sd), plain)
+def test_decompiling_puts_everything_back(small_sd: StableDiffusionPipeline) -> None:
+    small_sd.unet.conv_in.weight.requires_grad_(False)
+    before, plain = state(small_sd), draw(small_sd)
+    compile_pipeline(small_sd)
+    assert state(small_sd) != before
+    torch.testing.assert_close(draw(small_sd), plain)
     for _ in range(2):
-        decompile_pipeline(tiny_sd)
-        assert state(tiny_sd) == before
-        assert not tiny_sd.unet.prepared
-    assert torch.equal(draw(tiny_sd), plain)
-    tiny_sd.unet(torch.ones(1, 4, 8, 8), 10, torch.ones(1, 77, 32)).sample.mean().backward()  # it trains again
-    assert tiny_sd.unet.conv_out.weight.grad is not None
+        decompile_pipeline(small_sd)
+        assert state(small_sd) == before
+        assert not small_sd.unet.prepared
+    assert torch.equal(draw(small_sd), plain)
+    small_sd.unet(torch.ones(1, 4, 8, 8), 10, torch.ones(1, 77, 32)).sample.mean().backward()  # it trains again
+    assert small_sd.unet.conv_out.weight.grad is not None
 
 
 def test_a_failure_while_compiling_leaves_the_pipeline_as_it_was(
-    tiny_sd: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
+    small_sd: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before, plain = state(tiny_sd), draw(tiny_sd)
+    before, plain = state(small_sd), draw(small_sd)
     backends = [Tracer(), Tracer()]
     backends[1].fails = True
     monkeypatch.setattr(graphs, "make_backend", lambda *_: backends.pop(0))
     with pytest.raises(RuntimeError, match="no compiler"):
-        compile_pipeline(tiny_sd)
-    assert state(tiny_sd) == before
-    assert not tiny_sd.text_encoder.prepared
+        compile_pipeline(small_sd)
+    assert state(small_sd) == before
+    assert not small_sd.text_encoder.prepared
 
     def break_down(*_: Any) -> Made:
         raise RuntimeError("the compiler failed")
 
     monkeypatch.setattr(graphs, "make_backend", lambda *_: Tracer())
     monkeypatch.setattr(Tracer, "make", break_down)
-    compile_module(tiny_sd.unet)
+    compile_module(small_sd.unet)
     with pytest.raises(RuntimeError, match="the compiler failed"):
-        draw(tiny_sd)
-    assert state(tiny_sd) == before
-    assert torch.equal(draw(tiny_sd), plain)
+        draw(small_sd)
+    assert state(small_sd) == before
+    assert torch.equal(draw(small_sd), plain)
 
 
-def test_two_pipelines_that_share_a_unet_may_both_be_compiled(tiny_sd: StableDiffusionPipeline) -> None:
-    other = StableDiffusionImg2ImgPipeline.from_pipe(tiny_sd)
+def test_two_pipelines_that_share_a_unet_may_both_be_compiled(small_sd: StableDiffusionPipeline) -> None:
+    other = StableDiffusionImg2ImgPipeline.from_pipe(small_sd)
     other.set_progress_bar_config(disable=True)
     image = Image.new("RGB", (64, 64), "red")
 
@@ -284,107 +284,109 @@ def test_two_pipelines_that_share_a_unet_may_both_be_compiled(tiny_sd: StableDif
         options: dict[str, Any] = {"num_inference_steps": 2, "strength": 1.0, "output_type": "latent"}
         return other("a cat", image=image, generator=generator, **options).images
 
-    plain = draw(tiny_sd), redraw()
-    compile_pipeline(tiny_sd)
-    draw(tiny_sd)
+    plain = draw(small_sd), redraw()
+    compile_pipeline(small_sd)
+    draw(small_sd)
     compiled = dict.fromkeys(("text_encoder", "vae.decoder", "unet"), Tracer.name)
     assert compile_pipeline(other) == {"vae.encoder": "eager", **compiled}
-    torch.testing.assert_close((draw(tiny_sd), redraw()), plain)
+    torch.testing.assert_close((draw(small_sd), redraw()), plain)
 
 
-def test_an_offloaded_pipeline_stays_eager(tiny_sd: StableDiffusionPipeline, caplog: pytest.LogCaptureFixture) -> None:
-    for module in (tiny_sd.text_encoder, tiny_sd.unet, tiny_sd.vae):  # as enable_model_cpu_offload does
+def test_an_offloaded_pipeline_stays_eager(
+    small_sd: StableDiffusionPipeline, caplog: pytest.LogCaptureFixture
+) -> None:
+    for module in (small_sd.text_encoder, small_sd.unet, small_sd.vae):  # as enable_model_cpu_offload does
         module._hf_hook = object()
-    assert set(compile_pipeline(tiny_sd).values()) == {"eager"}
+    assert set(compile_pipeline(small_sd).values()) == {"eager"}
     assert "vae.decoder is not compiled" in caplog.text
 
 
-def test_offloading_after_compiling_is_refused(tiny_sd: StableDiffusionPipeline) -> None:
-    compile_pipeline(tiny_sd)
-    draw(tiny_sd)
-    tiny_sd.unet._hf_hook = object()
+def test_offloading_after_compiling_is_refused(small_sd: StableDiffusionPipeline) -> None:
+    compile_pipeline(small_sd)
+    draw(small_sd)
+    small_sd.unet._hf_hook = object()
     with pytest.raises(RuntimeError, match=r"unet is offloaded since it was compiled.*decompile_pipeline"):
-        draw(tiny_sd)
+        draw(small_sd)
 
 
-def test_what_wraps_a_compiled_forward_must_go_first(tiny_sd: StableDiffusionPipeline) -> None:
-    compile_pipeline(tiny_sd)
-    graphs = tiny_sd.unet.forward
-    tiny_sd.unet.forward = SharedBatch.__new__(SharedBatch)
-    tiny_sd.unet.forward.forward = graphs
+def test_what_wraps_a_compiled_forward_must_go_first(small_sd: StableDiffusionPipeline) -> None:
+    compile_pipeline(small_sd)
+    graphs = small_sd.unet.forward
+    small_sd.unet.forward = SharedBatch.__new__(SharedBatch)
+    small_sd.unet.forward.forward = graphs
     with pytest.raises(RuntimeError, match="unet was wrapped after it was compiled"):
-        decompile_pipeline(tiny_sd)
-    assert compile_module(tiny_sd.unet) == Tracer.name  # it is compiled already
-    tiny_sd.unet.forward = graphs
-    decompile_pipeline(tiny_sd)
-    tiny_sd.unet.forward = SharedBatch.__new__(SharedBatch)
+        decompile_pipeline(small_sd)
+    assert compile_module(small_sd.unet) == Tracer.name  # it is compiled already
+    small_sd.unet.forward = graphs
+    decompile_pipeline(small_sd)
+    small_sd.unet.forward = SharedBatch.__new__(SharedBatch)
     with pytest.raises(RuntimeError, match="cannot be compiled after its forward was replaced by .*SharedBatch"):
-        compile_pipeline(tiny_sd)
-    assert "forward" not in vars(tiny_sd.text_encoder)
+        compile_pipeline(small_sd)
+    assert "forward" not in vars(small_sd.text_encoder)
 
 
 @torch.no_grad()
 def test_sharing_guidance_around_a_graph_leaves_the_graph(
-    tiny_sd: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
+    small_sd: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
         shared_batch, "all_gather", lambda everyone, mine, group: everyone.copy_(torch.cat([mine, mine]))
     )
     latents, text = torch.ones(2, 4, 8, 8), torch.ones(2, 77, 32)
-    compile_module(tiny_sd.unet)
-    graphs = tiny_sd.unet.forward
-    tiny_sd.unet(latents[:1], 10, text[:1])
-    share_guidance(tiny_sd, Mesh(rank=0, world_size=2, branch_size=2, group=object()))
+    compile_module(small_sd.unet)
+    graphs = small_sd.unet.forward
+    small_sd.unet(latents[:1], 10, text[:1])
+    share_guidance(small_sd, Mesh(rank=0, world_size=2, branch_size=2, group=object()))
     for prompt in (text, text * 2):  # what sharing remembers of a picture is another each time
-        tiny_sd.unet(latents, torch.tensor(10), encoder_hidden_states=prompt)
-        tiny_sd.unet(latents, torch.tensor(5), encoder_hidden_states=prompt)
+        small_sd.unet(latents, torch.tensor(10), encoder_hidden_states=prompt)
+        small_sd.unet(latents, torch.tensor(5), encoder_hidden_states=prompt)
     assert graphs.compilations == 2  # with the arguments by position, and by name
-    unshare_guidance(tiny_sd)
-    tiny_sd.unet(latents[:1], 10, text[:1])
-    assert tiny_sd.unet.forward is graphs and graphs.compilations == 2
+    unshare_guidance(small_sd)
+    small_sd.unet(latents[:1], 10, text[:1])
+    assert small_sd.unet.forward is graphs and graphs.compilations == 2
 
 
-def test_hooks_that_accelerate_removed_again_do_not_count(tiny_sd: StableDiffusionPipeline) -> None:
-    tiny_sd.unet.forward = tiny_sd.unet.forward  # what it leaves behind
-    compile_pipeline(tiny_sd)
-    assert isinstance(tiny_sd.unet.forward, StaticGraphs)
+def test_hooks_that_accelerate_removed_again_do_not_count(small_sd: StableDiffusionPipeline) -> None:
+    small_sd.unet.forward = small_sd.unet.forward  # what it leaves behind
+    compile_pipeline(small_sd)
+    assert isinstance(small_sd.unet.forward, StaticGraphs)
 
 
-def test_gradients_and_copies_are_refused_not_wrong(tiny_sd: StableDiffusionPipeline) -> None:
-    compile_module(tiny_sd.unet, name="unet")
+def test_gradients_and_copies_are_refused_not_wrong(small_sd: StableDiffusionPipeline) -> None:
+    compile_module(small_sd.unet, name="unet")
     latents = torch.ones(1, 4, 8, 8, requires_grad=True)
     with pytest.raises(RuntimeError, match="unet is compiled for inference and gives no gradients"):
-        tiny_sd.unet(latents, 10, torch.ones(1, 77, 32))
+        small_sd.unet(latents, 10, torch.ones(1, 77, 32))
     with pytest.raises(TypeError, match="unet is compiled, and graphs cannot be copied"):
-        copy.deepcopy(tiny_sd.unet)
+        copy.deepcopy(small_sd.unet)
 
 
 @torch.no_grad()
-def test_autocast_and_deterministic_mode_have_graphs_of_their_own(tiny_sd: StableDiffusionPipeline) -> None:
+def test_autocast_and_deterministic_mode_have_graphs_of_their_own(small_sd: StableDiffusionPipeline) -> None:
     inputs = torch.ones(1, 77, dtype=torch.int64)
-    compile_module(tiny_sd.text_encoder)
-    single = tiny_sd.text_encoder(inputs)[0]
+    compile_module(small_sd.text_encoder)
+    single = small_sd.text_encoder(inputs)[0]
     with torch.autocast("cpu", torch.bfloat16):
-        half = tiny_sd.text_encoder(inputs)[0]
+        half = small_sd.text_encoder(inputs)[0]
     assert not torch.equal(single, half)
-    assert torch.equal(tiny_sd.text_encoder(inputs)[0], single)
-    assert tiny_sd.text_encoder.forward.compilations == 2
+    assert torch.equal(small_sd.text_encoder(inputs)[0], single)
+    assert small_sd.text_encoder.forward.compilations == 2
 
 
 @torch.no_grad()
-def test_results_keep_their_class(tiny_sd: StableDiffusionPipeline) -> None:
+def test_results_keep_their_class(small_sd: StableDiffusionPipeline) -> None:
     inputs = torch.ones(1, 77, dtype=torch.int64)
-    plain = tiny_sd.text_encoder(inputs)
-    compile_module(tiny_sd.text_encoder)
-    result = tiny_sd.text_encoder(inputs)
+    plain = small_sd.text_encoder(inputs)
+    compile_module(small_sd.text_encoder)
+    result = small_sd.text_encoder(inputs)
     assert type(result) is type(plain) and result.keys() == plain.keys()
     assert torch.equal(result.last_hidden_state, plain.last_hidden_state)
 
 
-def test_switching_kernels_off_after_compiling_is_seen(tiny_sd: StableDiffusionPipeline) -> None:
-    enable_flash_attention(tiny_sd)
-    compile_pipeline(tiny_sd)
-    draw(tiny_sd)
-    disable_flash_attention(tiny_sd)
-    draw(tiny_sd)
-    assert tiny_sd.unet.forward.compilations == 2
+def test_switching_kernels_off_after_compiling_is_seen(small_sd: StableDiffusionPipeline) -> None:
+    enable_flash_attention(small_sd)
+    compile_pipeline(small_sd)
+    draw(small_sd)
+    disable_flash_attention(small_sd)
+    draw(small_sd)
+    assert small_sd.unet.forward.compilations == 2

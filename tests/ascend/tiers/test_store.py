@@ -81,7 +81,7 @@ def test_four_threads_share_a_store(tmp_path: Path) -> None:
         torch.arange(24.0).reshape(4, 6).t(),
         torch.arange(24.0)[1::3],
         torch.ones(3, 5, dtype=torch.float8_e4m3fn),
-        torch.randn(3, dtype=torch.complex64).conj(),
+        torch.tensor([1 - 2j, 0.5j, -3 + 1j]).conj(),
         torch.arange(6, dtype=torch.float32).expand(3, 6),
         torch.tensor([float("nan"), -0.0, float("inf")]),
     ],

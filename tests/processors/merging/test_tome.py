@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from processors import AttnProcessor2_0, AttnProcessor2_0Tome, attention, enable_token_merging
 from processors.kernels.npu_attention import causal_mask
 from processors.merging import tome
-from tests.tiny_models import CROSS_ATTENTION_DIM, tiny_unet
+from tests.tiny_models import CROSS_ATTENTION_DIM, small_unet, tiny_unet
 from tests.tiny_pipelines import PIPELINES, draw, make_pipeline
 
 GRIDS = [(8, 8), (7, 9), (5, 12), (1, 6), (9, 2)]  # h x w: even, odd, wide, without a full cell, narrow
@@ -96,7 +96,7 @@ class Pictures(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.unet = tiny_unet(8).eval()
+        self.unet = small_unet().eval()
         set_merging(self.unet, lambda name: True, 0.5)
 
     def forward(self, latents: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
