@@ -13,13 +13,16 @@ def clear_overflow_flag(device: torch.device) -> None:
         torch.get_device_module(device).clear_npu_overflow_flag()
 
 
-def overflow_warning(images: Sequence[Image.Image], device: torch.device) -> str | None:
-    """What went wrong since `clear_overflow_flag`, or None.
+def overflow_warning(
+    images: Sequence[Image.Image],
+    device: torch.device,
+    advice: str = "try another --scheduler or a lower --guidance_scale",
+) -> str | None:
+    """What went wrong since `clear_overflow_flag`, or None; `advice` says what to do.
 
     Usually an overflow becomes NaN and NaN a black picture. A chip that saturates goes on with the largest number
     instead, so its pictures are wrong without being black, and only the chip's flag tells.
     """
-    advice = "try another --scheduler or a lower --guidance_scale"
     if saturates(device):
         if torch.get_device_module(device).get_npu_overflow_flag():
             return f"float16 values overflowed and were clipped, the pictures may be wrong; {advice}"
@@ -47,12 +50,12 @@ class OverflowWatch:
             self._steps.append(step)
             self._module.clear_npu_overflow_flag()
 
-    def warning(self, steps: int) -> str | None:
+    def warning(self, steps: int, advice: str) -> str | None:
         """What was seen in a loop of so many steps, None if nothing was."""
         if not self._steps:
             return None
         numbers = ", ".join(str(step + 1) for step in self._steps)
-        return f"float16 values overflowed and were clipped in step {numbers} of {steps}, the picture may be wrong"
+        return f"values overflowed and were clipped in step {numbers} of {steps}, the picture may be wrong; {advice}"
 
 
 def saturates(device: torch.device) -> bool:

@@ -54,6 +54,8 @@ BATCHED_ARGUMENTS = {
         "pooled_embeds",
         "img_ids",
         "hidden_states_masks",
+        "image_rotary_emb",
+        "padding_columns",
     },
     "Decoder": {"sample", "latent_embeds"},
     **dict.fromkeys(("ControlNetModel", "MultiControlNetModel"), _CONTROLNET),

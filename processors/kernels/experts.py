@@ -73,6 +73,8 @@ def expert_feed_forward(
         `[tokens, dim]`, in the dtype of `x`.
     """
     groups = x.dtype in GROUPED_ON.get(x.device.type, ()) or npu_experts.can_group(x, gate_up)
+    # Autocast knows linear layers and no grouped products.
+    groups = groups and gate_up.dtype == x.dtype and not torch.is_autocast_enabled(x.device.type)
     compute = grouped if groups else dense
     return compute(x, indices, weights, gate_up, down, low_rank)
 

@@ -146,6 +146,8 @@ def parse_arguments(
         "--output_dir", type=file_path, default=Path("outputs/hidream_e1"), metavar="DIR", help="(outputs/hidream_e1)"
     )
     args = parser.parse_args(arguments)
+    if args.seed >= 2**63:
+        parser.error(f"--seed must be below 2^63, not {args.seed}")
     if args.refine is not None and args.refine_strength is not None and args.refine != (args.refine_strength > 0):
         parser.error(
             f"--{'refine' if args.refine else 'no-refine'} contradicts --refine_strength {args.refine_strength:g}"

@@ -99,9 +99,10 @@ def edit_picture(
         callback_on_step_end=after_step if watch.is_on else on_step_end,
         **policy,
     ).images
-    warning = watch.warning(args.steps) or overflow_warning([result], manager.device)
-    if warning and not args.residual_dtype:
-        warning += "; --residual_dtype float32 holds larger sums"
+    advice = "try a lower --guidance_scale"
+    if args.dtype == torch.float16 and not args.residual_dtype:
+        advice += ", or --residual_dtype float32, which holds larger sums"
+    warning = watch.warning(args.steps, advice) or overflow_warning([result], manager.device, advice)
     if editor.side:
         result = result.resize(image.size, PIL.Image.Resampling.BICUBIC)
     return Result(result, processed, warning)

@@ -16,6 +16,7 @@ from runners.cli import UserError
 from runners.hidream.arguments import PICTURES
 
 MOST_PIXELS = 200_000_000
+REPORT = "report"  # .json: of the whole run, in the folder of results
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ def list_edits(args: argparse.Namespace) -> list[Edit]:
         raise UserError(f"{args.edits or args.image[0]} holds no picture to edit")
     names: dict[str, Edit] = {}
     for edit in edits:
+        if edit.name == REPORT:
+            raise UserError(f"{edit.image}: a result called {REPORT} would be overwritten by {REPORT}.json: rename it")
         other = names.setdefault(edit.name, edit)
         if other is not edit:
             raise UserError(f"{other.image} and {edit.image} give two results called {edit.name}: rename one of them")
@@ -55,7 +58,7 @@ def _of_arguments(args: argparse.Namespace) -> Iterator[Edit]:
     for path in args.image:
         files = sorted(file for file in path.iterdir() if file.suffix.lower() in PICTURES) if path.is_dir() else [path]
         for file in files:
-            yield Edit(file, args.instruction.strip(), args.target_description, args.seed, file.stem)
+            yield Edit(file, args.instruction.strip(), args.target_description or None, args.seed, file.stem)
 
 
 def _of_file(args: argparse.Namespace) -> Iterator[Edit]:
@@ -75,17 +78,22 @@ def _of_file(args: argparse.Namespace) -> Iterator[Edit]:
 
 
 def _of_row(row: dict[str, Any], args: argparse.Namespace, number: int) -> Edit:
+    description = row.get("target_description")
+    if not isinstance(description, str | None):
+        raise ValueError(f"target_description must be a text, not {description!r}")
     image = args.edits.parent / str(row["image"])
     instruction = row["instruction"].strip()
     seed = row.get("seed", args.seed)
     if not instruction:
         raise ValueError("the instruction is empty")
-    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
-        raise ValueError(f"seed must be a whole number, not {seed!r}")
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be a whole number below 2^63, not {seed!r}")
+    for text in (instruction, description or "", str(row.get("id", ""))):
+        text.encode()  # a lone surrogate is no text
     name = str(row.get("id", f"{number:05}_{image.stem}"))
-    if Path(name).name != name or name.startswith("."):
+    if Path(name).name != name or name.startswith(".") or not name.isprintable():
         raise ValueError(f"id {name!r} names no file")
-    return Edit(image, instruction, row.get("target_description"), seed, name)
+    return Edit(image, instruction, description or None, seed, name)
 
 
 def open_picture(path: Path) -> PIL.Image.Image:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
 from diffusers import HiDreamImageEditingPipeline, HiDreamImageTransformer2DModel
+from torch import nn
 from transformers import AutoTokenizer, LlamaForCausalLM, T5EncoderModel
 
 from ascend.device import DeviceManager
@@ -20,6 +21,7 @@ from processors import enable_fused_kernels
 from runners.cli import UserError, is_out_of_memory
 from runners.hidream.adapters import bytes_of_adapters, check_adapters, load_adapters
 from runners.hidream.arguments import REFINER, Family
+from runners.hidream.loaded import check_loaded
 from runners.model_dir import DEFAULTS, INDEX, check_is_pipeline, read_json
 from runners.overflow import saturates
 from runners.report import Report
@@ -69,11 +71,34 @@ def complete(args: argparse.Namespace, family: Family) -> None:
             f"--refine_strength {args.refine_strength:g} wants a transformer that draws: --refiner_path names the "
             "folder of HiDream-I1-Full's, or 0 leaves it out; an adapter of --edit_lora is switched off for it"
         )
-    defaults = read_json(args.model_path / DEFAULTS) if (args.model_path / DEFAULTS).exists() else {}
+    defaults = _defaults(args.model_path / DEFAULTS)
     for name in ("guidance_scale", "image_guidance_scale", "negative_prompt"):
         if getattr(args, name) is None:
             setattr(args, name, defaults.get(name, getattr(family, name)))
     args.side, args.prompt = defaults.get("side"), defaults.get("prompt", family.prompt)
+
+
+def _defaults(path: Path) -> dict[str, Any]:
+    """What a model wants other than the original's scripts. Raises UserError for values of other kinds."""
+    defaults = read_json(path) if path.exists() else {}
+    numbers = [defaults.get(name, 1.0) for name in ("guidance_scale", "image_guidance_scale")]
+    try:
+        str(defaults.get("prompt", "")).format(instruction="", description="")
+        known = True
+    except (KeyError, IndexError, ValueError):
+        known = False
+    texts = [defaults.get(name, "") for name in ("prompt", "negative_prompt")]
+    if (
+        not known
+        or not all(isinstance(number, int | float) for number in numbers)
+        or not all(isinstance(text, str) for text in texts)
+        or not isinstance(defaults.get("side", 16), int)
+    ):
+        raise UserError(
+            f"{path} must hold numbers as guidance_scale and image_guidance_scale, a whole number as side, and as "
+            "prompt a text with {instruction} and {description}"
+        )
+    return defaults
 
 
 def load_editor(
@@ -110,6 +135,7 @@ def load_editor(
         if is_out_of_memory(error):
             raise
         raise UserError(f"cannot load the model in {args.model_path}: {first_line(error)}") from error
+    check_loaded(_folders_of(pipe, refiner, args))
     if family.max_seq and args.side is None:
         pipe.transformer.max_seq = family.max_seq
     if args.t5 == "host" and manager.device.type == "cpu":
@@ -138,6 +164,15 @@ def load_editor(
     if from_disk:  # whose weights have the names that they have in the files
         load_adapters(pipe, args)
     return Editor(pipe, refiner, args.side)
+
+
+def _folders_of(pipe: Any, refiner: Any, args: argparse.Namespace) -> dict[Path, nn.Module]:
+    """The models, by where their files are."""
+    models = {name: model for name, model in pipe.components.items() if isinstance(model, nn.Module)}
+    folders = {args.model_path / name: model for name, model in models.items()}
+    if args.llama_path:
+        folders[args.llama_path] = folders.pop(args.model_path / LLAMA[0])
+    return folders | ({args.refiner_path: refiner} if refiner is not None else {})
 
 
 def _reads_on_host(args: argparse.Namespace, device: torch.device) -> bool:

@@ -32,6 +32,7 @@ from runners.model_dir import require_patched_diffusers
 from runners.report import Report, versions
 from runners.weight_files import digest_of_files
 
+MODEL_FILES = (".safetensors", ".json", ".model", ".txt")
 APPEARANCE = ("negative_prompt", "steps", "guidance_scale", "image_guidance_scale", "refine_strength", "clip_cfg_norm")
 
 
@@ -183,7 +184,9 @@ def _model_size(image: PIL.Image.Image, args: argparse.Namespace, family: Family
 def _settings(args: argparse.Namespace, family: Family, manager: DeviceManager) -> dict[str, Any]:
     """All that decides what results look like, beside pictures and instructions."""
     folders = [args.model_path, *filter(None, (args.refiner_path, args.llama_path))]
-    weights = [digest_of_files(folder, sorted(folder.glob("**/*.safetensors"))) for folder in folders]
+    # Configurations and tokenizers too; what a folder holds beside a model's files is not looked at.
+    files = [[file for file in sorted(folder.rglob("*")) if file.suffix in MODEL_FILES] for folder in folders]
+    weights = [digest_of_files(folder, found) for folder, found in zip(folders, files, strict=True)]
     return {
         name: getattr(args, name)
         for name in (*APPEARANCE, "FA", "enlarge", "refine_instruction", "residual_dtype", "t5")

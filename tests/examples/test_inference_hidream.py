@@ -16,7 +16,7 @@ import torch
 from diffusers import HiDreamImageEditingPipeline, HiDreamImageTransformer2DModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from runners.hidream import run as program
 from runners.hidream.arguments import E1_1, E1_FULL
@@ -328,3 +328,57 @@ def test_prompts_are_as_the_models_were_trained() -> None:
     assert prompt_of(edit, E1_1.prompt) == "Make it night."
     expected = "Editing Instruction: Make it night. Target Image Description: A night."
     assert prompt_of(edit, E1_FULL.prompt) == expected
+
+
+@pytest.mark.parametrize(
+    ("file", "tensor"),
+    [
+        ("text_encoder_4/model.safetensors", "model.layers.0.mlp.down_proj.weight"),
+        ("transformer/diffusion_pytorch_model.safetensors", "x_embedder.proj.weight"),
+        ("refiner/diffusion_pytorch_model.safetensors", "final_layer.linear.bias"),
+    ],
+)
+def test_a_tensor_that_a_file_lacks_is_named(
+    edit: Callable[..., Outcome], tiny_hidream_dir: Path, photo: Path, tmp_path: Path, file: str, tensor: str
+) -> None:
+    model = shutil.copytree(tiny_hidream_dir, tmp_path / "model")
+    tensors = load_file(model / file)
+    del tensors[tensor]
+    save_file(tensors, model / file, {"format": "pt"})
+    outcome = edit("--image", photo, "--instruction", "make it blue", model=model)
+    assert outcome.code == 2 and tensor in outcome.err and "Traceback" not in outcome.err
+    assert not (tmp_path / "out/photo.png").exists()
+
+
+def test_a_changed_configuration_is_another_setting(
+    edit: Callable[..., Outcome], tiny_hidream_dir: Path, photo: Path, tmp_path: Path
+) -> None:
+    model = shutil.copytree(tiny_hidream_dir, tmp_path / "model")
+    wanted = ["--image", photo, "--instruction", "make it blue", "--no-refine"]
+    assert edit(*wanted, model=model).code == 0
+    (model / "defaults.json").write_text(
+        json.dumps({"side": 64, "guidance_scale": 3.0, "prompt": "not {instruction}"})
+    )
+    assert "of another picture, instruction or setting" in edit(*wanted, model=model).err
+    for defaults in ({"prompt": "{foo}"}, {"side": "64"}, {"guidance_scale": "x"}):
+        (model / "defaults.json").write_text(json.dumps(defaults))
+        assert "defaults.json must hold" in edit(*wanted, model=model).err
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"target_description": 5}, "target_description must be a text"),
+        ({"id": "a\u0000b"}, "names no file"),
+        ({"id": "report"}, "would be overwritten"),
+        ({"instruction": "x\ud800"}, "surrogates not allowed"),
+        ({"seed": 2**70}, "below 2^63"),
+    ],
+)
+def test_bad_rows_are_found_before_anything_is_loaded(
+    edit: Callable[..., Outcome], photo: Path, tmp_path: Path, row: dict[str, Any], message: str
+) -> None:
+    rows = tmp_path / "edits.jsonl"
+    rows.write_text(json.dumps({"image": photo.name, "instruction": "make it blue"} | row))
+    outcome = edit("--edits", rows)
+    assert outcome.code == 2 and message in outcome.err and "Traceback" not in outcome.err

@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import HiDreamImageTransformer2DModel
 from diffusers.pipelines.hidream_image.step_arguments import StepArguments
+from peft import LoraConfig
 
 from tests.tiny_hidream import make_transformer
 
@@ -157,3 +158,24 @@ def test_the_residual_stream_in_float32_holds_more_than_float16() -> None:
     (result,) = transformer(**given)
     assert seen == [torch.float32] * 2
     assert result.dtype == torch.float16 and result.isfinite().all()
+
+
+@torch.no_grad()
+def test_adapters_on_captions_keep_their_scale() -> None:
+    transformer = make_transformer()
+    transformer.add_adapter(
+        LoraConfig(r=2, target_modules=r"caption_projection\.\d+\.linear", init_lora_weights=False)
+    )
+    latents, embeds = arguments(transformer)["hidden_states"], texts(transformer)
+    made = StepArguments()(transformer, embeds, latents)
+    assert "captions_are_projected" not in made and made["encoder_hidden_states_t5"] is embeds[0]
+
+
+@torch.inference_mode()
+def test_a_callback_under_inference_mode_is_seen() -> None:
+    transformer = make_transformer()
+    latents, embeds = arguments(transformer)["hidden_states"], texts(transformer)
+    step_arguments = StepArguments(has_callback=True)
+    first = step_arguments(transformer, embeds, latents)["encoder_hidden_states_t5"]
+    embeds[0].mul_(2)
+    assert not torch.equal(step_arguments(transformer, embeds, latents)["encoder_hidden_states_t5"], first)

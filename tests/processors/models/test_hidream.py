@@ -142,3 +142,12 @@ def test_what_is_not_plain_is_left_and_said() -> None:
     enable_fused_kernels(stacked)
     (words,) = quantize_weights(stacked).values()
     assert "3 mixture with stacked experts" in words
+
+
+def test_autocast_computes_as_upstream_does() -> None:
+    moe, x = make_moe(), torch.randn(2, 37, 32)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = moe(x)
+        fuse(moe)
+        found = moe(x)
+    assert (found.float() - expected.float()).norm() < 0.02 * expected.float().norm()  # bfloat16

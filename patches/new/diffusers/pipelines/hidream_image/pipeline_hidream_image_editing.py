@@ -344,6 +344,8 @@ class HiDreamImageEditingPipeline(HiDreamImagePipeline):
         dtype = embeds[2].dtype
         image_latents = self.prepare_image_latents(image, batch_size, dtype, device)
         self._check_tokens(*image_latents.shape[-2:])
+        if refine_strength > 0:
+            (refiner or self.transformer).check_size(*image_latents.shape[-2:])
         height, width = (side * self.vae_scale_factor for side in image_latents.shape[-2:])
         latents = self.prepare_latents(
             batch_size, self.transformer.config.in_channels, height, width, dtype, device, generator, latents
@@ -363,7 +365,7 @@ class HiDreamImageEditingPipeline(HiDreamImagePipeline):
         self._num_timesteps = len(timesteps)
         refine_start = int(num_inference_steps * (1.0 - refine_strength))
         denoiser, is_refining = self.transformer, False
-        step_arguments, caches = StepArguments(), StepCaches()
+        step_arguments, caches = StepArguments(callback_on_step_end is not None), StepCaches()
 
         with self.progress_bar(total=len(timesteps)) as progress_bar, ExitStack() as stack, caches.forgotten_at_end():
             for i, t in enumerate(timesteps):

@@ -29,14 +29,19 @@ class StepArguments:
     """
     The arguments of a transformer that are the same in many steps: made once, and again when what they depend on does.
 
-    A transformer that hooks move or watch, or whose forward is another's, gets the texts themselves.
+    A transformer that hooks move or watch, whose forward is another's, or which has adapters on what projects texts, gets
+    the texts themselves.
+
+    Args:
+        has_callback: whether somebody may write into texts between steps, which nobody counts of inference tensors.
 
     Attributes:
         changes: how often they were made.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, has_callback: bool = False) -> None:
         self.changes = 0
+        self._has_callback = has_callback
         self._made_of: tuple = ()
         self._context: tuple = ()
         self._arguments: dict[str, Any] = {}
@@ -54,6 +59,8 @@ class StepArguments:
         made_of = (transformer, *embeds)
         context = (latents.shape, epoch, *map(_version, embeds))  # a callback may write into them
         is_known = context == self._context and all(a is b for a, b in zip(made_of, self._made_of))
+        if self._has_callback and any(tensor.is_inference() for tensor in embeds):
+            is_known = False
         if not is_known:
             self._made_of, self._context = made_of, context
             self._arguments = _prepare(transformer, t5, llama3, latents)
@@ -79,13 +86,17 @@ def _version(tensor: torch.Tensor) -> int:
 
 
 def _can_prepare(transformer: nn.Module) -> bool:
+    if not hasattr(transformer, "prepare_positions"):  # another class of that name
+        return False
     parameters = inspect.signature(transformer.forward).parameters
     takes_more = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values())
     if not takes_more and "captions_are_projected" not in parameters:
         return False
     layers = list(transformer.caption_projection.modules())
     return not any(_has_hooks(module) for module in (transformer, *layers)) and not any(
-        "forward" in vars(module) for module in layers
+        # Adapters are scaled, and may be switched, by what happens in a step.
+        "forward" in vars(module) or hasattr(module, "active_adapters")
+        for module in layers
     )
 
 
