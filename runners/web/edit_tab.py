@@ -192,8 +192,10 @@ class EditTab:
         ]
         model, owner = self.models[model_name], owner_of(request)
         try:
-            with errors_shown(), new_folder(self.scratch) as folder:
-                updates = self._edit_all(model, edits, refine_words, settings, folder, owner, language, progress)
+            with errors_shown(), new_folder(self.scratch) as folder, self.worker.request(owner) as go_on:
+                updates = self._edit_all(
+                    model, edits, refine_words, settings, folder, owner, language, progress, go_on
+                )
         except Cancelled:
             return (gr.skip(),) * 4
         former.remove()
@@ -209,15 +211,18 @@ class EditTab:
         owner: str,
         language: str,
         progress: gr.Progress,
+        go_on: Callable[[], None],
     ) -> tuple[Any, ...]:
         pairs: list[tuple[str, str]] = []
         files: list[str] = []
         for number, edit in enumerate(edits, start=1):
             show = steps_shown(progress, language, number, len(edits))
+            go_on()
             try:
                 if refine_words:
                     progress(0, desc=text("wording", language))
                 wanted = refine_edit(edit) if refine_words else edit
+                go_on()
                 if self.worker.loaded_name != model.name:
                     progress(0, desc=text("loading", language))
                 edited = self.worker.run(owner, model, make_edit(model, wanted, settings), show)

@@ -78,6 +78,20 @@ class Worker:
             context = contextvars.copy_context()
             return self._thread.submit(context.run, self._run, model, work, on_step, unwanted).result()
 
+    @contextmanager
+    def request(self, owner: str) -> Iterator[Callable[[], None]]:
+        """Several jobs that `cancel(owner)` ends together, also between them.
+
+        What it gives is to be called between jobs, and raises Cancelled where they are no longer wanted.
+        """
+        with self._job_of(owner) as unwanted:
+
+            def go_on() -> None:
+                if unwanted.is_set():
+                    raise Cancelled
+
+            yield go_on
+
     def cancel(self, owner: str) -> int:
         """End what `owner` has running and waiting here. The result is how many jobs that are."""
         jobs = tuple(self._wanted.get(owner, ()))

@@ -94,6 +94,19 @@ def test_cancelling_ends_the_owners_job_with_its_step_and_no_other(worker: Worke
     assert worker.run("me", Made("a"), two_steps, ignore) == "done"
 
 
+def test_cancelling_between_two_jobs_of_a_request_ends_it(worker: Worker) -> None:
+    with worker.request("me") as go_on:
+        go_on()
+        worker.run("me", Made("a"), two_steps, ignore)
+        assert worker.cancel("they") == 0
+        go_on()
+        assert worker.cancel("me") == 1
+        with pytest.raises(Cancelled):
+            go_on()
+    with worker.request("me") as go_on:
+        go_on()  # the next one is wanted
+
+
 def test_what_ran_out_of_memory_is_freed_and_said(worker: Worker) -> None:
     held: list[weakref.ref[Weights]] = []
 
