@@ -27,6 +27,7 @@ from processors.models.full_weights import FullWeights
 PREFIXES = re.compile(r"^(?:base_model\.model\.)?(?:transformer\.|diffusion_model\.)?")
 LOW_RANK = re.compile(r"(.+)\.(?:lora_([AB])|lora[_.](down|up))(?:\.[^.]+)?\.weight")
 ALPHA = re.compile(r"(.+)\.alpha")
+OF_ADAPTER = ".lora_full"  # stands in names of whole weights that `save_lora_adapter` wrote
 METADATA = "lora_adapter_metadata"  # of diffusers, in a file's header
 CONFIG = "adapter_config.json"  # of peft, beside its ADAPTER
 ADAPTER = "adapter_model.safetensors"
@@ -110,7 +111,7 @@ def read_adapter(path: Path) -> AdapterFile:
         elif match := ALPHA.fullmatch(short):
             found.alphas[match[1]] = tensor.item()
         else:
-            found.full[short] = tensor
+            found.full[short.replace(OF_ADAPTER, "")] = tensor
     if not found.low_rank:
         raise ValueError(f"{path} is no LoRA file: no name is as ...lora_A.weight, but there is {_named(tensors)}")
     alone = [layer for layer, pair in found.low_rank.items() if len(pair) < 2]

@@ -317,3 +317,17 @@ def test_what_stacked_experts_cannot_compute_is_an_error(pipe: HiDreamImagePipel
         predict(model)
     disable_fused_kernels(model)
     predict(model)
+
+
+def test_what_diffusers_saves_of_an_adapter_is_loaded_again(pipe: HiDreamImagePipeline, tmp_path: Path) -> None:
+    """Whole weights, too."""
+    model = pipe.transformer
+    before = predict(model)
+    path = save_original(tmp_path / "full.safetensors", add_adapter(make_transformer()), full_of(make_transformer()))
+    load_adapter(pipe, path, "edit")
+    expected = predict(model)
+    model.save_lora_adapter(tmp_path / "saved", adapter_name="edit")
+    model.unload_lora()
+    assert torch.equal(predict(model), before)
+    load_adapter(pipe, next((tmp_path / "saved").glob("*.safetensors")), "again")
+    assert torch.equal(predict(model), expected)
