@@ -382,3 +382,27 @@ def test_bad_rows_are_found_before_anything_is_loaded(
     rows.write_text(json.dumps({"image": photo.name, "instruction": "make it blue"} | row))
     outcome = edit("--edits", rows)
     assert outcome.code == 2 and message in outcome.err and "Traceback" not in outcome.err
+
+
+def test_a_picture_for_which_memory_runs_out_is_made_by_the_same_command_later(
+    edit: Callable[..., Outcome], photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = shutil.copy(photo, tmp_path / "other.jpg")
+    wanted = ["--image", photo, "--image", other, "--instruction", "make it blue", "--no-refine"]
+    edit_picture = program.edit_picture
+
+    def starve(edit: Edit, *given: Any) -> Any:
+        if edit.name == "photo":
+            raise torch.OutOfMemoryError("no memory is left")
+        return edit_picture(edit, *given)
+
+    monkeypatch.setattr(program, "edit_picture", starve)
+    outcome = edit(*wanted)
+    assert outcome.code == 1 and "out of memory" in outcome.err and "Traceback" not in outcome.err
+    assert json.loads((tmp_path / "out/report.json").read_text())["failures"] == {"photo": "out of memory"}
+    assert (tmp_path / "out/other.json").exists() and not (tmp_path / "out/photo.png").exists()
+    monkeypatch.undo()
+    again = edit(*wanted)
+    assert (
+        again.code == 0 and "1 of 2 results are there already" in again.out and (tmp_path / "out/photo.png").exists()
+    )

@@ -190,6 +190,42 @@ def test_three_rounds_leave_memory_where_it_was_after_the_first(npu: torch.devic
     assert allocated[1:] == allocated[:1] * 2 and peaks[1] == peaks[2]
 
 
+def test_memory_that_runs_out_in_the_middle_loses_nothing(npu: torch.device) -> None:
+    pipe = HiDreamImageEditingPipeline(**make_components()).to(npu, HALF)
+    pipe.set_progress_bar_config(disable=True)
+    refiner = make_transformer(seed=7).to(npu, HALF)
+    for model in (pipe, refiner):
+        enable_fused_kernels(model)
+
+    def edit(**options: Any) -> torch.Tensor:
+        return pipe(
+            "make it blue",
+            image=Image.new("RGB", (48, 80), "red"),
+            num_inference_steps=4,
+            refine_strength=0.5,
+            refiner=refiner,
+            generator=torch.Generator().manual_seed(0),
+            output_type="latent",
+            **options,
+        ).images.cpu()
+
+    def starve(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if step == 2:  # while it refines
+            torch.npu.empty_cache()
+            torch.npu.set_per_process_memory_fraction(1e-6)
+        return tensors
+
+    expected = edit()
+    before = torch.npu.memory_allocated()
+    try:
+        with pytest.raises(torch.OutOfMemoryError):
+            edit(callback_on_step_end=starve)
+    finally:
+        torch.npu.set_per_process_memory_fraction(1.0)
+    assert torch.npu.memory_allocated() == before
+    assert torch.equal(edit(), expected)
+
+
 def test_a_transformer_predicts_what_it_does_on_the_cpu(npu: torch.device) -> None:
     model = make_transformer()
     expected = predict(model)
