@@ -15,7 +15,12 @@ from processors.kernels import npu_experts
 from processors.kernels.low_rank_experts import LowRank, add_low_rank, experts_of_rows
 
 # Where torch's grouped_mm has kernels. For CUDA it promises bfloat16 alone, and torch_npu registers none.
-GROUPED_ON = {"cpu": (torch.float32, torch.float16, torch.bfloat16), "cuda": (torch.bfloat16,)}
+# The meta device, on which memory is planned, stands for an NPU.
+GROUPED_ON = {
+    "cpu": (torch.float32, torch.float16, torch.bfloat16),
+    "cuda": (torch.bfloat16,),
+    "meta": (torch.float16, torch.bfloat16),
+}
 NO_ADAPTERS = LowRank()
 
 
@@ -74,7 +79,7 @@ def expert_feed_forward(
     """
     groups = x.dtype in GROUPED_ON.get(x.device.type, ()) or npu_experts.can_group(x, gate_up)
     # Autocast knows linear layers and no grouped products.
-    groups = groups and gate_up.dtype == x.dtype and not torch.is_autocast_enabled(x.device.type)
+    groups = groups and gate_up.dtype == x.dtype and (x.is_meta or not torch.is_autocast_enabled(x.device.type))
     compute = grouped if groups else dense
     return compute(x, indices, weights, gate_up, down, low_rank)
 
@@ -106,6 +111,9 @@ def _by_expert(
     if is_npu or low_rank.gate_up:
         product = add_low_rank(multiply(rows, gate_up.transpose(1, 2), ends), rows, low_rank.gate_up, is_of)
         hidden = npu_experts.swiglu(product) if is_npu else _swiglu(*product.chunk(2, dim=-1))
+    elif rows.device.type == "meta":
+        product = multiply(rows, gate_up.transpose(1, 2), ends)
+        hidden = product.new_empty(len(rows), down.shape[2])
     else:  # two products whose results are each in one piece, which the CPU and CUDA read faster
         hidden = _swiglu(*(multiply(rows, weights.transpose(1, 2), ends) for weights in gate_up.chunk(2, dim=1)))
     return add_low_rank(multiply(hidden, down.transpose(1, 2), ends), hidden, low_rank.down, is_of)
