@@ -106,21 +106,17 @@ def _by_expert(
 ) -> torch.Tensor:
     """What the experts make of rows in their order."""
     is_npu = rows.device.type == "npu"
-    multiply = npu_experts.multiply if is_npu else with_gradients if torch.is_grad_enabled() else grouped_mm
+    multiply = npu_experts.multiply if is_npu else F.grouped_mm if torch.is_grad_enabled() else grouped_mm
     is_of = experts_of_rows(ends, len(rows)) if any(low_rank) else None
     if is_npu or low_rank.gate_up:
-        product = add_low_rank(multiply(rows, gate_up.transpose(1, 2), ends), rows, low_rank.gate_up, is_of)
+        product = add_low_rank(multiply(rows, gate_up.transpose(1, 2), offs=ends), rows, low_rank.gate_up, is_of)
         hidden = npu_experts.swiglu(product) if is_npu else _swiglu(*product.chunk(2, dim=-1))
     elif rows.device.type == "meta":
-        product = multiply(rows, gate_up.transpose(1, 2), ends)
+        product = multiply(rows, gate_up.transpose(1, 2), offs=ends)
         hidden = product.new_empty(len(rows), down.shape[2])
     else:  # two products whose results are each in one piece, which the CPU and CUDA read faster
-        hidden = _swiglu(*(multiply(rows, weights.transpose(1, 2), ends) for weights in gate_up.chunk(2, dim=1)))
-    return add_low_rank(multiply(hidden, down.transpose(1, 2), ends), hidden, low_rank.down, is_of)
-
-
-def with_gradients(x: torch.Tensor, weights: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
-    return F.grouped_mm(x, weights, offs=offs)
+        hidden = _swiglu(*(multiply(rows, weights.transpose(1, 2), offs=ends) for weights in gate_up.chunk(2, dim=1)))
+    return add_low_rank(multiply(hidden, down.transpose(1, 2), offs=ends), hidden, low_rank.down, is_of)
 
 
 @torch.library.custom_op("diffusers_npu::grouped_mm", mutates_args=())

@@ -73,9 +73,9 @@ def combine_rows(rows: torch.Tensor, places: torch.Tensor, shares: torch.Tensor)
     return torch.ops.npu.npu_moe_token_unpermute(rows, places, probs=shares.to(rows.dtype))
 
 
-def multiply(x: torch.Tensor, weights: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    """`[rows, in]` by `[groups, in, out]`, each row by that of its group, whose rows end at `ends`, `[groups]`."""
-    (product,) = torch.ops.npu.npu_grouped_matmul([x], [weights], group_list=ends.long(), split_item=3, group_type=0)
+def multiply(x: torch.Tensor, weights: torch.Tensor, *, offs: torch.Tensor) -> torch.Tensor:
+    """As torch's `grouped_mm`: `[rows, in]` by `[groups, in, out]`, of which the rows end at `offs`, `[groups]`."""
+    (product,) = torch.ops.npu.npu_grouped_matmul([x], [weights], group_list=offs.long(), split_item=3, group_type=0)
     return product
 
 

@@ -12,10 +12,8 @@ from torch import nn
 from ascend.chips import ROTARY, has_operator
 from processors.kernels.call import chip_of
 
-ROTARY_DIMS = (
-    64,
-    128,
-)  # that npu_apply_rotary_pos_emb takes, see op-plugin and ops-transformer's apply_rotary_pos_emb
+# That npu_apply_rotary_pos_emb takes: op-plugin, docs/zh/custom_APIs/torch_npu/torch_npu-apply_rotary_pos_emb.md
+ROTARY_DIMS = (64, 128)
 
 
 class FusedHiDreamAttnProcessor(HiDreamAttnProcessor):

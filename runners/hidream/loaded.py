@@ -21,11 +21,10 @@ def check_loaded(models: Mapping[Path, nn.Module]) -> None:
         UserError: some did not, with their names.
     """
     for folder, model in models.items():
-        stored = {key: file for file in folder.glob("*.safetensors") for key in _keys(file)}
+        endings = {_ending(key) for file in folder.glob("*.safetensors") for key in _keys(file)}
         parameters = dict(model.named_parameters(remove_duplicate=False))
         absent = [name for name, parameter in parameters.items() if parameter.is_meta]
-        if stored and not absent:
-            endings = {_ending(key) for key in stored}
+        if endings and not absent:
             found = {id(p) for name, p in parameters.items() if _ending(name) in endings}  # tied ones are stored once
             absent = [name for name, parameter in parameters.items() if id(parameter) not in found]
         if absent:
