@@ -1,5 +1,7 @@
 """Builds the emulated CANN libraries with g++, once for each content of sources, torch and torch_npu.
 
+Objects are kept, so that a change compiles what includes it, and no more.
+
 One library holds everything. The names that torch_npu links to and opens are thin libraries that need the real one:
 the dynamic linker and dlsym both find its symbols through them.
 """
@@ -9,10 +11,12 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
@@ -48,6 +52,8 @@ FLAGS = (
 PROTOBUF = "protobuf==7.36.2"  # of torchair
 PRECOMPILED = "ATen/ATen.h"  # takes longer to read than any kernel to compile
 TORCH_LIBRARIES = ("torch_cpu", "c10")
+INCLUDED = re.compile(r'^#include "(.+)"', re.MULTILINE)
+KEPT_SECONDS = 14 * 24 * 3600  # an object that no build has used for so long
 
 
 def cache_dir() -> Path:
@@ -118,14 +124,30 @@ def _sources() -> list[Path]:
     return sorted(SOURCES.rglob("*.cpp"), key=lambda path: -path.stat().st_size)  # the longest compilations first
 
 
-def _digest(site: Path) -> str:
-    """Changes with all that is compiled or linked; of the wheels the version stands for the content."""
+def _toolchain(site: Path) -> str:
+    """What every object depends on beside its sources; of the wheels the version stands for the content."""
     compiler = subprocess.run([_compiler(), "--version"], capture_output=True, text=True).stdout
-    wheels = f"{torch_dir()} {importlib.metadata.version('torch')} {site}"
-    digest = hashlib.sha256(f"{compiler}{wheels}{FLAGS}{THIN}".encode())
+    return f"{compiler}{torch_dir()} {importlib.metadata.version('torch')} {site}{FLAGS}"
+
+
+def _digest(site: Path) -> str:
+    """Changes with all that is compiled or linked."""
+    digest = hashlib.sha256(f"{_toolchain(site)}{THIN}".encode())
     for path in sorted([*SOURCES.rglob("*.*"), Path(stubs.__file__), Path(toolkit.__file__), Path(__file__)]):
         digest.update(f"{path.parent.name}/{path.name}".encode() + path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def _includes(source: Path) -> set[Path]:
+    """The source and the headers of ours that it includes, directly or through others."""
+    found, waiting = {source}, [source]
+    while waiting:
+        for name in INCLUDED.findall(waiting.pop().read_text()):
+            header = SOURCES / name
+            if header.is_file() and header not in found:
+                found.add(header)
+                waiting.append(header)
+    return found
 
 
 def _headers(site: Path) -> tuple[Path, ...]:
@@ -134,27 +156,60 @@ def _headers(site: Path) -> tuple[Path, ...]:
     return include, include / "third_party/acl/inc"
 
 
-def _compile_all(site: Path, out: Path, jobs: int) -> list[Path]:
+def _options(site: Path, precompiled: Path) -> list[str]:
     torch = torch_dir() / "include"
-    includes = [f"-I{path}" for path in (SOURCES, out, *_headers(site))]
+    includes = [f"-I{path}" for path in (SOURCES, precompiled, *_headers(site))]
     includes += [f"-isystem{path}" for path in (torch, torch / "torch/csrc/api/include")]
-    options = [*FLAGS, f"-D_GLIBCXX_USE_CXX11_ABI={_torch_abi()}", *includes]
-    sources = _sources()
+    return [*FLAGS, f"-D_GLIBCXX_USE_CXX11_ABI={_torch_abi()}", *includes]
+
+
+def _precompile(site: Path, objects: Path, digest: str) -> Path:
+    """The directory of torch's header, compiled; built if it is not there yet."""
+    target = objects / f"headers-{digest[:16]}"
+    if not target.is_dir():
+        with tempfile.TemporaryDirectory(dir=objects) as scratch:
+            header = Path(scratch) / "result" / PRECOMPILED
+            header.parent.mkdir(parents=True)
+            header.write_text(f'#include_next "{PRECOMPILED}"\n')
+            options = _options(site, Path(scratch) / "result")
+            _run(_compiler(), *options, "-x", "c++-header", header, "-o", f"{header}.gch")
+            _rename(Path(scratch) / "result", target)
+    return target
+
+
+def _compile_all(site: Path, jobs: int) -> list[Path]:
+    """The object of each source, from the cache where neither it nor what it includes has changed."""
+    objects = cache_dir() / "objects"
+    objects.mkdir(parents=True, exist_ok=True)
+    toolchain = hashlib.sha256(_toolchain(site).encode())
 
     def compile_one(source: Path) -> Path:
-        target = out / f"{source.parent.name}.{source.stem}.o"
-        _run(_compiler(), *options, "-c", source, "-o", target)
+        digest = toolchain.copy()
+        for path in sorted(_includes(source)):
+            digest.update(path.relative_to(SOURCES).as_posix().encode() + path.read_bytes())
+        target = objects / f"{source.parent.name}.{source.stem}-{digest.hexdigest()[:16]}.o"
+        if target.exists():
+            target.touch()
+        else:
+            with tempfile.TemporaryDirectory(dir=objects) as scratch:
+                compiled = Path(scratch) / target.name
+                _run(_compiler(), *options, "-c", source, "-o", compiled)
+                compiled.replace(target)
         progress.update()
         return target
 
+    sources = _sources()
     with tqdm(total=len(sources) + 1, desc="emulator: building", unit="file") as progress:
-        header = out / PRECOMPILED
-        header.parent.mkdir()
-        header.write_text(f'#include_next "{PRECOMPILED}"\n')
-        _run(_compiler(), *options, "-x", "c++-header", header, "-o", f"{header}.gch")
+        options = _options(site, _precompile(site, objects, toolchain.hexdigest()))
         progress.update()
         with ThreadPoolExecutor(jobs) as pool:
             return list(pool.map(compile_one, sources))
+
+
+def _forget_old_objects() -> None:
+    for path in (cache_dir() / "objects").glob("*.o"):
+        if time.time() - path.stat().st_mtime > KEPT_SECONDS:
+            path.unlink(missing_ok=True)
 
 
 def _torch_abi() -> int:
@@ -192,12 +247,13 @@ def build(jobs: int = os.cpu_count() or 1) -> Path:
         return target
     # Built aside and renamed, so that an interrupted or concurrent build leaves no half library behind.
     with tempfile.TemporaryDirectory(dir=cache_dir()) as scratch:
-        objects_dir, result = Path(scratch) / "objects", Path(scratch) / "result"
-        objects_dir.mkdir()
+        linked, result = Path(scratch) / "linked", Path(scratch) / "result"
+        linked.mkdir()
         (result / "lib").mkdir(parents=True)
-        _link(objects_dir, _compile_all(site, objects_dir, jobs), site)
-        for library in objects_dir.glob("*.so"):
+        _link(linked, _compile_all(site, jobs), site)
+        for library in linked.glob("*.so"):
             library.rename(result / "lib" / library.name)
         toolkit.write(result / "toolkit")
         _rename(result, target)
+    _forget_old_objects()
     return target
