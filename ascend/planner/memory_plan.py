@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +17,7 @@ from torch import nn
 from ascend.chips import TORCH_ATTENTION, has_operator
 from ascend.device.discovery import find_device
 from ascend.device.properties import get_chip
+from ascend.device.stand_in import standing_for
 from ascend.memory import read_memory
 from ascend.planner.activations import record_call, tensors_in
 from ascend.planner.activity import FROM_DISK, LENT, RESIDENT, STREAMED, Part, Run, Weights
@@ -47,6 +49,7 @@ def plan_memory(
     mode: str = "auto",
     limit: int | None = None,
     fused_attention: bool | None = None,
+    prepare: Callable[[nn.Module], object] | None = None,
 ) -> MemoryPlan:
     """Choose where each model of a pipeline is to be on `device`; nothing is loaded.
 
@@ -59,6 +62,8 @@ def plan_memory(
         limit: bytes of device memory, by default what is free and what the pipeline's weights have there.
         fused_attention: whether attention's scores are never in memory as a whole. By default on devices where
             torch's own attention is fused; 310P wants `enable_fused_kernels`.
+        prepare: what is done to each model before it is placed and changes what it takes. Here it is done to copies
+            without values.
 
     Raises:
         PlanError: no placement fits, or the dry run of a model fails.
@@ -77,13 +82,24 @@ def plan_memory(
     if fused_attention is None:
         fused_attention = device.type != "npu" or has_operator(get_chip(device), TORCH_ATTENTION)
     bare = {name: to_meta(model) for name, model in models.items()}
-    parts = [part_of(name, bare, request, dtype, fused_attention) for name in bare]
+    if prepare:
+        bare = {name: prepared(model, prepare, is_mapped=mode == "disk") for name, model in bare.items()}
+    with standing_for(device):
+        parts = [part_of(name, bare, request, dtype, fused_attention) for name in bare]
     memory = read_memory(device)
     if limit is None:
         held = {id(tensor): tensor.nbytes for model in models.values() for tensor in tensors_on(device, model)}
         limit = memory["free"] + memory["reserved"] - memory["allocated"] + sum(held.values())
     host = read_memory(torch.device("cpu"))["free"]
     return choose_plan(parts, limit, host, steps, partial(measure_speed, device, folder), MODES[mode])
+
+
+def prepared(model: nn.Module, prepare: Callable[[nn.Module], object], is_mapped: bool) -> nn.Module:
+    """A copy of a model without values to which `prepare` was applied, as to one whose weights are those of files."""
+    model = copy.deepcopy(model)
+    vars(model)["_hf_hook"] = SimpleNamespace(is_mapped=is_mapped)
+    prepare(model)
+    return model
 
 
 def modules_of(pipe: DiffusionPipeline) -> dict[str, nn.Module]:

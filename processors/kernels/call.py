@@ -5,6 +5,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from ascend.device import get_chip
+from ascend.device.stand_in import device_for
 
 
 class AttentionInputs(NamedTuple):
@@ -80,7 +81,8 @@ def describe(
 
 
 def chip_of(device: torch.device) -> str | None:
-    """`ascend.device.get_chip`, for code that is compiled."""
+    """`ascend.device.get_chip`, for code that is compiled; of the meta device that of the one that it stands for."""
+    device = device_for(device)
     return _chip(device) if device.type == "npu" else None
 
 

@@ -11,15 +11,14 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from ascend.device.stand_in import device_for
 from processors.kernels import npu_experts
 from processors.kernels.low_rank_experts import LowRank, add_low_rank, experts_of_rows
 
 # Where torch's grouped_mm has kernels. For CUDA it promises bfloat16 alone, and torch_npu registers none.
-# The meta device, on which memory is planned, stands for an NPU.
 GROUPED_ON = {
     "cpu": (torch.float32, torch.float16, torch.bfloat16),
     "cuda": (torch.bfloat16,),
-    "meta": (torch.float16, torch.bfloat16),
 }
 NO_ADAPTERS = LowRank()
 
@@ -77,7 +76,7 @@ def expert_feed_forward(
     Returns:
         `[tokens, dim]`, in the dtype of `x`.
     """
-    groups = x.dtype in GROUPED_ON.get(x.device.type, ()) or npu_experts.can_group(x, gate_up)
+    groups = x.dtype in GROUPED_ON.get(device_for(x.device).type, ()) or npu_experts.can_group(x, gate_up)
     # Autocast knows linear layers and no grouped products.
     groups = groups and gate_up.dtype == x.dtype and (x.is_meta or not torch.is_autocast_enabled(x.device.type))
     compute = grouped if groups else dense
@@ -93,7 +92,7 @@ def grouped(
     low_rank: LowRank = NO_ADAPTERS,
 ) -> torch.Tensor:
     """By grouped matrix products; see `expert_feed_forward`."""
-    if x.device.type == "npu" and npu_experts.has_routing(x.device):
+    if device_for(x.device).type == "npu" and npu_experts.has_routing(x.device):
         rows, places, ends = npu_experts.order_rows(x, indices, len(gate_up))
         return npu_experts.combine_rows(_by_expert(rows, ends, gate_up, down, low_rank), places, weights).to(x.dtype)
     routing = route(indices, len(gate_up))
@@ -105,15 +104,12 @@ def _by_expert(
     rows: torch.Tensor, ends: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, low_rank: LowRank
 ) -> torch.Tensor:
     """What the experts make of rows in their order."""
-    is_npu = rows.device.type == "npu"
+    is_npu = device_for(rows.device).type == "npu"
     multiply = npu_experts.multiply if is_npu else F.grouped_mm if torch.is_grad_enabled() else grouped_mm
     is_of = experts_of_rows(ends, len(rows)) if any(low_rank) else None
     if is_npu or low_rank.gate_up:
         product = add_low_rank(multiply(rows, gate_up.transpose(1, 2), offs=ends), rows, low_rank.gate_up, is_of)
         hidden = npu_experts.swiglu(product) if is_npu else _swiglu(*product.chunk(2, dim=-1))
-    elif rows.device.type == "meta":
-        product = multiply(rows, gate_up.transpose(1, 2), offs=ends)
-        hidden = product.new_empty(len(rows), down.shape[2])
     else:  # two products whose results are each in one piece, which the CPU and CUDA read faster
         hidden = _swiglu(*(multiply(rows, weights.transpose(1, 2), offs=ends) for weights in gate_up.chunk(2, dim=1)))
     return add_low_rank(multiply(hidden, down.transpose(1, 2), offs=ends), hidden, low_rank.down, is_of)

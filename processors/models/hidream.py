@@ -96,8 +96,8 @@ class StackedExperts(nn.Module):
         wants_grad = layers[0]["w1"].weight.requires_grad
         hidden = layers[0]["w1"].out_features
         # With the host: beside the weights that there are, a device might have no room for them.
-        gate_up = torch.stack([torch.cat([of["w1"].weight.cpu(), of["w3"].weight.cpu()]) for of in layers])
-        down = torch.stack([of["w2"].weight.cpu() for of in layers])
+        gate_up = torch.stack([torch.cat([_on_host(of["w1"].weight), _on_host(of["w3"].weight)]) for of in layers])
+        down = torch.stack([_on_host(of["w2"].weight) for of in layers])
         self.gate_up = nn.Parameter(gate_up.detach(), wants_grad)
         self.down = nn.Parameter(down.detach(), wants_grad)
         for number, (expert, of) in enumerate(zip(experts, layers, strict=True)):
@@ -197,7 +197,7 @@ def fuse(moe: MOEFeedForwardSwiGLU) -> None:
 def unfuse(moe: MOEFeedForwardSwiGLU) -> None:
     """Undo `fuse`."""
     if isinstance(moe, FusedMoE):
-        experts: Any = moe.experts.cpu().unstacked()
+        experts: Any = (moe.experts if moe.experts.down.is_meta else moe.experts.cpu()).unstacked()
         moe.__class__ = MOEFeedForwardSwiGLU
         moe.experts = experts.train(moe.training).to(moe.gate.weight.device)
 
@@ -206,6 +206,10 @@ def layer_of(expert: Any, name: str) -> Any:
     """The layer itself, below adapters on it."""
     layer = getattr(expert, name)
     return layer.base_layer if isinstance(layer, LoraLinear) else layer
+
+
+def _on_host(weight: torch.Tensor) -> torch.Tensor:
+    return weight if weight.is_meta else weight.cpu()
 
 
 def _stack(layer: Any, parameters: dict[str, Any], name: str, expert: int, first: int) -> None:

@@ -10,6 +10,7 @@ from diffusers.models.transformers.transformer_hidream_image import HiDreamAttnP
 from torch import nn
 
 from ascend.chips import ROTARY, has_operator
+from ascend.device.stand_in import device_for
 from processors.kernels.call import chip_of
 
 # That npu_apply_rotary_pos_emb takes: op-plugin, docs/zh/custom_APIs/torch_npu/torch_npu-apply_rotary_pos_emb.md
@@ -78,7 +79,7 @@ def unfuse(processor: Any) -> None:
 
 def rms_norm(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """`norm` of `[..., channels]`, in one kernel on an NPU where it is torch's own and nobody wants gradients."""
-    if type(norm) is not nn.RMSNorm or x.device.type != "npu" or torch.is_grad_enabled():
+    if type(norm) is not nn.RMSNorm or device_for(x.device).type != "npu" or torch.is_grad_enabled():
         return norm(x)
     return torch.ops.npu.npu_rms_norm(x, norm.weight, norm.eps)[0]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -198,21 +199,28 @@ def _plan(
         return None
     request = Request(*size, guidance=args.guidance_scale > 1, image=True)
     limit = args.memory_limit
-    fused = True if args.FA else None
+    fused, prepare = (True, fuse_hidream) if args.FA else (None, None)
+    find = partial(plan_memory, args.model_path, device, request, dtype, args.steps)
     try:
-        plan = plan_memory(args.model_path, device, request, dtype, args.steps, args.memory, limit, fused)
+        plan = find(args.memory, limit, fused, prepare)
         if plan.is_resident and args.memory == "auto":
             beside = bytes_of_adapters(args)
             if args.refine_strength > 0 and args.refiner_path:
                 beside += _bytes_of_files(args.refiner_path, dtype)
             if beside and plan.required + beside > plan.limit:  # both transformers take turns in the buffers
-                plan = plan_memory(args.model_path, device, request, dtype, args.steps, "stream", limit, fused)
+                plan = find("stream", limit, fused, prepare)
     except (PlanError, ValueError) as error:
         raise UserError(str(error)) from error
     if plan.is_resident:
         return None
     print(plan.table(), flush=True)
     return plan
+
+
+def fuse_hidream(model: torch.nn.Module) -> None:
+    """As --FA has HiDream's transformer compute. Other models are left alone: a plan knows how they attend."""
+    if isinstance(model, HiDreamImageTransformer2DModel):
+        enable_fused_kernels(model)
 
 
 def _bytes_of_files(folder: Path, dtype: torch.dtype) -> int:

@@ -40,6 +40,7 @@ from ascend.planner import Request
 from ascend.planner.activity import FROM_DISK
 from processors import enable_fused_kernels
 from runners.cli import ArgumentParser, image_size, one_line_errors, positive_int
+from runners.hidream.model import fuse_hidream
 from scripts.benchmarks.benchmark import SD21_BASE_UNET
 from scripts.benchmarks.benchmark_parallel import SD21_TEXT, SD21_VAE
 from tests.tiny_models import tiny_tokenizer
@@ -150,11 +151,12 @@ class Subject(NamedTuple):
     pipeline: Any
     components: dict[str, None]  # that it does without
     compute: Callable[[Any, DeviceManager, argparse.Namespace], torch.Tensor]
+    prepare: Callable[[torch.nn.Module], object] | None = None  # of its models, for the plan
 
 
 SUBJECTS = {
     "sd2.1": Subject(save_stable_diffusion, StableDiffusionPipeline, {}, draw),
-    "hidream": Subject(save_hidream, HiDreamImagePipeline, dict.fromkeys(HIDREAM_TEXT), denoise),
+    "hidream": Subject(save_hidream, HiDreamImagePipeline, dict.fromkeys(HIDREAM_TEXT), denoise, fuse_hidream),
 }
 
 
@@ -210,7 +212,17 @@ def run(args: argparse.Namespace) -> None:
         rows.append("|---|---|---|---|---|---|" + "---|---|" * args.limits)
         for mode in MODES:
             request = Request(args.pixels, args.pixels)
-            plan = plan_memory(folder, manager.device, request, manager.dtype, args.steps, mode, fused_attention=True)
+            plan = plan_memory(
+                folder,
+                manager.device,
+                request,
+                manager.dtype,
+                args.steps,
+                mode,
+                None,
+                True,
+                SUBJECTS[args.model].prepare,
+            )
             print(plan.table(), end="\n\n", flush=True)
             counted, picture = compute(folder, plan, manager, args)
             resident = picture if resident is None else resident

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     ControlNetModel,
+    HiDreamImageEditingPipeline,
     HiDreamImageTransformer2DModel,
     StableDiffusionPipeline,
     UNet2DConditionModel,
@@ -27,13 +29,17 @@ from transformers import (
     T5EncoderModel,
 )
 
+from ascend.device.stand_in import device_for, standing_for
 from ascend.planner import MemoryPlan, plan_memory
 from ascend.planner.activations import peak_of, record_call
 from ascend.planner.activity import Part
 from ascend.planner.calls import Request, as_called, calls_of, usual_request
 from ascend.planner.memory_plan import part_of
 from ascend.planner.models import to_meta
+from processors import disable_fused_kernels, enable_fused_kernels
+from processors.switches import uses_fused_kernels
 from tests.processors.test_order import ip_adapter
+from tests.tiny_hidream import make_components
 from tests.tiny_models import CROSS_ATTENTION_DIM
 from tests.tiny_pipelines import make_pipeline, tiny_xl_unet
 
@@ -185,3 +191,39 @@ def test_experts_get_as_many_rows_as_the_others() -> None:
     meta = block.to("meta")
     assert peak_of(record_call(meta, {"x": torch.empty(2, 50, 64, device="meta")}, True)) > 0
     assert rows == [50, 50, 50, 50]
+
+
+def test_a_model_is_planned_as_it_is_prepared() -> None:
+    """Upstream runs one expert after the other; stacked ones have all rows at once. The model itself stays."""
+    pipe = HiDreamImageEditingPipeline(**make_components())
+    request = Request(64, 64, image=True)
+    plan = partial(plan_memory, pipe, "cpu", request, torch.float32)
+    prepared = plan(
+        prepare=lambda model: isinstance(model, HiDreamImageTransformer2DModel) and enable_fused_kernels(model)
+    )
+    assert not uses_fused_kernels(pipe.transformer)
+    enable_fused_kernels(pipe.transformer)
+    fused = plan()
+    disable_fused_kernels(pipe.transformer)
+    assert prepared.peak == fused.peak != plan().peak
+
+
+def test_what_is_mapped_from_files_is_prepared_as_that() -> None:
+    pipe = HiDreamImageEditingPipeline(**make_components())
+    mapped: list[bool] = []
+    plan_memory(
+        pipe,
+        "cpu",
+        Request(64, 64, image=True),
+        torch.float32,
+        mode="disk",
+        prepare=lambda model: mapped.append(model._hf_hook.is_mapped),  # type: ignore[union-attr]
+    )
+    assert mapped and all(mapped)
+
+
+def test_the_meta_device_stands_for_another_while_it_is_planned_for() -> None:
+    meta, gpu = torch.device("meta"), torch.device("cuda")
+    with standing_for(gpu):
+        assert device_for(meta) == gpu and device_for(torch.device("cpu")) == torch.device("cpu")
+    assert device_for(meta) == meta
