@@ -83,7 +83,7 @@ class Coverage(NamedTuple):
         left = [_count(number, "attention")[0] + f" ({name})" for name, number in sorted(self.others.items())]
         left += [f"{words} that scale, shift or resample" for words in _count(self.foreign_blocks, "residual block")]
         left += [
-            f"{words} with other adapters than LoRA, or integer weights, or those of files"
+            f"{words} with other adapters than LoRA, hooks, integer weights, or those of files"
             for words in _count(self.foreign_mixtures, "mixture", "of experts")
         ]
         if not replaced and not left:

@@ -177,12 +177,12 @@ class FusedMoE(MOEFeedForwardSwiGLU):
 
 
 def is_fusable(moe: MOEFeedForwardSwiGLU) -> bool:
-    """Whether the experts are plain layers, or such with LoRA adapters, whose weights stay where they are."""
+    """Whether the experts are plain layers, or such with LoRA adapters, whose weights stay where and as they are."""
     if type(moe) is FusedMoE:
         return True
     layers = [getattr(expert, name) for expert in moe.experts for name in LAYERS]
     bases = [layer.base_layer if type(layer) is LoraLinear else layer for layer in layers]
-    return type(moe) is MOEFeedForwardSwiGLU and all(type(base) is nn.Linear for base in bases)
+    return type(moe) is MOEFeedForwardSwiGLU and all(map(_is_plain, bases))
 
 
 def fuse(moe: MOEFeedForwardSwiGLU) -> None:
@@ -206,6 +206,10 @@ def layer_of(expert: Any, name: str) -> Any:
     """The layer itself, below adapters on it."""
     layer = getattr(expert, name)
     return layer.base_layer if isinstance(layer, LoraLinear) else layer
+
+
+def _is_plain(layer: Any) -> bool:
+    return type(layer) is nn.Linear and not hasattr(layer, "_diffusers_hook")  # of layerwise casting, or offloading
 
 
 def _on_host(weight: torch.Tensor) -> torch.Tensor:

@@ -59,7 +59,7 @@ def load_adapter(pipe: Any, path: Path | str, name: str) -> None:
     Args:
         pipe: a pipeline with a `HiDreamImageTransformer2DModel`.
         path: of a .safetensors file.
-        name: of the adapter, of which there is none yet.
+        name: of the adapter, without dots; there is none of that name yet.
 
     Raises:
         ValueError: tensors of the file have no place in the model, or another shape there, or there is an adapter of
@@ -68,6 +68,8 @@ def load_adapter(pipe: Any, path: Path | str, name: str) -> None:
     transformer = pipe.transformer
     if name in getattr(transformer, "peft_config", {}):
         raise ValueError(f"there is an adapter '{name}' already: delete it, or take another name")
+    if not name or "." in name:
+        raise ValueError(f"an adapter's name is part of its parameters' names: it has no dots, and '{name}' is none")
     file = read_adapter(Path(path))
     check_fits(file, transformer)
     transformer.load_lora_adapter(

@@ -50,6 +50,23 @@ def complete(args: argparse.Namespace, family: Family) -> None:
     Raises:
         UserError: it is no model of HiDream-E1, or lacks something.
     """
+    _check_pipeline(args)
+    check_adapters(args)
+    for file in sorted(args.model_path.glob("*/*.safetensors")):
+        check_weights(file)
+    absent = [name for name in LLAMA if not (args.model_path / name).is_dir()]
+    if absent and args.llama_path is None:
+        raise UserError(f"{args.model_path} has no {' and no '.join(absent)}: --llama_path names Llama's folder")
+    _complete_refiner(args)
+    defaults = _defaults(args.model_path / DEFAULTS)
+    for name in ("guidance_scale", "image_guidance_scale", "negative_prompt"):
+        if getattr(args, name) is None:
+            setattr(args, name, defaults.get(name, getattr(family, name)))
+    args.side, args.prompt = defaults.get("side"), defaults.get("prompt", family.prompt)
+
+
+def _check_pipeline(args: argparse.Namespace) -> None:
+    """Raises UserError where the folder holds no pipeline that edits, by itself or with the adapter that is given."""
     check_is_pipeline(args.model_path)
     found = read_json(args.model_path / INDEX).get("_class_name")
     if found == DRAWING and not args.edit_lora:
@@ -59,12 +76,10 @@ def complete(args: argparse.Namespace, family: Family) -> None:
         )
     if found not in (PIPELINE, DRAWING):
         raise UserError(f"{args.model_path} holds a {found}, and what edits is a {PIPELINE}")
-    check_adapters(args)
-    for file in sorted(args.model_path.glob("*/*.safetensors")):
-        check_weights(file)
-    absent = [name for name in LLAMA if not (args.model_path / name).is_dir()]
-    if absent and args.llama_path is None:
-        raise UserError(f"{args.model_path} has no {' and no '.join(absent)}: --llama_path names Llama's folder")
+
+
+def _complete_refiner(args: argparse.Namespace) -> None:
+    """The folder's own refiner where none is named. Raises UserError where refining is asked for and nothing draws."""
     if args.refiner_path is None and not args.edit_lora and (args.model_path / REFINER).is_dir():
         args.refiner_path = args.model_path / REFINER
     if args.refine_strength > 0 and args.refiner_path is None and not args.edit_lora:
@@ -72,11 +87,6 @@ def complete(args: argparse.Namespace, family: Family) -> None:
             f"--refine_strength {args.refine_strength:g} wants a transformer that draws: --refiner_path names the "
             "folder of HiDream-I1-Full's, or 0 leaves it out; an adapter of --edit_lora is switched off for it"
         )
-    defaults = _defaults(args.model_path / DEFAULTS)
-    for name in ("guidance_scale", "image_guidance_scale", "negative_prompt"):
-        if getattr(args, name) is None:
-            setattr(args, name, defaults.get(name, getattr(family, name)))
-    args.side, args.prompt = defaults.get("side"), defaults.get("prompt", family.prompt)
 
 
 def _defaults(path: Path) -> dict[str, Any]:

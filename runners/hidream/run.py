@@ -137,19 +137,17 @@ def _edit_all(
         if mesh.rank == 0:
             print(f"{number} of {len(edits)}: {edit.image.name}: {edit.instruction}", flush=True)
         full_steps = count_full_steps(editor) if args.step_cache else 0
+        start = time.perf_counter()
         try:
-            start = time.perf_counter()
             source = open_picture(edit.image)
             wanted = refine_edit(edit, args.refine_instruction) if args.refine_instruction else edit
             result = edit_picture(wanted, source, editor, args, family, manager)
-            seconds = time.perf_counter() - start
         except Exception as error:
-            if not (is_out_of_memory(error) or isinstance(error, ValueError | UserError)):
-                raise
-            failures[edit.name] = "out of memory" if is_out_of_memory(error) else str(error)
+            failures[edit.name] = _reason(error)
             print(f"error: {edit.image}: {failures[edit.name]}", file=sys.stderr)
             manager.empty_cache()
             continue
+        seconds = time.perf_counter() - start
         if result.warning:
             report.warn(f"{edit.name}: {result.warning}")
         if mesh.branch:
@@ -159,15 +157,27 @@ def _edit_all(
             cached = {"step_cache": list(args.step_cache), "full_steps": count_full_steps(editor) - full_steps}
             report.sections.setdefault("full_steps", {})[edit.name] = cached["full_steps"]
             print(f"{cached['full_steps']} of {args.steps} steps were computed in full")
-        path = args.output_dir / f"{edit.name}.png"
-        metadata = describe(wanted, args, source, result.processed) | cached
+        metadata = describe(wanted, args, source, result.processed) | cached | about
         if wanted is not edit:
             metadata["original_instruction"] = edit.instruction
-        save_png(result.image, path, {name: json.dumps(content) for name, content in (metadata | about).items()})
-        # Last: this file says that the result is whole.
         entry = {"digest": edit.digest(settings), "seconds": seconds, "versions": versions()}
-        write_json(path.with_suffix(".json"), metadata | about | entry)
+        _write(result.image, args.output_dir / edit.name, metadata, entry)
     return failures
+
+
+def _reason(error: Exception) -> str:
+    """Why a picture was not edited. Raises what is no fault of the picture or of memory."""
+    if is_out_of_memory(error):
+        return "out of memory"
+    if isinstance(error, ValueError | UserError):
+        return str(error)
+    raise error
+
+
+def _write(image: PIL.Image.Image, path: Path, metadata: dict[str, Any], entry: dict[str, Any]) -> None:
+    """The picture with its metadata, and then the file that says that the result is whole."""
+    save_png(image, path.with_name(f"{path.name}.png"), {name: json.dumps(each) for name, each in metadata.items()})
+    write_json(path.with_name(f"{path.name}.json"), metadata | entry)
 
 
 def _model_size(image: PIL.Image.Image, args: argparse.Namespace, family: Family, edit: Edit) -> tuple[int, int]:

@@ -137,7 +137,12 @@ def test_what_is_not_plain_is_left_and_said() -> None:
     model = make_transformer()
     model.add_adapter(LoHaConfig(r=2, target_modules=["w1"]))
     (words,) = enable_fused_kernels(model).values()
-    assert "not covered: 3 mixtures of experts with other adapters than LoRA, or integer weights" in words
+    assert "not covered: 3 mixtures of experts with other adapters than LoRA, hooks, integer weights" in words
+    cast = make_transformer()
+    cast.enable_layerwise_casting(storage_dtype=torch.float16, compute_dtype=torch.float32)
+    expected = predict(cast)
+    (words,) = enable_fused_kernels(cast).values()
+    assert "not covered: 3 mixtures" in words and torch.equal(predict(cast), expected)
     stacked = make_transformer()
     enable_fused_kernels(stacked)
     (words,) = quantize_weights(stacked).values()

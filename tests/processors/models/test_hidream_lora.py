@@ -309,6 +309,9 @@ def test_a_whole_weight_and_integers_exclude_each_other(pipe: HiDreamImagePipeli
 def test_what_stacked_experts_cannot_compute_is_an_error(pipe: HiDreamImagePipeline, file: Path) -> None:
     model = stacked(pipe.transformer)
     load_adapter(pipe, file, "edit")
+    for name in ("", "an.edit"):
+        with pytest.raises(ValueError, match=f"it has no dots, and '{name}' is none"):
+            load_adapter(pipe, file, name)
     with pytest.raises(ValueError, match="there is an adapter 'edit' already"):
         load_adapter(pipe, file, "edit")
     pipe.unload_lora_weights()
