@@ -127,7 +127,7 @@ def compile_module(
             backend = make_backend(stream.execution_device, graph_cache, graph_cache_limit)
             if backend.has_formats:
                 stream.prepare(backend.prepare)
-            blocks = BlockGraphs([copy.module for copy in stream.copies], stream.execution_device, backend, name)
+            blocks = BlockGraphs(stream.blocks, stream.execution_device, backend, name)
             stream.handles.append(blocks)
         return str(blocks)
     if by_block:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 from ascend.planner.activations import peak_of
 from ascend.planner.allocator import Event
@@ -16,6 +18,13 @@ PHASES = ("encode", "denoise", "decode")
 STEPS = 2  # the second one finds what the first left in the allocator; later ones find the same
 
 
+class Block(NamedTuple):
+    """Bytes of its tensors, and of a buffer that holds them, for each dtype."""
+
+    tensors: tuple[int, ...]
+    by_dtype: Mapping[Any, int]
+
+
 @dataclass(frozen=True)
 class Weights:
     """Of a component, in bytes of its tensors, in the order in which they go to the device.
@@ -24,13 +33,28 @@ class Weights:
         tensors: all.
         around: those in no block.
         beside: those that stay on the device while what runs is lent.
-        block: a buffer that holds any of its blocks, for each dtype; empty if it has none.
+        blocks: of each block, by its name, those that no other has.
     """
 
     tensors: tuple[int, ...]
     around: tuple[int, ...]
     beside: tuple[int, ...]
-    block: dict[Hashable, int]
+    blocks: dict[str, Block]
+
+    @cached_property
+    def block(self) -> dict[Hashable, int]:
+        """A buffer that holds any of its blocks, for each dtype; empty if it has none."""
+        sizes: dict[Hashable, int] = {}
+        for block in self.blocks.values():
+            for dtype, size in block.by_dtype.items():
+                sizes[dtype] = max(sizes.get(dtype, 0), size)
+        return sizes
+
+    def keeping(self, names: Collection[str]) -> Weights:
+        """With these blocks among what is around the others."""
+        kept = (size for name in names for size in self.blocks[name].tensors)
+        rest = {name: block for name, block in self.blocks.items() if name not in names}
+        return replace(self, around=(*self.around, *kept), blocks=rest)
 
     def on_device(self, where: str) -> tuple[int, ...]:
         """While another component runs."""
@@ -46,7 +70,7 @@ class Run:
         events: what a call makes and frees, as far as is known.
         inputs: bytes of each of its tensors, which are kept until the picture is there.
         loan: bytes of the buffers for what runs, where that is lent.
-        streamed: bytes of the blocks of what runs.
+        streamed: bytes of the blocks of what runs, by their names in that.
         cast: the component's weights meanwhile, where the pipeline casts them to another dtype and back.
     """
 
@@ -54,7 +78,7 @@ class Run:
     events: list[Event]
     inputs: tuple[int, ...]
     loan: tuple[int, ...]
-    streamed: int
+    streamed: dict[str, int]
     cast: Weights | None = None
 
     @cached_property
@@ -65,12 +89,18 @@ class Run:
 
 @dataclass(frozen=True)
 class Part:
-    """A component. Attributes: `unknown`: why it is not known what its calls take beside weights, if it is not."""
+    """A component.
+
+    Attributes:
+        unknown: why it is not known what its calls take beside weights, if it is not.
+        kept: the blocks that stay on the device where the others are streamed.
+    """
 
     name: str
     weights: Weights
     runs: tuple[Run, ...]
     unknown: str | None = None
+    kept: tuple[str, ...] = ()
 
     @property
     def denoises(self) -> bool:
@@ -79,6 +109,20 @@ class Part:
     @property
     def casts(self) -> tuple[Weights, ...]:
         return tuple(run.cast for run in self.runs if run.cast)
+
+    def keeping(self, number: int) -> Part:
+        """With so many of its blocks on the device.
+
+        They lie between those that are streamed, of which each then has more than one block to come behind.
+        """
+        names = list(self.weights.blocks)
+        shares = [place * number // len(names) for place in range(len(names) + 1)]
+        kept = tuple(name for name, (before, after) in zip(names, pairwise(shares), strict=True) if after > before)
+        runs = tuple(
+            replace(run, streamed={name: size for name, size in run.streamed.items() if name not in kept})
+            for run in self.runs
+        )
+        return replace(self, weights=self.weights.keeping(kept), runs=runs, kept=kept)
 
     def growth(self, run: Run, where: str) -> int:
         """Bytes that it has more of the device while it runs, activations and buffers for blocks aside."""

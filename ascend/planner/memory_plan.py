@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +20,7 @@ from ascend.device.properties import get_chip
 from ascend.device.stand_in import standing_for
 from ascend.memory import read_memory
 from ascend.planner.activations import record_call, tensors_in
-from ascend.planner.activity import FROM_DISK, LENT, RESIDENT, STREAMED, Part, Run, Weights
+from ascend.planner.activity import FROM_DISK, LENT, RESIDENT, STREAMED, Block, Part, Run, Weights, total
 from ascend.planner.allocator import Event
 from ascend.planner.calls import Call, Request, UnknownCallError, as_called, calls_of
 from ascend.planner.models import cast_floats, class_of, load_on_meta, to_meta
@@ -28,6 +28,7 @@ from ascend.planner.plan import MemoryPlan, PlanError, choose_plan
 from ascend.planner.speed import measure_speed
 from ascend.streaming import Buffers, find_blocks, lend_module, stream_module
 from ascend.streaming.blocks import aligned, bytes_of, tensors_of
+from ascend.streaming.buffers import BUFFERS
 from ascend.streaming.stream import shared_tensors
 
 if TYPE_CHECKING:
@@ -142,22 +143,25 @@ def dry_run(call: Call, model: nn.Module, fused_attention: bool) -> Run:
 
 
 def weights_of(model: nn.Module) -> Weights:
-    blocks = list(find_blocks(model, LARGEST_BLOCK).values())
-    shared = shared_tensors(model, blocks)
-    inside = {id(tensor) for block in blocks for tensor in tensors_of(block)} - shared
+    blocks = find_blocks(model, LARGEST_BLOCK)
+    shared = shared_tensors(model, list(blocks.values()))
+    own = {name: [t for t in tensors_of(block) if id(t) not in shared] for name, block in blocks.items()}
+    inside = {id(tensor) for tensors in own.values() for tensor in tensors}
     halves = [getattr(model, half) for half in HALVES] if is_halved(model) else []
     lent = {id(tensor) for half in halves or [model] for tensor in tensors_of(half)}
     tensors = in_order_of_moving(model)
-    block: dict[Hashable, int] = {}
-    for entry in blocks:
-        for dtype, size in sizes_by_dtype(tensor for tensor in tensors_of(entry) if id(tensor) not in shared).items():
-            block[dtype] = max(block.get(dtype, 0), size)
     return Weights(
         tuple(tensor.nbytes for tensor in tensors),
         tuple(tensor.nbytes for tensor in tensors_of(model) if id(tensor) not in inside),
         tuple(tensor.nbytes for tensor in tensors if id(tensor) not in lent),
-        block,
+        {name: Block(tuple(t.nbytes for t in each), sizes_by_dtype(each)) for name, each in own.items()},
     )
+
+
+def bytes_while_streamed(model: nn.Module) -> int:
+    """Of a streamed model on its device: what is in no block, and both buffers."""
+    weights = weights_of(model)
+    return total(weights.around) + BUFFERS * total(weights.block.values())
 
 
 def run_of(call: Call, model: nn.Module, events: list[Event]) -> Run:
@@ -168,7 +172,7 @@ def run_of(call: Call, model: nn.Module, events: list[Event]) -> Run:
         events,
         tuple(tensor.nbytes for tensor in tensors_in(call.inputs)),
         tuple(sizes_by_dtype(tensors_of(target)).values()),
-        sum(map(bytes_of, find_blocks(target, LARGEST_BLOCK).values())),
+        {name: bytes_of(block) for name, block in find_blocks(target, LARGEST_BLOCK).items()},
         weights_of(model) if call.cast else None,
     )
 
@@ -225,7 +229,7 @@ def apply_plan(
             where = plan.where(name)
             if where == FROM_DISK:
                 map_weights(model, name, folder)
-            place(model, where, device, buffers)
+            place(model, where, device, buffers, plan.kept(name))
     except BaseException:
         remove_hooks(pipe)
         raise
@@ -239,7 +243,7 @@ def remove_hooks(pipe: DiffusionPipeline) -> None:
         remove_hook_from_module(model, recurse=True)
 
 
-def place(model: nn.Module, where: str, device: torch.device, buffers: Buffers) -> None:
+def place(model: nn.Module, where: str, device: torch.device, buffers: Buffers, kept: Collection[str]) -> None:
     if where == RESIDENT:
         model.to(device)
         add_hook_to_module(model, Executes(device))
@@ -249,7 +253,7 @@ def place(model: nn.Module, where: str, device: torch.device, buffers: Buffers) 
         if where == LENT:
             lend_module(part, device)
         else:
-            stream_module(part, device, buffers, LARGEST_BLOCK, is_mapped=where == FROM_DISK)
+            stream_module(part, device, buffers, LARGEST_BLOCK, where == FROM_DISK, kept)
     if halves:
         for name, child in model.named_children():
             if name not in HALVES:

@@ -14,6 +14,7 @@ from ascend.planner.allocator import required_memory, reserved_by
 from ascend.streaming.buffers import BUFFERS
 
 GIB, MIB = 2**30, 2**20
+KEPT_SHARE = 0.95  # of the memory, up to which it is filled with blocks: what operators take inside is not seen
 
 
 class Speed(NamedTuple):
@@ -28,7 +29,11 @@ STILL = Speed(1.0, 1.0)  # of weights that stay where they are
 
 @dataclass(frozen=True)
 class Placement:
-    """Where one component is, and the seconds that its way to the device takes in a picture."""
+    """Where one component is, and the seconds that its way to the device takes in a picture.
+
+    Attributes:
+        kept: the blocks that stay on the device where the others are streamed.
+    """
 
     name: str
     where: str
@@ -36,6 +41,7 @@ class Placement:
     on_device: int
     seconds: float
     why: str
+    kept: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,10 @@ class MemoryPlan:
     def where(self, name: str) -> str:
         """Of a component that the plan does not know, as one of another library, that it comes for its calls."""
         return next((placement.where for placement in self.placements if placement.name == name), LENT)
+
+    def kept(self, name: str) -> tuple[str, ...]:
+        """The blocks of a component that stay on the device where its others are streamed."""
+        return next((placement.kept for placement in self.placements if placement.name == name), ())
 
     def table(self) -> str:
         rows = [("component", "weights", "where", "on the device", "s a picture", "why")]
@@ -139,13 +149,34 @@ def choose_plan(
     for plan, choice in plans:
         fitted = _fitted(parts, choice, plan, host)
         if fitted:
-            return fitted
+            return fitted if allowed else _keeping_blocks(parts, choice, fitted, host, steps, speed)
     plan, choice = min(plans, key=lambda entry: (entry[0].peak > limit, max(0, entry[0].host - host), entry[0].peak))
     raise PlanError(
         f"no placement fits: the smallest takes {gib(_required(parts, choice, plan))} of the device's {gib(limit)} "
         f"({', '.join(f'{p.name} {p.where}' for p in plan.placements)}) and {gib(plan.host)} of the "
         f"host's {gib(host)}; take smaller pictures, fewer at a time, or a chip with more memory"
     )
+
+
+def _keeping_blocks(
+    parts: list[Part], choice: tuple[str, ...], plan: MemoryPlan, host: int, steps: int, speed: Speed
+) -> MemoryPlan:
+    """The plan, with as many blocks of streamed denoisers on the device as there is room for."""
+    limit = int(KEPT_SHARE * plan.limit)
+    for place, where in enumerate(choice):
+        part = parts[place]
+        if not part.denoises or where not in (STREAMED, FROM_DISK):
+            continue
+        fits, too_many = 0, len(part.weights.blocks)
+        while too_many - fits > 1:
+            number = (fits + too_many) // 2
+            trial = [*parts[:place], part.keeping(number), *parts[place + 1 :]]
+            fitted = _fitted(trial, choice, make_plan(trial, choice, limit, steps, speed), host)
+            if fitted:
+                fits, parts, plan = number, trial, replace(fitted, limit=plan.limit)
+            else:
+                too_many = number
+    return plan
 
 
 def _fitted(parts: list[Part], choice: tuple[str, ...], plan: MemoryPlan, host: int) -> MemoryPlan | None:
@@ -195,7 +226,7 @@ def make_plan(
         why = _why(part, where, bool(allowed) and part.denoises)
         seconds = seconds_under_way(part, where, steps, speed)
         on_device = total(part.weights.on_device(where)) + max(part.growth(run, where) for run in part.runs)
-        placements.append(Placement(part.name, where, total(part.weights.tensors), on_device, seconds, why))
+        placements.append(Placement(part.name, where, total(part.weights.tensors), on_device, seconds, why, part.kept))
     always = buffers + sum(total(part.weights.on_device(where)) for part, where in pairs)
     phases: dict[str, int] = {}
     for phase, runs in in_order(pairs):
@@ -225,7 +256,7 @@ def seconds_under_way(part: Part, where: str, steps: int, speed: Speed) -> float
     moved = 0
     for run in part.runs:
         times = steps if run.phase == "denoise" else 1
-        moved += times * (total(run.loan) if where == LENT else run.streamed)
+        moved += times * (total(run.loan) if where == LENT else sum(run.streamed.values()))
     return moved / bandwidth
 
 
@@ -237,4 +268,6 @@ def _why(part: Part, where: str, asked: bool) -> str:
     blocks = f"blocks of up to {gib(total(part.weights.block.values()))}"
     if asked:
         return f"as asked: {blocks}"
+    if part.kept:
+        blocks += f", and {len(part.kept)} stay there"
     return f"does not fit beside the others{', nor in host memory' if where == FROM_DISK else ''}: {blocks}"

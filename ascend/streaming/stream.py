@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -38,8 +39,17 @@ class Stream(ModelHook):
     that a block has and what is around it, stays on the device.
     """
 
-    def __init__(self, module: nn.Module, blocks: Sequence[nn.Module], buffers: Buffers, is_mapped: bool) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        blocks: Sequence[nn.Module],
+        buffers: Buffers,
+        is_mapped: bool,
+        kept: Sequence[nn.Module] = (),
+    ) -> None:
         self.buffers, self.execution_device, self.is_mapped = buffers, buffers.device, is_mapped
+        self.kept = list(kept)  # blocks that stay on the device
+        self.kept_prepared = ExitStack()  # how to undo what `prepare` made of those
         self.statistics = Statistics()
         shared = shared_tensors(module, blocks)
         self.copies = [HostCopy(block, buffers.device, is_mapped, shared) for block in blocks]
@@ -48,6 +58,11 @@ class Stream(ModelHook):
         self.attached: HostCopy | None = None
         self.handles: list[Any] = []  # of what ends with the stream: its hooks, graphs of its blocks
         self.preparation: Prepare | None = None
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """All of them, those that stay on the device last."""
+        return [*(copy.module for copy in self.copies), *self.kept]
 
     def init_hook(self, module: nn.Module) -> nn.Module:
         self.buffers.reserve(self.copies)
@@ -85,6 +100,10 @@ class Stream(ModelHook):
             return
         self.preparation = prepare
         self._prepare(self.copies)
+        self.kept_prepared.close()
+        if prepare is not None and not self.is_mapped:
+            for block in self.kept:
+                prepare(block, self.kept_prepared)
         self.buffers.reserve(self.copies)
 
     def _prepare(self, copies: list[HostCopy]) -> None:
@@ -114,16 +133,22 @@ class Stream(ModelHook):
         if changed and self.preparation is not None:
             self._prepare(changed)
         self.buffers.reserve(changed)
-        if changed:
+        if changed or self._has_left_device():
             self._bring_the_rest(module)
         self._start(self.orders.begin(kind_of_call(args, kwargs)))
+
+    def _has_left_device(self) -> bool:
+        """Whether a block that stays on the device has tensors elsewhere, such as a new adapter's."""
+        device = self.execution_device.type
+        return any(tensor.device.type != device for block in self.kept for tensor in tensors_of(block))
 
     def _bring_the_rest(self, module: nn.Module) -> None:
         """What is in no block is on the device while the model is streamed, aligned there as in no file."""
         held = {id(tensor) for copy in self.copies for tensor in copy.tensors()}
         for tensor in tensors_of(module):
             if id(tensor) not in held:
-                tensor.data = tensor.data.to(self.execution_device, copy=self.is_mapped)
+                copies = self.is_mapped and tensor.device.type == "cpu"
+                tensor.data = tensor.data.to(self.execution_device, copy=copies)
 
     def _settle(self) -> None:
         """Leave nothing of a call, however it ended: all weights are with the host, and both buffers free."""
@@ -250,6 +275,7 @@ def stream_module(
     buffers: Buffers | None = None,
     largest: int | None = None,
     is_mapped: bool = False,
+    kept: Collection[str] = (),
 ) -> Stream:
     """Compute `module` on `device` and keep its blocks' weights with the host, but for two at a time.
 
@@ -262,12 +288,13 @@ def stream_module(
         buffers: shared with other models that do not run at the same time; its own by default.
         largest: bytes of a block, where there is a choice, see `find_blocks`.
         is_mapped: the weights are views of mapped files, and read from there each time.
+        kept: names of blocks, as `find_blocks` has them, that go to the device and stay there, too; not all.
 
     Returns:
         what is in charge of the module; its `statistics` count.
 
     Raises:
-        ValueError: the module has no blocks, or hooks of accelerate move its weights already.
+        ValueError: the module has no blocks, or not those to be kept, or hooks of accelerate move its weights already.
     """
     _require_no_hooks(module)
     blocks = find_blocks(module, largest)
@@ -275,7 +302,10 @@ def stream_module(
         raise ValueError(
             f"{type(module).__name__} has no lists of modules, so no blocks to stream: lend_module takes it"
         )
-    stream = Stream(module, list(blocks.values()), buffers or Buffers(device), is_mapped)
+    if not set(kept) < set(blocks):
+        raise ValueError(f"kept must name some blocks of {', '.join(blocks)}, not all, and nothing else: {list(kept)}")
+    moved = [block for name, block in blocks.items() if name not in kept]
+    stream = Stream(module, moved, buffers or Buffers(device), is_mapped, [blocks[name] for name in kept])
     add_hook_to_module(module, stream)
     return stream
 

@@ -16,6 +16,8 @@ from transformers import AutoTokenizer, LlamaForCausalLM, T5EncoderModel
 from ascend.device import DeviceManager
 from ascend.planner import MemoryPlan, PlanError, Request, apply_plan, plan_memory
 from ascend.planner.activity import FROM_DISK
+from ascend.planner.memory_plan import LARGEST_BLOCK, bytes_while_streamed
+from ascend.planner.plan import gib
 from ascend.streaming import Buffers, stream_module
 from ascend.streaming.blocks import bytes_of
 from processors import enable_fused_kernels
@@ -202,7 +204,7 @@ def keep_on_host(model: T5EncoderModel) -> T5EncoderModel:
 def _plan(
     args: argparse.Namespace, device: torch.device, dtype: torch.dtype, size: tuple[int, int], report: Report
 ) -> MemoryPlan | None:
-    """None where all stays on the device; the table is printed otherwise. The second transformer is as the first."""
+    """None where all stays on the device; the table is printed otherwise, and the second transformer is streamed."""
     if device.type == "cpu" and args.memory in ("auto", "resident"):
         if args.memory_limit is not None:
             report.warn("--memory_limit has no effect on the CPU: models are in the host's memory")
@@ -213,16 +215,17 @@ def _plan(
     find = partial(plan_memory, args.model_path, device, request, dtype, args.steps)
     try:
         plan = find(args.memory, limit, fused, prepare)
-        if plan.is_resident and args.memory == "auto":
-            beside = bytes_of_adapters(args)
-            if args.refine_strength > 0 and args.refiner_path:
-                beside += _bytes_of_files(args.refiner_path, dtype)
-            if beside and plan.required + beside > plan.limit:  # both transformers take turns in the buffers
-                plan = find("stream", limit, fused, prepare)
+        refiner = _without_values(args.refiner_path, dtype) if args.refine_strength > 0 and args.refiner_path else None
+        beside = bytes_of_adapters(args)
+        whole = beside + (bytes_of(refiner) if refiner else 0)
+        if plan.is_resident and (args.memory == "resident" or plan.required + whole <= plan.limit):
+            return None
+        if args.memory == "auto" and whole:
+            beside += bytes_while_streamed(refiner) if refiner else 0
+            plan = find(args.memory, plan.limit - beside, fused, prepare)
+            print(f"{gib(beside)} of the device are left for adapters and a second transformer, which is streamed")
     except (PlanError, ValueError) as error:
         raise UserError(str(error)) from error
-    if plan.is_resident:
-        return None
     print(plan.table(), flush=True)
     return plan
 
@@ -233,10 +236,10 @@ def fuse_hidream(model: torch.nn.Module) -> None:
         enable_fused_kernels(model)
 
 
-def _bytes_of_files(folder: Path, dtype: torch.dtype) -> int:
+def _without_values(folder: Path, dtype: torch.dtype) -> HiDreamImageTransformer2DModel:
     config = HiDreamImageTransformer2DModel.load_config(folder)
     with torch.device("meta"):
-        return bytes_of(HiDreamImageTransformer2DModel.from_config(config).to(dtype))
+        return HiDreamImageTransformer2DModel.from_config(config).to(dtype)
 
 
 def _place(
@@ -256,4 +259,4 @@ def _place(
     except ValueError as error:
         raise UserError(f"--memory: {error}") from error
     if refiner is not None:
-        stream_module(refiner, device, buffers)
+        stream_module(refiner, device, buffers, LARGEST_BLOCK)

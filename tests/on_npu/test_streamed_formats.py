@@ -232,14 +232,17 @@ def test_a_weight_that_is_a_view_of_one_in_a_format_is_streamed_as_nd(
     assert set(seen.take()) <= {ND, NCHW} and "FRACTAL_NZ: it is streamed as ND" in caplog.text
 
 
-def test_graphs_of_streamed_blocks_compute_what_graphs_of_resident_ones_do(npu: torch.device, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kept", [(), ("blocks.1", "blocks.4")])
+def test_graphs_of_streamed_blocks_compute_what_graphs_of_resident_ones_do(
+    npu: torch.device, tmp_path: Path, kept: tuple[str, ...]
+) -> None:
     x, resident = X.to(npu), make_transformer().to(npu)
     for block in resident.blocks:
         compile_module(block, tmp_path)
     expected = resident(x)
     assert {int(torch_npu.get_npu_format(block.linear.weight)) for block in resident.blocks} == {FRACTAL_NZ}
     model = make_transformer()
-    stream = stream_module(model, npu)
+    stream = stream_module(model, npu, kept=kept)
     seen = Seen(model)
     plain = model(x)
     assert set(seen.take()) <= {ND, NCHW}

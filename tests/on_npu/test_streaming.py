@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
-from ascend.streaming import Buffers, lend_module, stop_streaming, stream_module
+from ascend.streaming import Buffers, find_blocks, lend_module, stop_streaming, stream_module
 from ascend.streaming.blocks import aligned, bytes_of
 from processors import enable_fused_kernels
 from tests.ascend.streaming.test_stream import Transformer
@@ -87,8 +88,11 @@ def test_a_pipeline_is_drawn_with_models_that_take_turns(npu: torch.device, tiny
 
 
 @pytest.mark.parametrize("is_mapped", [False, True])
+@pytest.mark.parametrize("keeps", [False, True])
 @torch.no_grad()
-def test_a_streamed_hidream_is_the_resident_one(npu: torch.device, tmp_path: Path, is_mapped: bool) -> None:
+def test_a_streamed_hidream_is_the_resident_one(
+    npu: torch.device, tmp_path: Path, is_mapped: bool, keeps: bool
+) -> None:
     """Its double and single blocks are of two sizes, and hold experts."""
     model, generator = tiny_hidream().to(HALF), torch.Generator().manual_seed(0)
     shapes = {
@@ -104,9 +108,18 @@ def test_a_streamed_hidream_is_the_resident_one(npu: torch.device, tmp_path: Pat
     if is_mapped:
         save_file(model.state_dict(), tmp_path / "model.safetensors")
         model.load_state_dict(load_file(tmp_path / "model.safetensors"), assign=True)
-    stream_module(model, npu, is_mapped=is_mapped)
+    kept = list(find_blocks(model))[::2] if keeps else []
+    stream = stream_module(model, npu, is_mapped=is_mapped, kept=kept)
     for _ in range(2):
         assert torch.equal(model(**inputs).sample, expected)
+    assert stream.statistics.loads >= 2 * (len(find_blocks(model)) - len(kept))
+    assert all(tensor.device == npu for block in stream.kept for tensor in block.parameters())
+    if keeps:  # an adapter that comes later is with the host at first
+        model.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+        adapted = model(**inputs).sample
+        assert not torch.equal(adapted, expected)
+        stop_streaming(model)
+        assert torch.equal(model.to(npu)(**inputs).sample, adapted)
 
 
 FORK = """

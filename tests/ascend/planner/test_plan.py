@@ -6,6 +6,8 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ from ascend.graphs.compile import compile_pipeline, is_compiled
 from ascend.planner import MODES, MemoryPlan, PlanError, Request, apply_plan, plan_memory
 from ascend.planner.__main__ import main
 from ascend.planner.activations import peak_of, record_call
-from ascend.planner.activity import FROM_DISK, LENT, RESIDENT, STREAMED, Part, Run, Weights
+from ascend.planner.activity import FROM_DISK, LENT, RESIDENT, STREAMED, Block, Part, Run, Weights
 from ascend.planner.allocator import MIB, Event
 from ascend.planner.plan import Speed, choose_plan
 from ascend.streaming import lend_module, stop_streaming, stream_module
@@ -37,9 +39,11 @@ def sized(units: int) -> int:
 
 def part(name: str, weights: int, block: int, around: int, phase: str, activations: int) -> Part:
     events = [Event(0, sized(activations)), Event(0, None)]
-    run = Run(phase, events, (), (sized(weights),), sized(weights - around))
-    inside, outside = sized(weights - around), sized(around)
-    return Part(name, Weights((inside, outside), (outside,), (), {torch.float16: sized(block)}), (run,))
+    number, rest = divmod(weights - around, block)
+    sizes = {str(place): sized(size) for place, size in enumerate([block] * number + [rest] * bool(rest))}
+    run = Run(phase, events, (), (sized(weights),), sizes)
+    blocks = {name: Block((size,), {torch.float16: size}) for name, size in sizes.items()}
+    return Part(name, Weights((*sizes.values(), sized(around)), (sized(around),), (), blocks), (run,))
 
 
 TEXT = part("text_encoder", 600, 30, 100, "encode", 10)
@@ -84,6 +88,29 @@ def test_a_plan_counts_what_is_there_at_the_same_time() -> None:
     assert plan.placements[1].why.startswith("as asked")
     table = plan.table()
     assert "unet" in table and "streamed" in table and "1.58 s a step" in table
+
+
+def test_as_many_blocks_as_fit_stay_on_the_device_between_the_others() -> None:
+    plan = choose_plan(PARTS, 2000 * UNIT, 10_000 * UNIT, 50, lambda: SPEED)
+    assert plan.where("unet") == STREAMED and plan.limit == 2000 * UNIT
+    kept = [int(name) for name in plan.kept("unet")]
+    assert 0 < len(kept) < 32
+    gaps = {after - before for before, after in pairwise(kept)}
+    assert max(gaps) - min(gaps) <= 1, "evenly"
+    assert 0.9 * plan.limit < plan.required <= 0.95 * plan.limit
+    units = sum(30 if place == 31 else 50 for place in kept)
+    assert plan.placements[1].on_device == pytest.approx((20 + units) * UNIT, rel=1e-4)
+    assert plan.seconds_per_step == pytest.approx((1580 - units) / 1000)
+    assert f"and {len(kept)} stay there" in plan.table()
+    assert not choose_plan(PARTS, 2000 * UNIT, 10_000 * UNIT, 50, lambda: SPEED, MODES["stream"]).kept("unet")
+
+
+def test_a_pipeline_of_which_some_blocks_stay_draws_the_same(tiny_sd: StableDiffusionPipeline) -> None:
+    expected = draw(tiny_sd)
+    plan = plan_memory(tiny_sd, CPU, Request(64, 64), torch.float32, mode="stream", limit=2**30)
+    placements = tuple(replace(p, kept=("down_blocks.1",) if p.name == "unet" else ()) for p in plan.placements)
+    apply_plan(tiny_sd, replace(plan, placements=placements), CPU)
+    assert len(tiny_sd.unet._hf_hook.kept) == 1 and torch.equal(draw(tiny_sd), expected)
 
 
 def test_speed_is_measured_where_a_choice_depends_on_it() -> None:

@@ -80,6 +80,26 @@ def test_a_streamed_unet_is_the_unet() -> None:
         assert torch.equal(unet(*inputs).sample, expected)
 
 
+@torch.no_grad()
+def test_blocks_that_are_kept_do_not_travel() -> None:
+    unet, inputs = tiny_unet().eval(), unet_inputs()
+    expected = unet(*inputs).sample
+    blocks = find_blocks(unet, 1)
+    kept = list(blocks)[1::3]
+    stream = stream_module(unet, CPU, largest=1, kept=kept)
+    assert torch.equal(unet(*inputs).sample, expected)
+    assert {id(block) for block in stream.kept} == {id(blocks[name]) for name in kept}
+    before = stream.statistics.bytes
+    assert torch.equal(unet(*inputs).sample, expected)
+    moved = sum(bytes_of(block) for name, block in blocks.items() if name not in kept)
+    assert stream.statistics.bytes - before == moved
+    stop_streaming(unet)
+    assert torch.equal(unet(*inputs).sample, expected)
+    for names in (list(blocks), ["down_blocks.9"]):
+        with pytest.raises(ValueError, match="kept must name some blocks of down_blocks.0"):
+            stream_module(unet, CPU, largest=1, kept=names)
+
+
 def test_blocks_are_taken_apart_down_to_a_size() -> None:
     unet = tiny_unet()
     assert list(find_blocks(unet))[:2] == ["down_blocks.0", "down_blocks.1"]
