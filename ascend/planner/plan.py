@@ -145,7 +145,7 @@ def choose_plan(
         raise PlanError(f"no component of {', '.join(part.name for part in parts)} has blocks to stream")
     speed = measure()
     plans = [(make_plan(parts, choice, limit, steps, speed, allowed), choice) for choice in choices]
-    plans.sort(key=lambda entry: (sum(p.seconds for p in entry[0].placements), entry[0].peak))
+    plans.sort(key=lambda entry: (_seconds(parts, entry[0], entry[1], keeps=not allowed), entry[0].peak))
     for plan, choice in plans:
         fitted = _fitted(parts, choice, plan, host)
         if fitted:
@@ -156,6 +156,21 @@ def choose_plan(
         f"({', '.join(f'{p.name} {p.where}' for p in plan.placements)}) and {gib(plan.host)} of the "
         f"host's {gib(host)}; take smaller pictures, fewer at a time, or a chip with more memory"
     )
+
+
+def _seconds(parts: list[Part], plan: MemoryPlan, choice: tuple[str, ...], keeps: bool) -> float:
+    """That weights are under way for a picture; about those where blocks of denoisers fill the memory that is left."""
+    room = KEPT_SHARE * plan.limit - plan.peak if keeps else 0.0
+    seconds = 0.0
+    for part, where, placement in zip(parts, choice, plan.placements, strict=True):
+        if part.denoises and where in (STREAMED, FROM_DISK):
+            blocks = [total(block.tensors) for block in part.weights.blocks.values()]
+            stays = min(max(room, 0.0), sum(blocks) - min(blocks))  # one travels, or it would not be streamed
+            room -= stays
+            seconds += placement.seconds * (1 - stays / sum(blocks))
+        else:
+            seconds += placement.seconds
+    return seconds
 
 
 def _keeping_blocks(

@@ -222,8 +222,8 @@ def _plan(
             return None
         if args.memory == "auto" and whole:
             beside += bytes_while_streamed(refiner) if refiner else 0
-            plan = find(args.memory, plan.limit - beside, fused, prepare)
             print(f"{gib(beside)} of the device are left for adapters and a second transformer, which is streamed")
+            plan = find(args.memory, plan.limit - beside, fused, prepare)
     except (PlanError, ValueError) as error:
         raise UserError(str(error)) from error
     print(plan.table(), flush=True)
