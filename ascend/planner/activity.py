@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 from ascend.planner.activations import peak_of
 from ascend.planner.allocator import Event
@@ -18,43 +18,37 @@ PHASES = ("encode", "denoise", "decode")
 STEPS = 2  # the second one finds what the first left in the allocator; later ones find the same
 
 
-class Block(NamedTuple):
-    """Bytes of its tensors, and of a buffer that holds them, for each dtype."""
-
-    tensors: tuple[int, ...]
-    by_dtype: Mapping[Any, int]
-
-
 @dataclass(frozen=True)
 class Weights:
     """Of a component, in bytes of its tensors, in the order in which they go to the device.
 
     Attributes:
         tensors: all.
-        around: those in no block.
+        places: all, as streaming brings them, with the name of the block that alone has them; None: they are around.
         beside: those that stay on the device while what runs is lent.
-        blocks: of each block, by its name, those that no other has.
+        blocks: bytes of a buffer for each block, by its name and for each dtype.
+        kept: blocks that stay on the device where the others are streamed.
     """
 
     tensors: tuple[int, ...]
-    around: tuple[int, ...]
+    places: tuple[tuple[str | None, int], ...]
     beside: tuple[int, ...]
-    blocks: dict[str, Block]
+    blocks: dict[str, Mapping[Any, int]]
+    kept: tuple[str, ...] = ()
+
+    @cached_property
+    def around(self) -> tuple[int, ...]:
+        """Those that are on the device while it is streamed."""
+        return tuple(size for name, size in self.places if name is None or name in self.kept)
 
     @cached_property
     def block(self) -> dict[Hashable, int]:
         """A buffer that holds any of its blocks, for each dtype; empty if it has none."""
         sizes: dict[Hashable, int] = {}
-        for block in self.blocks.values():
-            for dtype, size in block.by_dtype.items():
+        for name, block in self.blocks.items():
+            for dtype, size in block.items() if name not in self.kept else ():
                 sizes[dtype] = max(sizes.get(dtype, 0), size)
         return sizes
-
-    def keeping(self, names: Collection[str]) -> Weights:
-        """With these blocks among what is around the others."""
-        kept = (size for name in names for size in self.blocks[name].tensors)
-        rest = {name: block for name, block in self.blocks.items() if name not in names}
-        return replace(self, around=(*self.around, *kept), blocks=rest)
 
     def on_device(self, where: str) -> tuple[int, ...]:
         """While another component runs."""
@@ -93,14 +87,12 @@ class Part:
 
     Attributes:
         unknown: why it is not known what its calls take beside weights, if it is not.
-        kept: the blocks that stay on the device where the others are streamed.
     """
 
     name: str
     weights: Weights
     runs: tuple[Run, ...]
     unknown: str | None = None
-    kept: tuple[str, ...] = ()
 
     @property
     def denoises(self) -> bool:
@@ -122,7 +114,11 @@ class Part:
             replace(run, streamed={name: size for name, size in run.streamed.items() if name not in kept})
             for run in self.runs
         )
-        return replace(self, weights=self.weights.keeping(kept), runs=runs, kept=kept)
+        return replace(self, weights=replace(self.weights, kept=kept), runs=runs)
+
+    def may_keep(self, where: str) -> bool:
+        """Whether blocks may fill the memory that is left: not where it is not known what a call takes of that."""
+        return self.denoises and where in (STREAMED, FROM_DISK) and self.unknown is None
 
     def growth(self, run: Run, where: str) -> int:
         """Bytes that it has more of the device while it runs, activations and buffers for blocks aside."""

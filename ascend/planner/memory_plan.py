@@ -20,7 +20,7 @@ from ascend.device.properties import get_chip
 from ascend.device.stand_in import standing_for
 from ascend.memory import read_memory
 from ascend.planner.activations import record_call, tensors_in
-from ascend.planner.activity import FROM_DISK, LENT, RESIDENT, STREAMED, Block, Part, Run, Weights, total
+from ascend.planner.activity import FROM_DISK, LENT, RESIDENT, STREAMED, Part, Run, Weights, total
 from ascend.planner.allocator import Event
 from ascend.planner.calls import Call, Request, UnknownCallError, as_called, calls_of
 from ascend.planner.models import cast_floats, class_of, load_on_meta, to_meta
@@ -83,16 +83,30 @@ def plan_memory(
     if fused_attention is None:
         fused_attention = device.type != "npu" or has_operator(get_chip(device), TORCH_ATTENTION)
     bare = {name: to_meta(model) for name, model in models.items()}
-    if prepare:
-        bare = {name: prepared(model, prepare, is_mapped=mode == "disk") for name, model in bare.items()}
-    with standing_for(device):
-        parts = [part_of(name, bare, request, dtype, fused_attention) for name in bare]
+
+    def parts_of(is_mapped: bool) -> list[Part]:
+        ready = {name: prepared(model, prepare, is_mapped) for name, model in bare.items()} if prepare else bare
+        with standing_for(device):
+            return [part_of(name, ready, request, dtype, fused_attention) for name in ready]
+
     memory = read_memory(device)
     if limit is None:
         held = {id(tensor): tensor.nbytes for model in models.values() for tensor in tensors_on(device, model)}
         limit = memory["free"] + memory["reserved"] - memory["allocated"] + sum(held.values())
     host = read_memory(torch.device("cpu"))["free"]
-    return choose_plan(parts, limit, host, steps, partial(measure_speed, device, folder), MODES[mode])
+    speed = partial(measure_speed, device, folder)
+    is_auto = mode == "auto"
+    try:
+        plan = choose_plan(parts_of(mode == "disk"), limit, host, steps, speed, MODES[mode], keeps_blocks=is_auto)
+    except PlanError:
+        if not (prepare and is_auto):
+            raise
+    else:
+        if not (prepare and is_auto and any(placement.where == FROM_DISK for placement in plan.placements)):
+            return plan
+    return choose_plan(
+        parts_of(True), limit, host, steps, speed, MODES["disk"]
+    )  # what is mapped is prepared otherwise
 
 
 def prepared(model: nn.Module, prepare: Callable[[nn.Module], object], is_mapped: bool) -> nn.Module:
@@ -146,15 +160,15 @@ def weights_of(model: nn.Module) -> Weights:
     blocks = find_blocks(model, LARGEST_BLOCK)
     shared = shared_tensors(model, list(blocks.values()))
     own = {name: [t for t in tensors_of(block) if id(t) not in shared] for name, block in blocks.items()}
-    inside = {id(tensor) for tensors in own.values() for tensor in tensors}
+    owner = {id(tensor): name for name, tensors in own.items() for tensor in tensors}
     halves = [getattr(model, half) for half in HALVES] if is_halved(model) else []
     lent = {id(tensor) for half in halves or [model] for tensor in tensors_of(half)}
     tensors = in_order_of_moving(model)
     return Weights(
         tuple(tensor.nbytes for tensor in tensors),
-        tuple(tensor.nbytes for tensor in tensors_of(model) if id(tensor) not in inside),
+        tuple((owner.get(id(tensor)), tensor.nbytes) for tensor in tensors_of(model)),
         tuple(tensor.nbytes for tensor in tensors if id(tensor) not in lent),
-        {name: Block(tuple(t.nbytes for t in each), sizes_by_dtype(each)) for name, each in own.items()},
+        {name: sizes_by_dtype(each) for name, each in own.items()},
     )
 
 
@@ -253,12 +267,19 @@ def place(model: nn.Module, where: str, device: torch.device, buffers: Buffers, 
         if where == LENT:
             lend_module(part, device)
         else:
-            stream_module(part, device, buffers, LARGEST_BLOCK, where == FROM_DISK, kept)
+            stream_module(part, device, buffers, LARGEST_BLOCK, where == FROM_DISK, kept_now(part, kept))
     if halves:
         for name, child in model.named_children():
             if name not in HALVES:
                 child.to(device)
         add_hook_to_module(model, Executes(device))
+
+
+def kept_now(model: nn.Module, kept: Collection[str]) -> list[str]:
+    """The blocks of `model` that are those of a plan, or parts of them: adapters may have it cut otherwise since."""
+    return [
+        name for name in find_blocks(model, LARGEST_BLOCK) if any(f"{name}.".startswith(f"{each}.") for each in kept)
+    ]
 
 
 def map_weights(model: nn.Module, name: str, folder: Path | None) -> None:

@@ -120,6 +120,7 @@ def choose_plan(
     steps: int,
     measure: Callable[[], Speed],
     allowed: tuple[str, ...] | None = None,
+    keeps_blocks: bool = True,
 ) -> MemoryPlan:
     """The placement whose weights are under way for the shortest time, of those that fit.
 
@@ -130,6 +131,7 @@ def choose_plan(
         steps: denoising steps of a picture.
         measure: says how fast weights travel; called if some have to.
         allowed: the ways in which a denoiser may be placed; all by default. Others may always leave the device.
+        keeps_blocks: fill the memory that is left with blocks of streamed denoisers.
 
     Raises:
         PlanError: none fits.
@@ -145,11 +147,11 @@ def choose_plan(
         raise PlanError(f"no component of {', '.join(part.name for part in parts)} has blocks to stream")
     speed = measure()
     plans = [(make_plan(parts, choice, limit, steps, speed, allowed), choice) for choice in choices]
-    plans.sort(key=lambda entry: (_seconds(parts, entry[0], entry[1], keeps=not allowed), entry[0].peak))
+    plans.sort(key=lambda entry: (_seconds(parts, entry[0], entry[1], keeps=keeps_blocks), entry[0].peak))
     for plan, choice in plans:
         fitted = _fitted(parts, choice, plan, host)
         if fitted:
-            return fitted if allowed else _keeping_blocks(parts, choice, fitted, host, steps, speed)
+            return _keeping_blocks(parts, choice, fitted, host, steps, speed) if keeps_blocks else fitted
     plan, choice = min(plans, key=lambda entry: (entry[0].peak > limit, max(0, entry[0].host - host), entry[0].peak))
     raise PlanError(
         f"no placement fits: the smallest takes {gib(_required(parts, choice, plan))} of the device's {gib(limit)} "
@@ -163,8 +165,8 @@ def _seconds(parts: list[Part], plan: MemoryPlan, choice: tuple[str, ...], keeps
     room = KEPT_SHARE * plan.limit - plan.peak if keeps else 0.0
     seconds = 0.0
     for part, where, placement in zip(parts, choice, plan.placements, strict=True):
-        if part.denoises and where in (STREAMED, FROM_DISK):
-            blocks = [total(block.tensors) for block in part.weights.blocks.values()]
+        if part.may_keep(where):
+            blocks = [sum(block.values()) for block in part.weights.blocks.values()]
             stays = min(max(room, 0.0), sum(blocks) - min(blocks))  # one travels, or it would not be streamed
             room -= stays
             seconds += placement.seconds * (1 - stays / sum(blocks))
@@ -180,7 +182,7 @@ def _keeping_blocks(
     limit = int(KEPT_SHARE * plan.limit)
     for place, where in enumerate(choice):
         part = parts[place]
-        if not part.denoises or where not in (STREAMED, FROM_DISK):
+        if not part.may_keep(where):
             continue
         fits, too_many = 0, len(part.weights.blocks)
         while too_many - fits > 1:
@@ -241,7 +243,9 @@ def make_plan(
         why = _why(part, where, bool(allowed) and part.denoises)
         seconds = seconds_under_way(part, where, steps, speed)
         on_device = total(part.weights.on_device(where)) + max(part.growth(run, where) for run in part.runs)
-        placements.append(Placement(part.name, where, total(part.weights.tensors), on_device, seconds, why, part.kept))
+        placements.append(
+            Placement(part.name, where, total(part.weights.tensors), on_device, seconds, why, part.weights.kept)
+        )
     always = buffers + sum(total(part.weights.on_device(where)) for part, where in pairs)
     phases: dict[str, int] = {}
     for phase, runs in in_order(pairs):
@@ -283,6 +287,6 @@ def _why(part: Part, where: str, asked: bool) -> str:
     blocks = f"blocks of up to {gib(total(part.weights.block.values()))}"
     if asked:
         return f"as asked: {blocks}"
-    if part.kept:
-        blocks += f", and {len(part.kept)} stay there"
+    if part.weights.kept:
+        blocks += f", and {len(part.weights.kept)} stay there"
     return f"does not fit beside the others{', nor in host memory' if where == FROM_DISK else ''}: {blocks}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,6 +16,7 @@ from torch import nn
 from ascend.streaming.blocks import find_blocks, tensors_of
 from ascend.streaming.buffers import Buffers, Slot
 from ascend.streaming.host_copy import Buffer, HostCopy, Prepare, new_buffer
+from ascend.streaming.kept import Brought, KeptBlock
 from ascend.streaming.orders import Orders, kind_of_call
 from ascend.streaming.turns import Turns
 
@@ -48,8 +48,8 @@ class Stream(ModelHook):
         kept: Sequence[nn.Module] = (),
     ) -> None:
         self.buffers, self.execution_device, self.is_mapped = buffers, buffers.device, is_mapped
-        self.kept = list(kept)  # blocks that stay on the device
-        self.kept_prepared = ExitStack()  # how to undo what `prepare` made of those
+        self.kept = [KeptBlock(block) for block in kept]
+        self.brought = Brought(self.execution_device, is_mapped)
         self.statistics = Statistics()
         shared = shared_tensors(module, blocks)
         self.copies = [HostCopy(block, buffers.device, is_mapped, shared) for block in blocks]
@@ -62,7 +62,7 @@ class Stream(ModelHook):
     @property
     def blocks(self) -> list[nn.Module]:
         """All of them, those that stay on the device last."""
-        return [*(copy.module for copy in self.copies), *self.kept]
+        return [copy.module for copy in self.copies] + [block.module for block in self.kept]
 
     def init_hook(self, module: nn.Module) -> nn.Module:
         self.buffers.reserve(self.copies)
@@ -83,8 +83,8 @@ class Stream(ModelHook):
         for handle in self.handles:
             handle.remove()
         module._old_forward = self.forward
-        for tensor in tensors_of(module):  # what is in no block
-            tensor.data = tensor.data.to("cpu")
+        for tensor in tensors_of(module):  # what is in no block that came
+            self.brought.take_back(tensor)
         return module
 
     def prepare(self, prepare: Prepare | None) -> None:
@@ -100,10 +100,9 @@ class Stream(ModelHook):
             return
         self.preparation = prepare
         self._prepare(self.copies)
-        self.kept_prepared.close()
-        if prepare is not None and not self.is_mapped:
-            for block in self.kept:
-                prepare(block, self.kept_prepared)
+        for block in self.kept:
+            block.forget()
+            block.prepare(None if self.is_mapped else prepare)
         self.buffers.reserve(self.copies)
 
     def _prepare(self, copies: list[HostCopy]) -> None:
@@ -133,22 +132,21 @@ class Stream(ModelHook):
         if changed and self.preparation is not None:
             self._prepare(changed)
         self.buffers.reserve(changed)
-        if changed or self._has_left_device():
+        others = [block for block in self.kept if not block.is_current()]
+        for block in others:
+            block.forget()
+        if changed or others:
             self._bring_the_rest(module)
+        for block in others:
+            block.prepare(None if self.is_mapped else self.preparation)
         self._start(self.orders.begin(kind_of_call(args, kwargs)))
 
-    def _has_left_device(self) -> bool:
-        """Whether a block that stays on the device has tensors elsewhere, such as a new adapter's."""
-        device = self.execution_device.type
-        return any(tensor.device.type != device for block in self.kept for tensor in tensors_of(block))
-
     def _bring_the_rest(self, module: nn.Module) -> None:
-        """What is in no block is on the device while the model is streamed, aligned there as in no file."""
+        """What is in no block that comes is on the device while the model is streamed."""
         held = {id(tensor) for copy in self.copies for tensor in copy.tensors()}
         for tensor in tensors_of(module):
             if id(tensor) not in held:
-                copies = self.is_mapped and tensor.device.type == "cpu"
-                tensor.data = tensor.data.to(self.execution_device, copy=copies)
+                self.brought.bring(tensor)
 
     def _settle(self) -> None:
         """Leave nothing of a call, however it ended: all weights are with the host, and both buffers free."""

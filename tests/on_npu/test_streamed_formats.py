@@ -261,6 +261,23 @@ def test_graphs_of_streamed_blocks_compute_what_graphs_of_resident_ones_do(
     )
 
 
+def test_kept_blocks_get_the_format_of_new_weights_and_let_go_of_the_old(npu: torch.device, tmp_path: Path) -> None:
+    x, model = X.to(npu), make_transformer()
+    stream_module(model, npu, kept=("blocks.1", "blocks.4"))
+    seen = Seen(model)
+    compile_module(model, tmp_path)
+    expected = model(x)
+    before = torch.npu.memory_allocated()
+    for _ in range(2):
+        seen.take()
+        model.load_state_dict(
+            {name: tensor.clone() for name, tensor in make_transformer().state_dict().items()}, assign=True
+        )
+        assert torch.equal(model(x), expected)
+        assert set(seen.take()) == {FRACTAL_NZ}
+    assert torch.npu.memory_allocated() <= before + 4096
+
+
 def test_weights_that_change_under_graphs_get_the_format_again(npu: torch.device, tmp_path: Path) -> None:
     x, model = X.to(npu), make_transformer()
     torch.npu.empty_cache()

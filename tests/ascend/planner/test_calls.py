@@ -30,16 +30,17 @@ from transformers import (
 )
 
 from ascend.device.stand_in import device_for, standing_for
-from ascend.planner import MemoryPlan, plan_memory
+from ascend.planner import MemoryPlan, memory_plan, plan_memory
 from ascend.planner.activations import peak_of, record_call
-from ascend.planner.activity import Part
+from ascend.planner.activity import FROM_DISK, Part
 from ascend.planner.calls import Request, as_called, calls_of, usual_request
 from ascend.planner.memory_plan import part_of
 from ascend.planner.models import to_meta
+from ascend.streaming import find_blocks
 from processors import disable_fused_kernels, enable_fused_kernels
 from processors.switches import uses_fused_kernels
 from tests.processors.test_order import ip_adapter
-from tests.tiny_hidream import make_components
+from tests.tiny_hidream import make_components, make_transformer
 from tests.tiny_models import CROSS_ATTENTION_DIM
 from tests.tiny_pipelines import make_pipeline, tiny_xl_unet
 
@@ -220,6 +221,24 @@ def test_what_is_mapped_from_files_is_prepared_as_that() -> None:
         prepare=lambda model: mapped.append(model._hf_hook.is_mapped),  # type: ignore[union-attr]
     )
     assert mapped and all(mapped)
+
+
+def test_a_plan_that_ends_with_files_is_of_unstacked_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose blocks have other names than those of stacked ones."""
+    pipe = HiDreamImageEditingPipeline(**make_components() | {"transformer": make_transformer(head_dim=128)})
+    memory = memory_plan.read_memory
+    monkeypatch.setattr(memory_plan, "read_memory", lambda device: memory(device) | {"free": 2**20})  # of the host
+    monkeypatch.setattr(memory_plan, "LARGEST_BLOCK", 2**20)
+
+    def prepare(model: nn.Module) -> None:
+        if isinstance(model, HiDreamImageTransformer2DModel):
+            enable_fused_kernels(model)
+
+    plan = partial(plan_memory, pipe, "cpu", Request(64, 64, image=True), torch.float32, prepare=prepare)
+    found = plan(limit=plan(mode="disk", limit=2**30).required + 2**23)
+    assert found.where("transformer") == FROM_DISK
+    names = set(find_blocks(pipe.transformer, 2**20))
+    assert any("experts" in name for name in names) and set(found.kept("transformer")) < names
 
 
 def test_the_meta_device_stands_for_another_while_it_is_planned_for() -> None:

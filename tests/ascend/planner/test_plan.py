@@ -16,13 +16,13 @@ from diffusers import StableDiffusionPipeline
 from torch import nn
 
 from ascend.graphs.compile import compile_pipeline, is_compiled
-from ascend.planner import MODES, MemoryPlan, PlanError, Request, apply_plan, plan_memory
+from ascend.planner import MODES, MemoryPlan, PlanError, Request, apply_plan, memory_plan, plan_memory
 from ascend.planner.__main__ import main
 from ascend.planner.activations import peak_of, record_call
-from ascend.planner.activity import FROM_DISK, LENT, RESIDENT, STREAMED, Block, Part, Run, Weights
+from ascend.planner.activity import FROM_DISK, LENT, RESIDENT, STREAMED, Part, Run, Weights
 from ascend.planner.allocator import MIB, Event
 from ascend.planner.plan import Speed, choose_plan
-from ascend.streaming import lend_module, stop_streaming, stream_module
+from ascend.streaming import find_blocks, lend_module, stop_streaming, stream_module
 from ascend.streaming.blocks import bytes_of
 from processors import quantize_weights
 from tests.programs import ROOT, environment
@@ -42,8 +42,10 @@ def part(name: str, weights: int, block: int, around: int, phase: str, activatio
     number, rest = divmod(weights - around, block)
     sizes = {str(place): sized(size) for place, size in enumerate([block] * number + [rest] * bool(rest))}
     run = Run(phase, events, (), (sized(weights),), sizes)
-    blocks = {name: Block((size,), {torch.float16: size}) for name, size in sizes.items()}
-    return Part(name, Weights((*sizes.values(), sized(around)), (sized(around),), (), blocks), (run,))
+    blocks = {name: {torch.float16: size} for name, size in sizes.items()}
+    return Part(
+        name, Weights((*sizes.values(), sized(around)), (*sizes.items(), (None, sized(around))), (), blocks), (run,)
+    )
 
 
 TEXT = part("text_encoder", 600, 30, 100, "encode", 10)
@@ -53,7 +55,7 @@ PARTS = [TEXT, UNET, VAE]
 
 
 def chosen(limit: int, host: int = 10_000, mode: str = "auto") -> list[str]:
-    plan = choose_plan(PARTS, limit * UNIT, host * UNIT, 50, lambda: SPEED, MODES[mode])
+    plan = choose_plan(PARTS, limit * UNIT, host * UNIT, 50, lambda: SPEED, MODES[mode], mode == "auto")
     assert plan.peak <= plan.required <= limit * UNIT and plan.host <= host * UNIT
     return [placement.where for placement in plan.placements]
 
@@ -79,7 +81,7 @@ def test_a_mode_says_where_the_denoiser_is() -> None:
 
 
 def test_a_plan_counts_what_is_there_at_the_same_time() -> None:
-    plan = choose_plan(PARTS, 1000 * UNIT, 10_000 * UNIT, 50, lambda: SPEED, (STREAMED,))
+    plan = choose_plan(PARTS, 1000 * UNIT, 10_000 * UNIT, 50, lambda: SPEED, (STREAMED,), keeps_blocks=False)
     assert plan.buffers == 2 * sized(50)
     assert plan.seconds_per_step == pytest.approx(1580 / 1000)
     text = {RESIDENT: 600, LENT: 600, STREAMED: 100}[plan.where("text_encoder")]
@@ -102,7 +104,9 @@ def test_as_many_blocks_as_fit_stay_on_the_device_between_the_others() -> None:
     assert plan.placements[1].on_device == pytest.approx((20 + units) * UNIT, rel=1e-4)
     assert plan.seconds_per_step == pytest.approx((1580 - units) / 1000)
     assert f"and {len(kept)} stay there" in plan.table()
-    assert not choose_plan(PARTS, 2000 * UNIT, 10_000 * UNIT, 50, lambda: SPEED, MODES["stream"]).kept("unet")
+    assert not choose_plan(
+        PARTS, 2000 * UNIT, 10_000 * UNIT, 50, lambda: SPEED, MODES["stream"], keeps_blocks=False
+    ).kept("unet")
 
 
 def test_a_pipeline_of_which_some_blocks_stay_draws_the_same(tiny_sd: StableDiffusionPipeline) -> None:
@@ -111,6 +115,26 @@ def test_a_pipeline_of_which_some_blocks_stay_draws_the_same(tiny_sd: StableDiff
     placements = tuple(replace(p, kept=("down_blocks.1",) if p.name == "unet" else ()) for p in plan.placements)
     apply_plan(tiny_sd, replace(plan, placements=placements), CPU)
     assert len(tiny_sd.unet._hf_hook.kept) == 1 and torch.equal(draw(tiny_sd), expected)
+
+
+def test_what_is_not_known_of_a_denoiser_keeps_the_memory_free() -> None:
+    unknown = [TEXT, replace(UNET, unknown="how it is called is not known"), VAE]
+    plan = choose_plan(unknown, 2000 * UNIT, 10_000 * UNIT, 50, lambda: SPEED)
+    assert plan.where("unet") == STREAMED and not plan.kept("unet")
+
+
+def test_a_plan_serves_a_pipeline_whose_blocks_are_cut_otherwise_since(
+    tiny_sd: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an adapter lifts one over what a buffer should hold."""
+    expected = draw(tiny_sd)
+    plan = plan_memory(tiny_sd, CPU, Request(64, 64), torch.float32, mode="stream", limit=2**30)
+    placements = tuple(replace(p, kept=("down_blocks.1",) if p.name == "unet" else ()) for p in plan.placements)
+    monkeypatch.setattr(memory_plan, "LARGEST_BLOCK", 1)
+    apply_plan(tiny_sd, replace(plan, placements=placements), CPU)
+    kept = {id(block.module) for block in tiny_sd.unet._hf_hook.kept}
+    assert kept == {id(part) for part in find_blocks(tiny_sd.unet.down_blocks[1], 1).values()}
+    assert torch.equal(draw(tiny_sd), expected)
 
 
 def test_speed_is_measured_where_a_choice_depends_on_it() -> None:

@@ -88,7 +88,7 @@ def test_blocks_that_are_kept_do_not_travel() -> None:
     kept = list(blocks)[1::3]
     stream = stream_module(unet, CPU, largest=1, kept=kept)
     assert torch.equal(unet(*inputs).sample, expected)
-    assert {id(block) for block in stream.kept} == {id(blocks[name]) for name in kept}
+    assert {id(block.module) for block in stream.kept} == {id(blocks[name]) for name in kept}
     before = stream.statistics.bytes
     assert torch.equal(unet(*inputs).sample, expected)
     moved = sum(bytes_of(block) for name, block in blocks.items() if name not in kept)
@@ -98,6 +98,22 @@ def test_blocks_that_are_kept_do_not_travel() -> None:
     for names in (list(blocks), ["down_blocks.9"]):
         with pytest.raises(ValueError, match="kept must name some blocks of down_blocks.0"):
             stream_module(unet, CPU, largest=1, kept=names)
+
+
+def test_what_stays_on_the_device_is_a_view_of_its_file_again(transformer: Transformer, tmp_path: Path) -> None:
+    """Else a model that was too large for the host would be there after all."""
+    save_file(transformer.state_dict(), tmp_path / "model.safetensors")
+    transformer.load_state_dict(load_file(tmp_path / "model.safetensors"), assign=True)
+    views = {name: tensor.data_ptr() for name, tensor in transformer.state_dict().items()}
+    expected = transformer(X)
+    stream_module(transformer, CPU, is_mapped=True, kept=["blocks.1", "blocks.4"])
+    assert torch.equal(transformer(X), expected)
+    with torch.no_grad():
+        transformer.blocks[4].linear.bias.data += 1
+    changed = transformer(X)
+    stop_streaming(transformer)
+    moved = {name for name, tensor in transformer.state_dict().items() if tensor.data_ptr() != views[name]}
+    assert moved == {"blocks.4.linear.bias"} and torch.equal(transformer(X), changed)
 
 
 def test_blocks_are_taken_apart_down_to_a_size() -> None:
