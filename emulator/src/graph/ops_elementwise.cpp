@@ -1,5 +1,5 @@
 // Element by element: arithmetic, comparisons, functions, activations.
-#include "graph/operation.h"
+#include "graph/shapes.h"
 
 namespace cann::graph {
 namespace {
@@ -24,7 +24,26 @@ Tensor power(const Operands& x) {
 
 Tensor thresholded(const Operands& x) {
     const Tensor value = x[2].defined() ? x[2].to(x[0].scalar_type()) : at::zeros_like(x[0]);
+    if (x.compiling()) return shaped_by_all({x[0], x[1], value}, x[0].scalar_type());
     return at::where(x[0] <= x[1], value, x[0]);  // NaN stays
+}
+
+Tensor chosen(const Operands& x, const Tensor& condition, const Tensor& left, const Tensor& right) {
+    if (x.compiling()) return shaped_by_all({condition, left, right}, at::result_type(left, right));
+    return at::where(condition, left, right);
+}
+
+Tensor masked(const Operands& x) {
+    if (x.compiling()) return shaped_by_all({x[0], x[1], x[2]}, x[0].scalar_type());
+    return at::where(x[1], x[2].to(x[0].scalar_type()), x[0]);
+}
+
+Tensor asked(const Operands& x, Tensor (*question)(const Tensor&)) {
+    return x.compiling() ? shaped_by_all({x[0]}, at::kBool) : question(x[0]);
+}
+
+Tensor combined(const Operands& x, Tensor (*rule)(const Tensor&, const Tensor&)) {
+    return x.compiling() ? shaped_by_all({x[0], x[1]}, at::kBool) : rule(x[0], x[1]);
 }
 
 Tensor swish(const Operands& x) { return x.up(0) * at::sigmoid(x.up(0) * x.real("scale", 1)); }
@@ -96,12 +115,12 @@ GE_MOVES(Less, at::lt(x[0], x[1]))
 GE_MOVES(LessEqual, at::le(x[0], x[1]))
 GE_MOVES(Greater, at::gt(x[0], x[1]))
 GE_MOVES(GreaterEqual, at::ge(x[0], x[1]))
-GE_MOVES(LogicalAnd, at::logical_and(x[0], x[1]))
-GE_MOVES(LogicalOr, at::logical_or(x[0], x[1]))
-GE_MOVES(LogicalNot, at::logical_not(x[0]))
-GE_MOVES(IsInf, at::isinf(x[0]))
-GE_MOVES(IsNan, at::isnan(x[0]))
-GE_MOVES(IsFinite, at::isfinite(x[0]))
+GE_MOVES(LogicalAnd, combined(x, at::logical_and))
+GE_MOVES(LogicalOr, combined(x, at::logical_or))
+GE_MOVES(LogicalNot, asked(x, at::logical_not))
+GE_MOVES(IsInf, asked(x, at::isinf))
+GE_MOVES(IsNan, asked(x, at::isnan))
+GE_MOVES(IsFinite, asked(x, at::isfinite))
 GE(BitwiseAnd, at::bitwise_and(x[0], x[1]))
 GE(BitwiseOr, at::bitwise_or(x[0], x[1]))
 GE(BitwiseXor, at::bitwise_xor(x[0], x[1]))
@@ -111,9 +130,9 @@ GE(RightShift, at::bitwise_right_shift(x[0], x[1]))
 
 GE(Cast, as(x.dtype("dst_type"), x[0]))
 GE(NanToNum, at::nan_to_num(x.up(0), x.real("nan", 0), x.real("posinf", 0), x.real("neginf", 0)))
-GE_MOVES(SelectV2, at::where(x[0], x[1], x[2]))
-GE_MOVES(Select, at::where(x[0], x[1], x[2]))
-GE_MOVES(MaskedFill, at::where(x[1], x[2].to(x[0].scalar_type()), x[0]))
+GE_MOVES(SelectV2, chosen(x, x[0], x[1], x[2]))
+GE_MOVES(Select, chosen(x, x[0], x[1], x[2]))
+GE_MOVES(MaskedFill, masked(x))
 GE_MOVES(ZerosLike, at::zeros_like(x[0]))
 GE_MOVES(OnesLike, at::ones_like(x[0]))
 GE_MOVES(TensorMove, x[0])
