@@ -26,14 +26,18 @@ from tqdm import tqdm
 from emulator import EmulatorError, stubs, toolkit
 
 SOURCES = Path(__file__).parent / "src"
+PROGRAMS = SOURCES / "programs"  # a file for each, outside the libraries
 REAL = "cann_emulator"
-# DT_NEEDED of torch_npu and torchair, and what op_api_common.h and the function loaders open at run time.
+# DT_NEEDED of torch_npu, torchair, onnxruntime-cann and programs that use offline models, and what op_api_common.h and
+# the function loaders open at run time.
 THIN = (
     "acl_op_compiler",
     "acl_tdt_channel",
     "ascend_protobuf",
     "ascendcl",
+    "fmk_onnx_parser",
     "fmk_parser",
+    "ge_compiler",
     "ge_runner",
     "graph",
     "hccl",
@@ -121,7 +125,8 @@ def _run(*command: str | Path) -> None:
 
 
 def _sources() -> list[Path]:
-    return sorted(SOURCES.rglob("*.cpp"), key=lambda path: -path.stat().st_size)  # the longest compilations first
+    sources = [path for path in SOURCES.rglob("*.cpp") if path.parent != PROGRAMS]
+    return sorted(sources, key=lambda path: -path.stat().st_size)  # the longest compilations first
 
 
 def _toolchain(site: Path) -> str:
@@ -239,6 +244,14 @@ def _link(out: Path, objects: list[Path], site: Path) -> None:
         )
 
 
+def _link_programs(out: Path, libraries: Path) -> None:
+    """The commands of the toolkit, which find the libraries from where they lie."""
+    out.mkdir()
+    link = [f"-L{libraries}", f"-l{REAL}", "-Wl,-rpath,$ORIGIN/../../lib", f"-Wl,-rpath-link,{torch_dir() / 'lib'}"]
+    for source in sorted(PROGRAMS.glob("*.cpp")):
+        _run(_compiler(), *FLAGS, source, *link, "-o", out / source.stem)
+
+
 def build(jobs: int = os.cpu_count() or 1) -> Path:
     """The directory with the libraries and the toolkit tree; built if it is not there yet."""
     site = torch_npu_site()
@@ -254,6 +267,7 @@ def build(jobs: int = os.cpu_count() or 1) -> Path:
         for library in linked.glob("*.so"):
             library.rename(result / "lib" / library.name)
         toolkit.write(result / "toolkit")
+        _link_programs(result / "toolkit" / "bin", result / "lib")
         _rename(result, target)
     _forget_old_objects()
     return target
