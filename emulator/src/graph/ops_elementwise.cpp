@@ -50,6 +50,18 @@ Tensor swish(const Operands& x) { return x.up(0) * at::sigmoid(x.up(0) * x.real(
 
 Tensor clipped(const Operands& x) { return at::minimum(at::maximum(x.up(0), x.up(1)), x.up(2)); }
 
+// Whole numbers have no exponents that are fractions, and ONNX keeps the dtype of what is raised.
+Tensor raised(const Operands& x) {
+    const bool mixed = at::isIntegralType(x[0].scalar_type(), true) && x[1].is_floating_point();
+    TORCH_CHECK(!mixed, "a power of whole numbers with exponents that are none is not emulated");
+    return at::pow(x.up(0), x.up(1));
+}
+
+Tensor finite(const Operands& x) {
+    const double nan = x.real("nan", 0), highest = x.real("posinf", 0), lowest = x.real("neginf", 0);
+    return x.compiling() ? x.up(0) : at::nan_to_num(x.up(0), nan, highest, lowest);
+}
+
 const char* gelu_form(const std::string& approximate) { return approximate == "tanh" ? "tanh" : "none"; }
 
 }  // namespace
@@ -72,14 +84,14 @@ GE(Sxpy, x.up(0) - (x[2].defined() ? x.up(1) * x.up(2) : x.up(1)))
 GE(Addcmul, x.up(0) + x.up(1) * x.up(2) * x.up(3))
 GE(Addcdiv, x.up(0) + x.up(1) / x.up(2) * x.up(3))
 GE(Lerp, x.up(0) + x.up(2) * (x.up(1) - x.up(0)))
-GE(Pow, at::pow(x.up(0), x.up(1)))
+GE(Pow, raised(x))
 GE(Maximum, at::maximum(x[0], x[1]))
 GE(Minimum, at::minimum(x[0], x[1]))
 GE(Atan2, at::atan2(x.up(0), x.up(1)))
 GE(ClipByValue, clipped(x))
 GE(ClipByValueV2, clipped(x))
 
-GE(Abs, at::abs(x[0]))
+GE(Abs, by_element(x[0], at::abs))
 GE(Neg, at::neg(x[0]))
 GE(Sign, at::sign(x[0]))
 GE(Square, at::square(x.up(0)))
@@ -129,7 +141,7 @@ GE(LeftShift, at::bitwise_left_shift(x[0], x[1]))
 GE(RightShift, at::bitwise_right_shift(x[0], x[1]))
 
 GE(Cast, as(x.dtype("dst_type"), x[0]))
-GE(NanToNum, at::nan_to_num(x.up(0), x.real("nan", 0), x.real("posinf", 0), x.real("neginf", 0)))
+GE(NanToNum, finite(x))
 GE_MOVES(SelectV2, chosen(x, x[0], x[1], x[2]))
 GE_MOVES(Select, chosen(x, x[0], x[1], x[2]))
 GE_MOVES(MaskedFill, masked(x))
@@ -145,13 +157,13 @@ GE(GeluV2, at::gelu(x.up(0), gelu_form(x.text("approximate", "none"))))
 GE(FastGelu, x.up(0) * at::sigmoid(x.up(0) * 1.702))
 GE(Swish, swish(x))
 GE(Sigmoid, at::sigmoid(x.up(0)))
-GE(Relu, at::relu(x[0]))
+GE(Relu, by_element(x[0], at::relu))
 GE_MOVES(ThresholdV2, thresholded(x))
 GE_MOVES(ThresholdV2D, at::threshold(x[0], x.real("threshold", 0), x.real("value", 0)))
 GE(LeakyRelu, at::leaky_relu(x.up(0), x.real("negative_slope", 0)))
 GE(Elu, at::elu(x.up(0), x.real("alpha", 1), x.real("scale", 1), x.real("input_scale", 1)))
 GE(Softplus, at::softplus(x.up(0)))
 GE(Mish, at::mish(x.up(0)))
-GE(LogSigmoid, at::log_sigmoid(x.up(0)))
-GE(HardSwish, at::hardswish(x.up(0)))
+GE(LogSigmoid, by_element(x.up(0), at::log_sigmoid))
+GE(HardSwish, by_element(x.up(0), at::hardswish))
 GE(HardSigmoid, at::clamp(x.up(0) * x.real("alpha", 1. / 6) + x.real("beta", 0.5), 0, 1))

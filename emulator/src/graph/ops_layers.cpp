@@ -17,6 +17,7 @@ Tensor product(const Operands& x, const char* transposed_1, const char* transpos
     x.integer("offset_x", 0);
     TORCH_CHECK(!x["offset_w"].defined(), "a product of quantised matrices is not emulated");
     const Tensor a = operand(x[0], x.flag(transposed_1)), b = operand(x[1], x.flag(transposed_2));
+    if (a.dim() == 1 && b.dim() == 1) return at::matmul(a.unsqueeze(0), b).squeeze(0);
     if (!x[2].defined()) return at::matmul(a, b);
     return at::matmul(up(a), up(b)) + x.up(2);  // one rounding: one of 16 bits would come before the addition
 }

@@ -113,7 +113,7 @@ Tensor powers_summed(const Operands& x) {
     const double p = order_of(x.real("p", 2));
     const Ints dims = dims_of(x[0], x.list("axes"));
     const bool keep = x.flag("keepdim");
-    const Tensor size = at::abs(x.up(0));
+    const Tensor size = by_element(x.up(0), at::abs);
     if (std::isinf(p)) return p > 0 ? at::amax(size, dims, keep) : at::amin(size, dims, keep);
     return at::sum(p == 0 ? (size != 0).to(at::kFloat) : at::pow(size, p), dims, keep);
 }

@@ -161,6 +161,12 @@ Tensor gathered(const Operands& x, int64_t dim) {
     return gathered(x[0], x[1], dim);
 }
 
+Tensor elements_gathered(const Operands& x) {
+    const int64_t dim = x.integer("dim", 0);
+    if (x.compiling()) return shaped(x[1].sizes().vec(), x[0].scalar_type());
+    return at::gather(x[0], dim, wrapped(x[1].to(at::kLong), x[0].dim() == 0 ? 1 : x[0].size(dim)));
+}
+
 // Rows of the last dimension of the indices are positions in the first dimensions of x.
 c10::List<std::optional<Tensor>> positions(const Tensor& x, const Tensor& indices) {
     c10::List<std::optional<Tensor>> lists;
@@ -187,10 +193,11 @@ Tensor slices_scattered(const Operands& x) {
 Tensor scattered(const Operands& x) {
     const std::string reduction = x.text("reduction", "none");
     const int64_t axis = x.integer("axis", 0);
+    TORCH_CHECK(reduction == "none" || reduction == "add" || reduction == "mul", "a scatter that reduces by ", reduction,
+                " is not emulated");
     if (x.compiling()) return x[0];
     const Tensor index = wrapped(x[1].to(at::kLong), x[0].dim() == 0 ? 1 : x[0].size(axis));
     if (reduction == "none") return at::scatter(x[0], axis, index, x[2]);
-    TORCH_CHECK(reduction == "add" || reduction == "mul", "a scatter that reduces by ", reduction, " is not emulated");
     return at::scatter_reduce(x.up(0), axis, index, x.up(2), reduction == "add" ? "sum" : "prod");
 }
 
@@ -275,7 +282,7 @@ GE_MOVES(ViewCopy, copied_to_view(x))
 GE_MOVES(Gather, gathered(x, 0))
 GE_MOVES(GatherV2, gathered(x, x.ints(2).at(0)))
 GE_MOVES(GatherNd, gathered_slices(x))
-GE_MOVES(GatherElements, at::gather(x[0], x.integer("dim", 0), x[1].to(at::kLong)))
+GE_MOVES(GatherElements, elements_gathered(x))
 GE_MOVES(IndexByTensor, indexed(x))
 GE(ScatterElements, scattered(x))
 GE_MOVES(ScatterNdUpdate, slices_scattered(x))

@@ -10,6 +10,11 @@ inline Tensor shaped(const Ints& sizes, ScalarType dtype) {
     return at::empty(sizes, at::device(at::kMeta).dtype(dtype));
 }
 
+// A function of each element that keeps the dtype.
+inline Tensor by_element(const Tensor& x, Tensor (*function)(const Tensor&)) {
+    return x.is_meta() ? shaped(x.sizes().vec(), x.scalar_type()) : function(x);
+}
+
 // As one of the operands broadcast against each other.
 Tensor shaped_by_all(const std::vector<Tensor>& operands, ScalarType dtype);
 

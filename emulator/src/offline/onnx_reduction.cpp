@@ -32,13 +32,6 @@ void cumulate(Translation& x) {
            {{"exclusive", x.integer("exclusive", 0)}, {"reverse", x.integer("reverse", 0)}});
 }
 
-void normalize(Translation& x) {
-    const Source size = x.add("LpNormV2", {{"x", x[0]}},
-                              {{"axes", Ints{x.integer("axis", -1)}}, {"keepdim", int64_t{1}}, {"epsilon", 0.0},
-                               {"p", static_cast<double>(x.integer("p", 2))}});
-    x.last("Div", {{"x1", x[0]}, {"x2", size}});
-}
-
 }  // namespace
 }  // namespace cann::offline
 
@@ -51,4 +44,3 @@ ONNX(ReduceL2, 8, 17, euclidean_norm(x))
 ONNX(ArgMax, 8, 18, extreme_position(x, "ArgMaxV2"))
 ONNX(ArgMin, 8, 18, extreme_position(x, "ArgMin"))
 ONNX(CumSum, 8, 18, cumulate(x))
-ONNX(LpNormalization, 8, 18, normalize(x))
