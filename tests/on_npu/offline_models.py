@@ -31,7 +31,9 @@ def save_linear(path: Path, batch: int | str = "batch", opset: int = 17, dtype: 
     """y = relu(x @ weight + bias): x [batch, 16], y [batch, 8]."""
     weight, bias = _initializer("weight", FEATURES, RESULTS), _initializer("bias", RESULTS)
     if dtype == TensorProto.FLOAT16:
-        weight, bias = (numpy_helper.from_array(numpy_helper.to_array(t).astype(np.float16), t.name) for t in (weight, bias))
+        weight, bias = (
+            numpy_helper.from_array(numpy_helper.to_array(t).astype(np.float16), t.name) for t in (weight, bias)
+        )
     return _save(
         path,
         [

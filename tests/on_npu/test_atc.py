@@ -1,7 +1,7 @@
 """The emulated atc takes and refuses what the documented one does: each rule with where it is written.
 
-CLI and E are `docs/zh/user_guides/atc_tools/CLI_options` and `docs/zh/user_guides/error_codes` of hicann/ge, `main_impl`
-is `api/atc/main_impl.cc`, `option_utils` is `compiler/api/aclgrph/option_utils.cc` there.
+CLI and E are `docs/zh/user_guides/atc_tools/CLI_options` and `docs/zh/user_guides/error_codes` of hicann/ge,
+`main_impl` is `api/atc/main_impl.cc`, `option_utils` is `compiler/api/aclgrph/option_utils.cc` there.
 """
 
 from __future__ import annotations
@@ -88,7 +88,12 @@ RULES: list[tuple[str, str, dict[str, str | None], str | None]] = [
     ("5 CLI --input_shape: optional where the model is fixed", "fixed", {}, None),
     ("5 omg.cc: required where it is not", "open", {}, "E10001"),
     ("5 CLI --input_shape: fixes an open model", "open", {"input_shape": "x:4,16"}, None),
-    ("7 E10009: two kinds of profiles", "open", {**BATCH, "dynamic_batch_size": "1,2", "dynamic_dims": "1;2"}, "E10009"),
+    (
+        "7 E10009: two kinds of profiles",
+        "open",
+        {**BATCH, "dynamic_batch_size": "1,2", "dynamic_dims": "1;2"},
+        "E10009",
+    ),
     ("7 E10009: with a range", "open", {"dynamic_batch_size": "1,2", "input_shape_range": "x:[1~2,16]"}, "E10009"),
     ("7 E10004: profiles need --input_shape", "open", {"dynamic_batch_size": "1,2"}, "E10004"),
     ("8 E10018: only the first dimension", "two", {**TWO, "dynamic_batch_size": "1,2"}, "E10018"),
