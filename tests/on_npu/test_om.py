@@ -396,6 +396,7 @@ def test_buffers_and_streams_are_checked(acl: ctypes.CDLL, fixed: tuple[Path, Pa
     raw = Raw(acl, fixed[1])
     x, y = torch.zeros(2, FEATURES, device="npu"), torch.zeros(2, RESULTS, device="npu")
     inputs, outputs = raw.dataset(x), raw.dataset(y)
+    torch.npu.synchronize()
     assert acl.aclmdlExecute(raw.id, raw.dataset(x, x), outputs) == 145000
     assert "there are 2 inputs, and the model has 1" in raw.message()
     assert acl.aclmdlExecute(raw.id, raw.dataset(x[:1]), outputs) == 145000
