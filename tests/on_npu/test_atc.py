@@ -161,6 +161,41 @@ def test_unlimited_shapes_are_refused_by_name(atc: Atc, models: dict[str, str]) 
         assert "E10055: " in text and "unlimited shapes" in text
 
 
+STATIC = "aipp_mode: static input_format: RGB888_U8"
+
+
+@pytest.mark.parametrize(
+    "rule, content, options, code",
+    [
+        ("13 E10001: beside --dynamic_dims", STATIC, {**IMAGE, "dynamic_dims": "4,4;8,8"}, "E10001"),
+        ("13 E10034: beside float16 inputs", STATIC, {"input_fp16_nodes": "image"}, "E10034"),
+        ("12 CLI --input_format: NCHW only", STATIC, {"input_format": "ND"}, "E10001"),
+        ("13 E10052: input_format is required", "aipp_mode: static", {}, "E10052"),
+        ("13 config_file_template: no such format", "aipp_mode: static input_format: RGB", {}, "E10052"),
+        ("13 config_file_template: no such parameter", f"{STATIC} mean: 3", {}, "E10052"),
+        ("13 config_file_template: width", f"{STATIC} src_image_size_w: 5000", {}, "E10052"),
+        ("13 config_file_template: crop needs the size", f"{STATIC} crop: true", {}, "E10052"),
+        (
+            "13 E10052: crop with --dynamic_image_size",
+            f"{STATIC} crop: true src_image_size_w: 8 src_image_size_h: 8",
+            {**IMAGE, "dynamic_image_size": "4,4;8,8"},
+            "E10052",
+        ),
+        ("13 config_file_template: another size", f"{STATIC} src_image_size_w: 9 src_image_size_h: 4", {}, "E10052"),
+        ("13 config_file_template", f"{STATIC} mean_chn_0: 3", {}, None),
+    ],
+)
+def test_rules_of_aipp(
+    atc: Atc, models: dict[str, str], rule: str, content: str, options: dict[str, str | None], code: str | None
+) -> None:
+    configuration = atc.directory / "aipp.cfg"
+    configuration.write_text(f"aipp_op {{ {content} }}")
+    options = {"input_shape": "image:1,3,4,4", **options}
+    returned, text = atc.convert(model=models["image"], insert_op_conf=str(configuration), **options)
+    assert (returned == 0) == (code is None), text
+    assert code is None or f"\n{code}: " in text
+
+
 def test_a_command_line_that_cannot_be_read(atc: Atc) -> None:
     for options, message in [
         (["--modle=x"], "unknown command line flag 'modle'"),

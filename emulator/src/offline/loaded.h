@@ -38,7 +38,7 @@ struct aclmdlDesc {
     std::shared_ptr<const cann::offline::OfflineModel> model;
     std::weak_ptr<cann::offline::LoadedModel> loaded;
     uint32_t id = 0;
-    std::vector<std::pair<std::string, std::string>> replaced;  // names that are too long for aclmdlIODims
+    mutable std::vector<std::pair<std::string, std::string>> replaced;  // names that are too long for aclmdlIODims
 };
 
 struct aclmdlDataset {

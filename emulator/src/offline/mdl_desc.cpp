@@ -39,7 +39,7 @@ aclError describe(const aclmdlDesc* desc, const std::string& name, const char* k
     std::string shown = name;
     if (name.size() >= ACL_MAX_TENSOR_NAME_LEN) {
         shown = "acl_modelId_" + std::to_string(desc->id) + "_" + kind + "_" + std::to_string(index);
-        const_cast<aclmdlDesc*>(desc)->replaced.emplace_back(shown, name);
+        desc->replaced.emplace_back(shown, name);
     }
     std::memset(dims, 0, sizeof *dims);
     shown.copy(dims->name, sizeof dims->name - 1);

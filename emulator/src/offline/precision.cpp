@@ -131,15 +131,15 @@ void convert_outputs(Graph& graph) {
     graph.nodes.insert(graph.nodes.end(), added.begin(), added.end());
 }
 
+// Which results of products would have to become float32 again is not known where the model has 16-bit ones itself.
 void require_float32(const Graph& graph) {
     for (const Node& node : graph.nodes) {
-        for (const graph::Declared& desc : node.output_descs) {
-            if (desc.dtype == at::kHalf || desc.dtype == at::kBFloat16) {
-                throw Refusal("E10055", "The operation is not supported. Reason: the emulator has modes that lower the "
-                              "precision of products only for models in float32, and " + node.name + " is in " +
-                              dtype_name(*desc.dtype) + ".");
-            }
-        }
+        std::optional<at::ScalarType> dtype;
+        if (node.type == "Data") dtype = node.output_descs.at(0).dtype;
+        if (node.type == "Const") dtype = std::get<at::Tensor>(node.attributes.at("value")).scalar_type();
+        if (dtype != at::kHalf && dtype != at::kBFloat16) continue;
+        throw Refusal("E10055", "The operation is not supported. Reason: the emulator has modes that lower the precision of "
+                      "products only for models in float32, and " + node.name + " is in " + dtype_name(*dtype) + ".");
     }
 }
 
