@@ -18,6 +18,10 @@ void variadic(Translation& x, const char* type) {
     x.last(type, {{"x1", result}, {"x2", x[x.inputs() - 1]}});
 }
 
+void remainder(Translation& x) {
+    x.last("Mod", {{"x1", x[0]}, {"x2", x[1]}}, {{"_onnx_sign_of_second", int64_t{x.integer("fmod", 0) == 0}}});
+}
+
 void cast(Translation& x) {
     const int64_t number = x.integer("to", 0);
     const auto dtype = dtype_of_onnx(number);
@@ -108,6 +112,7 @@ ONNX(Add, 8, 18, binary(x, "Add"))
 ONNX(Sub, 8, 18, binary(x, "Sub"))
 ONNX(Mul, 8, 18, binary(x, "Mul"))
 ONNX(Div, 8, 18, binary(x, "RealDiv"))
+ONNX(Mod, 10, 18, remainder(x))
 ONNX(Pow, 8, 18, binary(x, "Pow"))
 ONNX(Max, 8, 18, variadic(x, "Maximum"))
 ONNX(Min, 8, 18, variadic(x, "Minimum"))
