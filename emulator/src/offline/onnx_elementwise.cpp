@@ -25,7 +25,7 @@ void remainder(Translation& x) {
 void cast(Translation& x) {
     const int64_t number = x.integer("to", 0);
     const auto dtype = dtype_of_onnx(number);
-    if (!dtype) x.refuse("A cast to ONNX's data type " + std::to_string(number) + " is not emulated");
+    if (!dtype) x.refuse("a cast to ONNX's data type " + std::to_string(number) + " is not emulated");
     x.last("Cast", {{"x", x[0]}}, {{"dst_type", int64_t{to_acl(*dtype)}}});
 }
 
@@ -68,8 +68,8 @@ void exclusive_or(Translation& x) {
 // The mask that a later release makes beside the result is not there.
 void dropout(Translation& x) {
     const auto training = x.known(2);
-    if (x.has(2) && (!training || training->item<bool>())) x.refuse("A Dropout that trains is not emulated");
-    if (x.outputs() > 1) x.refuse("The mask of a Dropout is not emulated");
+    if (x.has(2) && (!training || training->item<bool>())) x.refuse("a Dropout that trains is not emulated");
+    if (x.outputs() > 1) x.refuse("the mask of a Dropout is not emulated");
     x.real("ratio", 0.5);
     x.integer("seed", 0);
     x.last("Identity", {{"x", x[0]}});
