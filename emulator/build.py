@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
@@ -54,6 +55,7 @@ FLAGS = (
     "-Wno-attribute-alias",
 )
 PROTOBUF = "protobuf==7.36.2"  # of torchair
+ONNXRUNTIME_CANN = ("onnxruntime-cann==1.24.4", "numpy==1.26.4")
 PRECOMPILED = "ATen/ATen.h"  # takes longer to read than any kernel to compile
 TORCH_LIBRARIES = ("torch_cpu", "c10")
 INCLUDED = re.compile(r'^#include "(.+)"', re.MULTILINE)
@@ -82,17 +84,33 @@ def torch_npu_site() -> Path:
     site = cache_dir() / f"torch_npu-{version}-{PROTOBUF.replace('==', '-')}-{python}"
     if site.is_dir():
         return site
-    print(f"emulator: installing torch_npu {version} into {site}", file=sys.stderr)
+    requirements = [f"torch_npu=={version}"]
+    requirements += [*_missing("pyyaml==6.0.3", "yaml"), *_missing(PROTOBUF, "google.protobuf")]
+    _install(site, requirements)
+    return site
+
+
+def onnxruntime_cann_site() -> Path:
+    """The directory of the unmodified onnxruntime-cann wheel and of the NumPy that it is built for.
+
+    For processes of their own: it has the name of onnxruntime, and does not import with NumPy 2.
+    """
+    wheels = "-".join(requirement.replace("==", "-") for requirement in ONNXRUNTIME_CANN)
+    site = cache_dir() / f"{wheels}-cp{sys.version_info.major}{sys.version_info.minor}"
+    if not site.is_dir():
+        _install(site, ONNXRUNTIME_CANN)
+    return site
+
+
+def _install(site: Path, requirements: Sequence[str]) -> None:
+    """Without dependencies: torch and numpy are here, and a second torch would hide them."""
+    print(f"emulator: installing {' '.join(requirements)} into {site}", file=sys.stderr)
     cache_dir().mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache_dir()) as scratch:
         target = Path(scratch) / "site"
-        requirements = [f"torch_npu=={version}"]
-        requirements += [*_missing("pyyaml==6.0.3", "yaml"), *_missing(PROTOBUF, "google.protobuf")]
-        # Without dependencies: torch and numpy are here, and a second torch would hide them.
         pip = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--quiet", "--no-deps"]
         _run(*pip, "--target", target, *requirements)
         _rename(target, site)
-    return site
 
 
 def _missing(requirement: str, module: str) -> list[str]:

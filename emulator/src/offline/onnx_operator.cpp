@@ -76,6 +76,7 @@ graph::Node made_node(const std::string& name, const char* type, const std::vect
         node.input_descs.back().absent = input.source.node.empty();
     }
     node.output_descs.resize(outputs);
+    if (outputs > 0) node.output_descs[0].name = "y";  // as rules and the trace know the result of a product
     return node;
 }
 
