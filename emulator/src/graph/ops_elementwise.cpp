@@ -57,6 +57,15 @@ Tensor raised(const Operands& x) {
     return at::pow(x.up(0), x.up(1));
 }
 
+// Has the sign of the first operand. A model of ONNX may mean that of the second, which CANN's parser does not read.
+Tensor remainder(const Operands& x) {
+    const Tensor left = x.up(0), right = x.up(1), value = at::fmod(left, right);
+    const bool of_second = x.flag("_onnx_sign_of_second") && !x.compiling();
+    TORCH_CHECK(!of_second || at::equal(value, at::remainder(left, right)),
+                "the model's Mod means another sign (fmod=0), but CANN's parser does not read fmod");
+    return value;
+}
+
 Tensor finite(const Operands& x) {
     const double nan = x.real("nan", 0), highest = x.real("posinf", 0), lowest = x.real("neginf", 0);
     return x.compiling() ? x.up(0) : at::nan_to_num(x.up(0), nan, highest, lowest);
@@ -77,7 +86,7 @@ GE(Div, divided(x.up(0), x.up(1), "trunc"))
 GE(TruncateDiv, at::div(x.up(0), x.up(1), "trunc"))
 GE(FloorDiv, at::div(x.up(0), x.up(1), "floor"))
 GE(FloorMod, at::remainder(x.up(0), x.up(1)))
-GE(Mod, at::fmod(x.up(0), x.up(1)))
+GE(Mod, remainder(x))
 GE(AxpyV2, x.up(0) + x.up(1) * x.up(2))
 GE(Axpy, x.up(0) + x.up(1) * x.real("alpha", 1))
 GE(Sxpy, x.up(0) - (x[2].defined() ? x.up(1) * x.up(2) : x.up(1)))

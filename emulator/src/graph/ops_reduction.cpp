@@ -61,9 +61,9 @@ Results top(const Operands& x) {
 
 Tensor cumulated(const Operands& x) {
     const bool exclusive = x.flag("exclusive"), reverse = x.flag("reverse");
+    const int64_t dim = x.ints(1).at(0);
     const Tensor wide = x.up(0);
     if (x.compiling()) return shaped(wide.sizes().vec(), wide.scalar_type());
-    const int64_t dim = x.ints(1).at(0);
     const Tensor ordered = reverse ? wide.flip(dim) : wide;
     Tensor total = at::cumsum(ordered, dim, wide.scalar_type());
     if (exclusive) total = total - ordered;

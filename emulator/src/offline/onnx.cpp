@@ -52,7 +52,7 @@ private:
         int64_t index = 0;
         for (const OnnxValue& input : model_.inputs) {
             if (values_.sources.count(input.name) != 0) continue;
-            if (!input.dtype) throw Refusal("", "The input " + input.name + " is no tensor of a dtype that is emulated.");
+            if (!input.dtype) throw unsupported("the input " + input.name + " is no tensor of a dtype that is emulated");
             graph::Node node = plain_node(input.name, "Data");
             node.attributes["index"] = index++;
             graph::Declared desc;
@@ -75,7 +75,7 @@ private:
         if (node.type == "Constant" && node.domain == "ai.onnx") return add_constant_node(node);
         const OnnxOperator& found = find_onnx_operator(node.domain, opset->second, node.type);
         if (!node.subgraph.empty()) {
-            throw Refusal("", "The node " + node.name + " (" + node.type + ") holds a graph, which is not emulated.");
+            throw unsupported("the node " + node.name + " (" + node.type + ") holds a graph, which is not emulated");
         }
         Translation translation(node, opset->second, values_, result_.nodes);
         found.translate(translation);
@@ -86,8 +86,8 @@ private:
     void add_constant_node(const OnnxNode& node) {
         const auto value = node.attributes.find("value");
         if (value == node.attributes.end() || node.attributes.size() != 1 || node.outputs.size() != 1) {
-            throw Refusal("", "The node " + node.name + " (Constant) has other attributes than `value`, and CANN reads no "
-                              "other: the constant would be empty.");
+            throw unsupported("the node " + node.name + " (Constant) has other attributes than `value`, and CANN reads no "
+                              "other: the constant would be empty");
         }
         add_constant(node.name, node.outputs[0], std::get<at::Tensor>(value->second));
     }

@@ -7,12 +7,16 @@
 
 namespace cann::offline {
 
-// What ATC refuses, with the code that it prints: "E16002".
+// What ATC refuses, with the code that it prints: "E16002". What only the emulator lacks, and what CANN would take and
+// compute something else for, is E10055, "The operation is not supported. Reason: ...".
 struct Refusal : std::runtime_error {
     Refusal(std::string code, const std::string& text) : std::runtime_error(text), code(std::move(code)) {}
 
     std::string code;
 };
+inline Refusal unsupported(const std::string& reason) {
+    return {"E10055", "The operation is not supported. Reason: " + reason + "."};
+}
 
 // The graph of a serialized ModelProto. `directory` is where external data lies; empty for a model in memory, whose
 // external data is refused.

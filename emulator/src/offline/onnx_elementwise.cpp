@@ -18,10 +18,14 @@ void variadic(Translation& x, const char* type) {
     x.last(type, {{"x1", result}, {"x2", x[x.inputs() - 1]}});
 }
 
+void remainder(Translation& x) {
+    x.last("Mod", {{"x1", x[0]}, {"x2", x[1]}}, {{"_onnx_sign_of_second", int64_t{x.integer("fmod", 0) == 0}}});
+}
+
 void cast(Translation& x) {
     const int64_t number = x.integer("to", 0);
     const auto dtype = dtype_of_onnx(number);
-    if (!dtype) x.refuse("A cast to ONNX's data type " + std::to_string(number) + " is not emulated");
+    if (!dtype) x.refuse("a cast to ONNX's data type " + std::to_string(number) + " is not emulated");
     x.last("Cast", {{"x", x[0]}}, {{"dst_type", int64_t{to_acl(*dtype)}}});
 }
 
@@ -64,8 +68,8 @@ void exclusive_or(Translation& x) {
 // The mask that a later release makes beside the result is not there.
 void dropout(Translation& x) {
     const auto training = x.known(2);
-    if (x.has(2) && (!training || training->item<bool>())) x.refuse("A Dropout that trains is not emulated");
-    if (x.outputs() > 1) x.refuse("The mask of a Dropout is not emulated");
+    if (x.has(2) && (!training || training->item<bool>())) x.refuse("a Dropout that trains is not emulated");
+    if (x.outputs() > 1) x.refuse("the mask of a Dropout is not emulated");
     x.real("ratio", 0.5);
     x.integer("seed", 0);
     x.last("Identity", {{"x", x[0]}});
@@ -108,6 +112,7 @@ ONNX(Add, 8, 18, binary(x, "Add"))
 ONNX(Sub, 8, 18, binary(x, "Sub"))
 ONNX(Mul, 8, 18, binary(x, "Mul"))
 ONNX(Div, 8, 18, binary(x, "RealDiv"))
+ONNX(Mod, 10, 18, remainder(x))
 ONNX(Pow, 8, 18, binary(x, "Pow"))
 ONNX(Max, 8, 18, variadic(x, "Maximum"))
 ONNX(Min, 8, 18, variadic(x, "Minimum"))

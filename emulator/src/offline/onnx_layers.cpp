@@ -50,7 +50,7 @@ void convolve(Translation& x) {
     Ints strides = x.list("strides", ones), dilations = x.list("dilations", ones);
     Ints pads = as_pairs(x.list("pads", Ints(2 * dims, 0)));
     const std::string padding = x.text("auto_pad", "NOTSET");
-    if (padding != "NOTSET" && padding != "VALID") x.refuse("A Conv with auto_pad " + padding + " is not emulated");
+    if (padding != "NOTSET" && padding != "VALID") x.refuse("a Conv with auto_pad " + padding + " is not emulated");
     if (dims > 3) x.refuse("E11010", "CANN takes no Conv of more than three dimensions");
     Source source = x[0], filter = x[1];
     if (dims == 1) {
@@ -100,7 +100,7 @@ void instance_norm(Translation& x) {
 }
 
 void batch_norm(Translation& x) {
-    if (x.integer("training_mode", 0) != 0) x.refuse("A BatchNormalization that trains is not emulated");
+    if (x.integer("training_mode", 0) != 0) x.refuse("a BatchNormalization that trains is not emulated");
     x.real("momentum", 0.9);
     const Source made = x.add("BatchNorm", {{"x", x[0]}, {"scale", x[1]}, {"offset", x[2]}, {"mean", x[3]},
                                             {"variance", x[4]}},
@@ -130,9 +130,9 @@ Source resized_sizes(Translation& x, size_t factors_input, bool has_sizes) {
 // CANN's parser does not read `nearest_mode`: the kernel refuses sizes for which that would matter.
 void resize(Translation& x) {
     const std::string mode = x.text("mode", "nearest");
-    if (mode != "nearest") x.refuse("A Resize by " + mode + " is not emulated");
+    if (mode != "nearest") x.refuse("a Resize by " + mode + " is not emulated");
     for (const char* name : {"antialias", "exclude_outside"}) {
-        if (x.integer(name, 0) != 0) x.refuse(std::string("A Resize with ") + name + " is not emulated");
+        if (x.integer(name, 0) != 0) x.refuse(std::string("a Resize with ") + name + " is not emulated");
     }
     if (x.has("axes")) x.refuse("CANN's parser reads a Resize of some axes as one of all");
     if (x.text("keep_aspect_ratio_policy", "stretch") != "stretch") x.refuse("CANN's parser stretches in any Resize");

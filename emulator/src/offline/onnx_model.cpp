@@ -107,7 +107,7 @@ void read_graph(std::string_view bytes, const std::string& directory, OnnxModel&
             case 5: model.initializers.push_back(read_tensor(message.bytes(), directory)); break;
             case 11: model.inputs.push_back(read_value(message.bytes())); break;
             case 12: model.outputs.push_back(read_value(message.bytes())); break;
-            case 15: throw Refusal("", "The model has sparse initializers, which are not emulated.");
+            case 15: throw unsupported("the model has sparse initializers, which are not emulated");
             default: break;
         }
     }

@@ -101,19 +101,24 @@ void Translation::last(const char* type, const std::vector<Input>& inputs, Attri
 void Translation::give(const std::vector<Source>& sources) {
     for (size_t i = 0; i < node_.outputs.size(); ++i) {
         if (node_.outputs[i].empty()) continue;
-        if (i >= sources.size()) refuse("Its output " + node_.outputs[i] + " is not emulated");
+        if (i >= sources.size()) refuse("its output " + node_.outputs[i] + " is not emulated");
         values_.sources[node_.outputs[i]] = sources[i];
     }
 }
 
-void Translation::refuse(const char* code, const std::string& reason) const {
-    throw Refusal(code, reason + " (ONNX node " + node_.name + ", " + node_.domain + "::" + std::to_string(opset) +
-                            "::" + node_.type + ").");
+std::string Translation::where() const {
+    return " (ONNX node " + node_.name + ", " + node_.domain + "::" + std::to_string(opset) + "::" + node_.type + ")";
 }
+
+void Translation::refuse(const char* code, const std::string& reason) const {
+    throw Refusal(code, reason + where() + ".");
+}
+
+void Translation::refuse(const std::string& reason) const { throw unsupported(reason + where()); }
 
 void Translation::check_attributes() const {
     for (const auto& [name, value] : node_.attributes) {
-        if (read_.count(name) == 0) refuse("Its attribute " + name + " is not emulated");
+        if (read_.count(name) == 0) refuse("its attribute " + name + " is not emulated");
     }
 }
 

@@ -64,7 +64,7 @@ public:
     // CANN refuses the node: its code, and the text, which the name of the node is put behind.
     [[noreturn]] void refuse(const char* code, const std::string& reason) const;
     // CANN would take the node and compute something else, or the emulator does not have it.
-    [[noreturn]] void refuse(const std::string& reason) const { refuse("", reason); }
+    [[noreturn]] void refuse(const std::string& reason) const;
 
     // Throws Refusal for an attribute that nothing has asked for.
     void check_attributes() const;
@@ -73,6 +73,7 @@ private:
     template <class T>
     T either(const char* name, T otherwise) const;
     std::string unique_name(const char* type);
+    std::string where() const;
 
     const OnnxNode& node_;
     Values& values_;

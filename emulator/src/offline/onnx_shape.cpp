@@ -72,7 +72,7 @@ void scatter(Translation& x) {
 
 void scatter_slices(Translation& x) {
     const std::string reduction = x.text("reduction", "none");
-    if (reduction != "none") x.refuse("A scatter that reduces by " + reduction + " is not emulated");
+    if (reduction != "none") x.refuse("a scatter that reduces by " + reduction + " is not emulated");
     x.last("ScatterNdUpdate", {{"var", x.add("TensorMove", {{"x", x[0]}})}, {"indices", x[1]}, {"updates", x[2]}});
 }
 

@@ -126,8 +126,8 @@ OnnxInitializer read_tensor(std::string_view serialized, const std::string& dire
     const Fields fields = read_fields(serialized);
     const auto dtype = dtype_of_onnx(fields.dtype);
     if (!dtype) {
-        throw Refusal("", "The tensor " + fields.name + " is of ONNX's data type " + std::to_string(fields.dtype) +
-                              ", which is not emulated.");
+        throw unsupported("the tensor " + fields.name + " is of ONNX's data type " + std::to_string(fields.dtype) +
+                          ", which is not emulated");
     }
     const at::Tensor tensor = at::empty(fields.sizes, *dtype);
     if (fields.location == kExternal) {
