@@ -329,6 +329,12 @@ print("done")
 """
 
 
+def test_a_process_that_ends_without_closing(fixed: tuple[Path, Path]) -> None:
+    program = PROGRAM.replace("with OmSession(sys.argv[1]) as session:", "session = OmSession(sys.argv[1])\nif True:")
+    done = subprocess.run([sys.executable, "-c", program, str(fixed[1])], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
+
+
 def test_a_process_without_torch(fixed: tuple[Path, Path]) -> None:
     done = subprocess.run([sys.executable, "-c", PROGRAM, str(fixed[1])], capture_output=True, text=True, cwd=ROOT)
     assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr

@@ -13,7 +13,8 @@ namespace cann::offline {
 namespace {
 
 std::mutex guard;
-std::map<uint32_t, std::shared_ptr<LoadedModel>> models;
+// Never destroyed: a program may end without unloading, and streams and memory are gone by then.
+std::map<uint32_t, std::shared_ptr<LoadedModel>>& models = *new std::map<uint32_t, std::shared_ptr<LoadedModel>>;
 uint32_t next_id = 1;
 
 constexpr size_t kLeastBytes = 512;  // of memory that a program asks for: 0 bytes could not be allocated
