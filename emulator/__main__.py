@@ -63,6 +63,7 @@ def environment(arguments: argparse.Namespace) -> dict[str, str]:
         **profile.environment(chip, arguments.devices, arguments.memory, profile.write_rules(chip, build.cache_dir())),
         **toolkit.environment(built / "toolkit"),
         "LD_LIBRARY_PATH": prepend("LD_LIBRARY_PATH", built / "lib"),
+        "PATH": prepend("PATH", built / "toolkit" / "bin"),
         "PYTHONPATH": prepend("PYTHONPATH", build.torch_npu_site()),
         "CANN_EMULATOR_ASYNC": "1" if arguments.asynchronous else "0",
         "CANN_EMULATOR_CHECK_RACES": "1" if arguments.check_races else "0",

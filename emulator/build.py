@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,14 +27,18 @@ from tqdm import tqdm
 from emulator import EmulatorError, stubs, toolkit
 
 SOURCES = Path(__file__).parent / "src"
+PROGRAMS = SOURCES / "programs"  # a file for each, outside the libraries
 REAL = "cann_emulator"
-# DT_NEEDED of torch_npu and torchair, and what op_api_common.h and the function loaders open at run time.
+# DT_NEEDED of torch_npu, torchair, onnxruntime-cann and programs that use offline models, and what op_api_common.h and
+# the function loaders open at run time.
 THIN = (
     "acl_op_compiler",
     "acl_tdt_channel",
     "ascend_protobuf",
     "ascendcl",
+    "fmk_onnx_parser",
     "fmk_parser",
+    "ge_compiler",
     "ge_runner",
     "graph",
     "hccl",
@@ -50,6 +55,7 @@ FLAGS = (
     "-Wno-attribute-alias",
 )
 PROTOBUF = "protobuf==7.36.2"  # of torchair
+ONNXRUNTIME_CANN = ("onnxruntime-cann==1.24.4", "numpy==1.26.4")
 PRECOMPILED = "ATen/ATen.h"  # takes longer to read than any kernel to compile
 TORCH_LIBRARIES = ("torch_cpu", "c10")
 INCLUDED = re.compile(r'^#include "(.+)"', re.MULTILINE)
@@ -78,17 +84,33 @@ def torch_npu_site() -> Path:
     site = cache_dir() / f"torch_npu-{version}-{PROTOBUF.replace('==', '-')}-{python}"
     if site.is_dir():
         return site
-    print(f"emulator: installing torch_npu {version} into {site}", file=sys.stderr)
+    requirements = [f"torch_npu=={version}"]
+    requirements += [*_missing("pyyaml==6.0.3", "yaml"), *_missing(PROTOBUF, "google.protobuf")]
+    _install(site, requirements)
+    return site
+
+
+def onnxruntime_cann_site() -> Path:
+    """The directory of the unmodified onnxruntime-cann wheel and of the NumPy that it is built for.
+
+    For processes of their own: it has the name of onnxruntime, and does not import with NumPy 2.
+    """
+    wheels = "-".join(requirement.replace("==", "-") for requirement in ONNXRUNTIME_CANN)
+    site = cache_dir() / f"{wheels}-cp{sys.version_info.major}{sys.version_info.minor}"
+    if not site.is_dir():
+        _install(site, ONNXRUNTIME_CANN)
+    return site
+
+
+def _install(site: Path, requirements: Sequence[str]) -> None:
+    """Without dependencies: torch and numpy are here, and a second torch would hide them."""
+    print(f"emulator: installing {' '.join(requirements)} into {site}", file=sys.stderr)
     cache_dir().mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache_dir()) as scratch:
         target = Path(scratch) / "site"
-        requirements = [f"torch_npu=={version}"]
-        requirements += [*_missing("pyyaml==6.0.3", "yaml"), *_missing(PROTOBUF, "google.protobuf")]
-        # Without dependencies: torch and numpy are here, and a second torch would hide them.
         pip = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--quiet", "--no-deps"]
         _run(*pip, "--target", target, *requirements)
         _rename(target, site)
-    return site
 
 
 def _missing(requirement: str, module: str) -> list[str]:
@@ -121,7 +143,8 @@ def _run(*command: str | Path) -> None:
 
 
 def _sources() -> list[Path]:
-    return sorted(SOURCES.rglob("*.cpp"), key=lambda path: -path.stat().st_size)  # the longest compilations first
+    sources = [path for path in SOURCES.rglob("*.cpp") if path.parent != PROGRAMS]
+    return sorted(sources, key=lambda path: -path.stat().st_size)  # the longest compilations first
 
 
 def _toolchain(site: Path) -> str:
@@ -239,6 +262,14 @@ def _link(out: Path, objects: list[Path], site: Path) -> None:
         )
 
 
+def _link_programs(out: Path, libraries: Path) -> None:
+    """The commands of the toolkit, which find the libraries from where they lie."""
+    out.mkdir()
+    link = [f"-L{libraries}", f"-l{REAL}", "-Wl,-rpath,$ORIGIN/../../lib", f"-Wl,-rpath-link,{torch_dir() / 'lib'}"]
+    for source in sorted(PROGRAMS.glob("*.cpp")):
+        _run(_compiler(), *FLAGS, source, *link, "-o", out / source.stem)
+
+
 def build(jobs: int = os.cpu_count() or 1) -> Path:
     """The directory with the libraries and the toolkit tree; built if it is not there yet."""
     site = torch_npu_site()
@@ -254,6 +285,7 @@ def build(jobs: int = os.cpu_count() or 1) -> Path:
         for library in linked.glob("*.so"):
             library.rename(result / "lib" / library.name)
         toolkit.write(result / "toolkit")
+        _link_programs(result / "toolkit" / "bin", result / "lib")
         _rename(result, target)
     _forget_old_objects()
     return target

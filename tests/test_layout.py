@@ -25,6 +25,7 @@ INNER_DOORS = {
     "ascend.cgroup": set(),
     "ascend.chips": set(),
     "ascend.memory": {"ascend.cgroup"},
+    "ascend.om": set(),
     "ascend.pipelines": set(),
     "ascend.graphs": {"ascend.pipelines", "ascend.streaming"},
     "ascend.parallel": {"ascend.pipelines"},

@@ -2,6 +2,9 @@
 
 #include <unordered_map>
 
+#include <ATen/ExpandUtils.h>
+
+#include "graph/shapes.h"
 #include "ops/operator.h"
 
 namespace cann::graph {
@@ -97,6 +100,12 @@ std::vector<std::string> Operands::unread_attributes() const {
         if (read_.count(name) == 0) names.push_back(name);
     }
     return names;
+}
+
+Tensor shaped_by_all(const std::vector<Tensor>& operands, ScalarType dtype) {
+    Ints sizes;
+    for (const Tensor& operand : operands) sizes = at::infer_size(sizes, operand.sizes());
+    return shaped(sizes, dtype);
 }
 
 ScalarType dtype_of(const Result& result, const Operands& operands) {

@@ -1,5 +1,5 @@
 // Element by element: arithmetic, comparisons, functions, activations.
-#include "graph/operation.h"
+#include "graph/shapes.h"
 
 namespace cann::graph {
 namespace {
@@ -24,12 +24,52 @@ Tensor power(const Operands& x) {
 
 Tensor thresholded(const Operands& x) {
     const Tensor value = x[2].defined() ? x[2].to(x[0].scalar_type()) : at::zeros_like(x[0]);
+    if (x.compiling()) return shaped_by_all({x[0], x[1], value}, x[0].scalar_type());
     return at::where(x[0] <= x[1], value, x[0]);  // NaN stays
+}
+
+Tensor chosen(const Operands& x, const Tensor& condition, const Tensor& left, const Tensor& right) {
+    if (x.compiling()) return shaped_by_all({condition, left, right}, at::result_type(left, right));
+    return at::where(condition, left, right);
+}
+
+Tensor masked(const Operands& x) {
+    if (x.compiling()) return shaped_by_all({x[0], x[1], x[2]}, x[0].scalar_type());
+    return at::where(x[1], x[2].to(x[0].scalar_type()), x[0]);
+}
+
+Tensor asked(const Operands& x, Tensor (*question)(const Tensor&)) {
+    return x.compiling() ? shaped_by_all({x[0]}, at::kBool) : question(x[0]);
+}
+
+Tensor combined(const Operands& x, Tensor (*rule)(const Tensor&, const Tensor&)) {
+    return x.compiling() ? shaped_by_all({x[0], x[1]}, at::kBool) : rule(x[0], x[1]);
 }
 
 Tensor swish(const Operands& x) { return x.up(0) * at::sigmoid(x.up(0) * x.real("scale", 1)); }
 
 Tensor clipped(const Operands& x) { return at::minimum(at::maximum(x.up(0), x.up(1)), x.up(2)); }
+
+// Whole numbers have no exponents that are fractions, and ONNX keeps the dtype of what is raised.
+Tensor raised(const Operands& x) {
+    const bool mixed = at::isIntegralType(x[0].scalar_type(), true) && x[1].is_floating_point();
+    TORCH_CHECK(!mixed, "a power of whole numbers with exponents that are none is not emulated");
+    return at::pow(x.up(0), x.up(1));
+}
+
+// Has the sign of the first operand. A model of ONNX may mean that of the second, which CANN's parser does not read.
+Tensor remainder(const Operands& x) {
+    const Tensor left = x.up(0), right = x.up(1), value = at::fmod(left, right);
+    const bool of_second = x.flag("_onnx_sign_of_second") && !x.compiling();
+    TORCH_CHECK(!of_second || at::equal(value, at::remainder(left, right)),
+                "the model's Mod means another sign (fmod=0), but CANN's parser does not read fmod");
+    return value;
+}
+
+Tensor finite(const Operands& x) {
+    const double nan = x.real("nan", 0), highest = x.real("posinf", 0), lowest = x.real("neginf", 0);
+    return x.compiling() ? x.up(0) : at::nan_to_num(x.up(0), nan, highest, lowest);
+}
 
 const char* gelu_form(const std::string& approximate) { return approximate == "tanh" ? "tanh" : "none"; }
 
@@ -46,21 +86,21 @@ GE(Div, divided(x.up(0), x.up(1), "trunc"))
 GE(TruncateDiv, at::div(x.up(0), x.up(1), "trunc"))
 GE(FloorDiv, at::div(x.up(0), x.up(1), "floor"))
 GE(FloorMod, at::remainder(x.up(0), x.up(1)))
-GE(Mod, at::fmod(x.up(0), x.up(1)))
+GE(Mod, remainder(x))
 GE(AxpyV2, x.up(0) + x.up(1) * x.up(2))
 GE(Axpy, x.up(0) + x.up(1) * x.real("alpha", 1))
 GE(Sxpy, x.up(0) - (x[2].defined() ? x.up(1) * x.up(2) : x.up(1)))
 GE(Addcmul, x.up(0) + x.up(1) * x.up(2) * x.up(3))
 GE(Addcdiv, x.up(0) + x.up(1) / x.up(2) * x.up(3))
 GE(Lerp, x.up(0) + x.up(2) * (x.up(1) - x.up(0)))
-GE(Pow, at::pow(x.up(0), x.up(1)))
+GE(Pow, raised(x))
 GE(Maximum, at::maximum(x[0], x[1]))
 GE(Minimum, at::minimum(x[0], x[1]))
 GE(Atan2, at::atan2(x.up(0), x.up(1)))
 GE(ClipByValue, clipped(x))
 GE(ClipByValueV2, clipped(x))
 
-GE(Abs, at::abs(x[0]))
+GE(Abs, by_element(x[0], at::abs))
 GE(Neg, at::neg(x[0]))
 GE(Sign, at::sign(x[0]))
 GE(Square, at::square(x.up(0)))
@@ -96,12 +136,12 @@ GE_MOVES(Less, at::lt(x[0], x[1]))
 GE_MOVES(LessEqual, at::le(x[0], x[1]))
 GE_MOVES(Greater, at::gt(x[0], x[1]))
 GE_MOVES(GreaterEqual, at::ge(x[0], x[1]))
-GE_MOVES(LogicalAnd, at::logical_and(x[0], x[1]))
-GE_MOVES(LogicalOr, at::logical_or(x[0], x[1]))
-GE_MOVES(LogicalNot, at::logical_not(x[0]))
-GE_MOVES(IsInf, at::isinf(x[0]))
-GE_MOVES(IsNan, at::isnan(x[0]))
-GE_MOVES(IsFinite, at::isfinite(x[0]))
+GE_MOVES(LogicalAnd, combined(x, at::logical_and))
+GE_MOVES(LogicalOr, combined(x, at::logical_or))
+GE_MOVES(LogicalNot, asked(x, at::logical_not))
+GE_MOVES(IsInf, asked(x, at::isinf))
+GE_MOVES(IsNan, asked(x, at::isnan))
+GE_MOVES(IsFinite, asked(x, at::isfinite))
 GE(BitwiseAnd, at::bitwise_and(x[0], x[1]))
 GE(BitwiseOr, at::bitwise_or(x[0], x[1]))
 GE(BitwiseXor, at::bitwise_xor(x[0], x[1]))
@@ -110,10 +150,10 @@ GE(LeftShift, at::bitwise_left_shift(x[0], x[1]))
 GE(RightShift, at::bitwise_right_shift(x[0], x[1]))
 
 GE(Cast, as(x.dtype("dst_type"), x[0]))
-GE(NanToNum, at::nan_to_num(x.up(0), x.real("nan", 0), x.real("posinf", 0), x.real("neginf", 0)))
-GE_MOVES(SelectV2, at::where(x[0], x[1], x[2]))
-GE_MOVES(Select, at::where(x[0], x[1], x[2]))
-GE_MOVES(MaskedFill, at::where(x[1], x[2].to(x[0].scalar_type()), x[0]))
+GE(NanToNum, finite(x))
+GE_MOVES(SelectV2, chosen(x, x[0], x[1], x[2]))
+GE_MOVES(Select, chosen(x, x[0], x[1], x[2]))
+GE_MOVES(MaskedFill, masked(x))
 GE_MOVES(ZerosLike, at::zeros_like(x[0]))
 GE_MOVES(OnesLike, at::ones_like(x[0]))
 GE_MOVES(TensorMove, x[0])
@@ -126,13 +166,13 @@ GE(GeluV2, at::gelu(x.up(0), gelu_form(x.text("approximate", "none"))))
 GE(FastGelu, x.up(0) * at::sigmoid(x.up(0) * 1.702))
 GE(Swish, swish(x))
 GE(Sigmoid, at::sigmoid(x.up(0)))
-GE(Relu, at::relu(x[0]))
+GE(Relu, by_element(x[0], at::relu))
 GE_MOVES(ThresholdV2, thresholded(x))
 GE_MOVES(ThresholdV2D, at::threshold(x[0], x.real("threshold", 0), x.real("value", 0)))
 GE(LeakyRelu, at::leaky_relu(x.up(0), x.real("negative_slope", 0)))
 GE(Elu, at::elu(x.up(0), x.real("alpha", 1), x.real("scale", 1), x.real("input_scale", 1)))
 GE(Softplus, at::softplus(x.up(0)))
 GE(Mish, at::mish(x.up(0)))
-GE(LogSigmoid, at::log_sigmoid(x.up(0)))
-GE(HardSwish, at::hardswish(x.up(0)))
+GE(LogSigmoid, by_element(x.up(0), at::log_sigmoid))
+GE(HardSwish, by_element(x.up(0), at::hardswish))
 GE(HardSigmoid, at::clamp(x.up(0) * x.real("alpha", 1. / 6) + x.real("beta", 0.5), 0, 1))

@@ -1,5 +1,6 @@
 // Pooling, resizing, sampling.
 #include "graph/operation.h"
+#include "graph/shapes.h"
 
 namespace cann::graph {
 namespace {
@@ -30,9 +31,38 @@ Tensor adaptively_pooled(const Operands& x) {
     return x.compiling() ? x.up(0).new_empty(with_last(x[0], sizes)) : at::_adaptive_avg_pool2d(x.up(0), sizes);
 }
 
+// What the coordinates of `now` pixels are among those of `before`.
+Tensor coordinates(int64_t before, int64_t now, bool corners, bool centers) {
+    const Tensor places = at::arange(now, at::kDouble);
+    if (corners) return places * (now > 1 ? static_cast<double>(before - 1) / static_cast<double>(now - 1) : 0.0);
+    const double factor = static_cast<double>(before) / static_cast<double>(now);
+    return centers ? (places + 0.5) * factor - 0.5 : places * factor;
+}
+
+// The pixels that ONNX means.
+Tensor rounded(const Tensor& places, const std::string& mode) {
+    if (mode == "floor") return at::floor(places);
+    if (mode == "ceil") return at::ceil(places);
+    return mode == "round_prefer_ceil" ? at::floor(places + 0.5) : at::ceil(places - 0.5);
+}
+
+// The pixels that the operator takes, whatever the model says of rounding: where that is lost, it must not matter.
+Tensor nearest(const Operands& x, int64_t before, int64_t now) {
+    const bool corners = x.flag("align_corners"), centers = x.flag("half_pixel_centers");
+    const std::string meant = x.text("_onnx_nearest_mode", "");
+    const Tensor places = coordinates(before, now, corners, centers);
+    const auto inside = [&](const Tensor& pixels) { return at::clamp(pixels, 0, before - 1).to(at::kLong); };
+    const Tensor taken = inside(at::floor(corners || centers ? places + 0.5 : places));
+    TORCH_CHECK(meant.empty() || at::equal(taken, inside(rounded(places, meant))),
+                "the model's nearest_mode ", meant, " would change the result, but CANN's parser does not read it");
+    return taken;
+}
+
 Tensor resized(const Operands& x) {
-    TORCH_CHECK(!x.flag("align_corners") && !x.flag("half_pixel_centers"), "this kind of resizing is not emulated");
-    return at::upsample_nearest2d(x[0], x.ints(1));
+    const Ints sizes = x.ints(1);
+    const Tensor rows = nearest(x, x[0].size(2), sizes.at(0)), columns = nearest(x, x[0].size(3), sizes.at(1));
+    if (x.compiling()) return shaped({x[0].size(0), x[0].size(1), sizes[0], sizes[1]}, x[0].scalar_type());
+    return at::index_select(at::index_select(x[0], 2, rows), 3, columns);
 }
 
 // torch counts the modes.

@@ -1,6 +1,6 @@
 // The layers of networks: matrix products, convolutions, normalisations, gates.
-#include "graph/operation.h"
 #include "graph/hf32.h"
+#include "graph/shapes.h"
 #include "ops/shared.h"
 
 namespace cann::graph {
@@ -17,6 +17,7 @@ Tensor product(const Operands& x, const char* transposed_1, const char* transpos
     x.integer("offset_x", 0);
     TORCH_CHECK(!x["offset_w"].defined(), "a product of quantised matrices is not emulated");
     const Tensor a = operand(x[0], x.flag(transposed_1)), b = operand(x[1], x.flag(transposed_2));
+    if (a.dim() == 1 && b.dim() == 1) return at::matmul(a.unsqueeze(0), b).squeeze(0);
     if (!x[2].defined()) return at::matmul(a, b);
     return at::matmul(up(a), up(b)) + x.up(2);  // one rounding: one of 16 bits would come before the addition
 }
@@ -46,12 +47,31 @@ struct Window {
         groups = x.integer("groups", 1);
         const Ints pads = x.list("pads");
         for (size_t i = 0; i < pads.size(); i += 2) {
-            TORCH_CHECK(pads[i] == pads[i + 1], "a convolution with uneven padding is not emulated");
-            padding.push_back(pads[i]);
+            before.push_back(pads[i]);
+            after.push_back(pads[i + 1]);
         }
     }
 
-    Ints stride, dilation, padding;
+    // The padding that is the same on both sides.
+    Ints even() const {
+        Ints least;
+        for (size_t i = 0; i < before.size(); ++i) least.push_back(std::min(before[i], after[i]));
+        return least;
+    }
+
+    // A map with the rest of it.
+    Tensor with_uneven(const Tensor& x) const {
+        if (before == after) return x;
+        Ints rest;
+        for (size_t i = before.size(); i-- > 0;) {
+            const int64_t both = std::min(before[i], after[i]);
+            rest.push_back(before[i] - both);
+            rest.push_back(after[i] - both);
+        }
+        return at::constant_pad_nd(x, rest);
+    }
+
+    Ints stride, dilation, before, after;  // before and after: padding
     int64_t groups;
 };
 
@@ -60,7 +80,7 @@ Ints convolved_sizes(const Tensor& x, const Tensor& filter, const Window& window
     Ints sizes{x.size(0), filter.size(0)};
     for (size_t i = 0; i < window.stride.size(); ++i) {
         const int64_t reach = window.dilation[i] * (filter.size(2 + i) - 1);
-        sizes.push_back((x.size(2 + i) + 2 * window.padding[i] - reach - 1) / window.stride[i] + 1);
+        sizes.push_back((x.size(2 + i) + window.before[i] + window.after[i] - reach - 1) / window.stride[i] + 1);
     }
     return sizes;
 }
@@ -70,31 +90,56 @@ Tensor convolved(const Tensor& x, const Tensor& filter, const Tensor& bias, cons
     const int8_t math = allows_hf32(Unit::kConvolution) ? kAllowLower : kKeep;
     const Tensor input = cube(x, math);
     return at::convolution(input, cube(filter, math), bias.defined() ? bias.to(input.scalar_type()) : Tensor(),
-                           window.stride, window.padding, window.dilation, transposed, output_padding, window.groups);
+                           window.stride, window.even(), window.dilation, transposed, output_padding, window.groups);
 }
 
 Tensor convolution(const Operands& x) {
     const Window window(x, x[0].dim());
     if (x.compiling()) return at::empty(convolved_sizes(x[0], x[1], window), x[0].options());
-    return convolved(x[0], x[1], x[2], window, false, Ints(window.stride.size(), 0));
+    return convolved(window.with_uneven(x[0]), x[1], x[2], window, false, Ints(window.stride.size(), 0));
 }
 
 Tensor transposed_convolution(const Operands& x) {
     const Window window(x, x[1].dim());
     const Ints padding = spatial(x.list("output_padding", Ints(x[1].dim(), 0)));
+    TORCH_CHECK(window.before == window.after, "a transposed convolution with uneven padding is not emulated");
     if (x.compiling()) return at::empty(x.ints(0), x[1].options());
     return convolved(x[1], x[2], x[3], window, true, padding);
+}
+
+// Before opset 13, ONNX means all dimensions from the axis on, of which its parser leaves this sign.
+Tensor over_axes(const Operands& x, int64_t axis, Tensor (*function)(const Tensor&, int64_t)) {
+    if (!x.flag("need_fusion")) return function(x.up(0), axis);
+    if (axis < 0) axis += x[0].dim();
+    return function(x.up(0).flatten(axis), axis).reshape(x[0].sizes());
 }
 
 Tensor softmax(const Operands& x) {
     const Ints axes = x.list("axes", {-1});
     TORCH_CHECK(axes.size() == 1, "a softmax over several dimensions is not emulated");
-    return at::softmax(x.up(0), axes[0]);
+    return over_axes(x, axes[0], [](const Tensor& value, int64_t dim) { return at::softmax(value, dim); });
+}
+
+Tensor log_softmax(const Operands& x) {
+    return over_axes(x, x.list("axes", {-1}).at(0),
+                     [](const Tensor& value, int64_t dim) { return at::log_softmax(value, dim); });
+}
+
+// The sizes of a tensor with 1 for its last dimensions.
+Ints with_ones(const Tensor& x, size_t last) {
+    Ints sizes = x.sizes().vec();
+    std::fill(sizes.end() - static_cast<int64_t>(last), sizes.end(), 1);
+    return sizes;
 }
 
 // Statistics are float32 for operands of other dtypes than gamma's, and of 16 bits otherwise.
 Results layer_norm(const Operands& x, const Ints& shape, const Tensor& gamma, const Tensor& beta) {
-    const auto [y, mean, rstd] = at::native_layer_norm(x.up(0), shape, up(gamma), up(beta), x.real("epsilon", 1e-5));
+    const double epsilon = x.real("epsilon", 1e-5);
+    if (x.compiling()) {
+        const Tensor statistics = shaped(with_ones(x[0], shape.size()), at::kFloat);
+        return {x.up(0), as(at::kFloat, statistics), as(at::kFloat, statistics)};
+    }
+    const auto [y, mean, rstd] = at::native_layer_norm(x.up(0), shape, up(gamma), up(beta), epsilon);
     return {y, as(at::kFloat, mean), as(at::kFloat, rstd)};
 }
 
@@ -107,10 +152,53 @@ Results layer_norm_from_axis(const Operands& x) {
     return layer_norm(x, sizes_from(x[0], x.integer("begin_norm_axis", 0)), x[1], x[2]);
 }
 
+// Over the last dimensions: mean and variance. Scale and shift are broadcast.
+Results normed(const Operands& x, size_t last, double epsilon, const Tensor& gamma, const Tensor& beta) {
+    const Tensor wide = x.up(0);
+    if (x.compiling()) {
+        const Tensor statistics = shaped(with_ones(wide, last), wide.scalar_type());
+        return {wide, statistics, statistics};
+    }
+    Ints dims;
+    for (size_t i = 0; i < last; ++i) dims.push_back(wide.dim() - 1 - static_cast<int64_t>(i));
+    const auto [variance, mean] = at::var_mean(wide, dims, at::Scalar(0), true);
+    return {(wide - mean) * at::rsqrt(variance + epsilon) * up(gamma) + up(beta), mean, variance};
+}
+
+Results layer_norm_with_variance(const Operands& x) {
+    x.integer("begin_params_axis", 0);
+    const size_t last = sizes_from(x[0], x.integer("begin_norm_axis", 0)).size();
+    return normed(x, last, x.real("epsilon", 1e-7), x[1], x[2]);
+}
+
+// A vector of the channels as they lie in x, [N, C, ...].
+Tensor by_channel(const Operands& x, size_t operand) {
+    Ints sizes(x[0].dim(), 1);
+    sizes.at(1) = -1;
+    return x.up(operand).reshape(sizes);
+}
+
+Results instance_norm(const Operands& x) {
+    TORCH_CHECK(x.text("data_format", "NDHWC") == "NCHW", "an InstanceNorm of another order is not emulated");
+    return normed(x, x[0].dim() - 2, x.real("epsilon", 1e-7), by_channel(x, 1), by_channel(x, 2));
+}
+
+// With the statistics that are given.
+Tensor batch_norm(const Operands& x) {
+    TORCH_CHECK(!x.flag("is_training", true) && x.text("data_format", "NHWC") == "NCHW",
+                "this kind of BatchNorm is not emulated");
+    const Tensor scale = at::rsqrt(by_channel(x, 4) + x.real("epsilon", 1e-4)) * by_channel(x, 1);
+    return (x.up(0) - by_channel(x, 3)) * scale + by_channel(x, 2);
+}
+
 GroupNormResult group_norm(const Operands& x) {
     x.flag("is_training", true);
     x.text("data_format", "NCHW");  // torchair leaves the default there, and describes the tensors as NCHW
-    return cann::group_norm(x[0], x[1], x[2], x.integer("num_groups"), x.real("eps", 1e-5));
+    const int64_t groups = x.integer("num_groups");
+    const double epsilon = x.real("eps", 1e-5);
+    if (!x.compiling()) return cann::group_norm(x[0], x[1], x[2], groups, epsilon);
+    const Tensor statistics = shaped({x[0].size(0), groups}, at::kFloat);
+    return {x.up(0), statistics, statistics};
 }
 
 // The first edition returns the variance, the others 1 / deviation.
@@ -171,9 +259,12 @@ GE(Conv3D, convolution(x))
 GE(Conv3DTranspose, transposed_convolution(x))
 
 GE(SoftmaxV2, as(x.flag("half_to_float") ? at::kFloat : x[0].scalar_type(), softmax(x)))
-GE(LogSoftmaxV2, at::log_softmax(x.up(0), x.list("axes", {-1}).at(0)))
+GE(LogSoftmaxV2, log_softmax(x))
+GE(LayerNorm, layer_norm_with_variance(x))
 GE(LayerNormV3, layer_norm_from_axis(x))
 GE(LayerNormV4, layer_norm(x, x.ints(1), x[2], x[3]))
+GE(InstanceNorm, instance_norm(x))
+GE(BatchNorm, batch_norm(x))
 GE(GroupNorm, group_norm_with_variance(x))
 GE(GroupNormV2, group_norm_with_deviation(x, false))
 GE(GroupNormSilu, group_norm_with_deviation(x, true))

@@ -1,5 +1,5 @@
 // Padding. GE's paddings are pairs in the order of the dimensions: elements before and after.
-#include "graph/operation.h"
+#include "graph/shapes.h"
 
 namespace cann::graph {
 namespace {
@@ -23,7 +23,14 @@ Tensor repeated(const Tensor& positions, int64_t size, const std::string& mode) 
     return at::where(before >= size, 2 * size - 1 - before, before);
 }
 
+Ints padded_sizes(const Tensor& x, const Ints& pairs) {
+    Ints sizes = x.sizes().vec();
+    for (size_t i = 0; i < sizes.size(); ++i) sizes[i] += pairs.at(2 * i) + pairs.at(2 * i + 1);
+    return sizes;
+}
+
 Tensor padded_by(Tensor x, const Ints& pairs, const std::string& mode) {
+    if (x.is_meta()) return shaped(padded_sizes(x, pairs), x.scalar_type());
     for (int64_t dim = 0; dim < x.dim(); ++dim) {
         const int64_t before = pairs.at(2 * dim), after = pairs.at(2 * dim + 1), size = x.size(dim);
         if (before == 0 && after == 0) continue;
@@ -33,11 +40,21 @@ Tensor padded_by(Tensor x, const Ints& pairs, const std::string& mode) {
     return x;
 }
 
+// All elements before, and then all after.
+Ints as_pairs(const Ints& padding) {
+    Ints pairs;
+    for (size_t i = 0; i < padding.size() / 2; ++i) {
+        pairs.push_back(padding[i]);
+        pairs.push_back(padding[i + padding.size() / 2]);
+    }
+    return pairs;
+}
+
 Tensor padded(const Operands& x) {
     const std::string mode = x.text("mode", "constant");
-    TORCH_CHECK(x.flag("paddings_contiguous", true), "padding by pairs of another order is not emulated");
-    if (mode != "constant") return padded_by(x[0], x.ints(1), mode);
-    return padded_with(x[0], x.ints(1), x[2].defined() && !x.compiling() ? x[2].item<double>() : 0);
+    const Ints pairs = x.flag("paddings_contiguous", true) ? x.ints(1) : as_pairs(x.ints(1));
+    if (mode != "constant") return padded_by(x[0], pairs, mode);
+    return padded_with(x[0], pairs, x[2].defined() && !x.compiling() ? x[2].item<double>() : 0);
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
 // Sums, extremes, orders. 16-bit operands are summed in float32.
-#include "graph/operation.h"
+#include "graph/shapes.h"
 
 namespace cann::graph {
 namespace {
@@ -14,12 +14,22 @@ Ints dims_of(const Tensor& x, Ints dims) {
 
 bool keeps(const Operands& x) { return x.flag("keep_dims"); }
 
-Tensor mean(const Operands& x) {
-    x.flag("noop_with_empty_axes");
-    return at::mean(x.up(0), dims_of(x[0], x.ints(1)), keeps(x));
+// Over the dimensions that the second operand names; without any, over all, or over none.
+Tensor reduced(const Operands& x, Tensor (*reduce)(const Tensor&, const Ints&, bool)) {
+    const Ints dims = x.ints(1);
+    const bool keep = keeps(x);
+    if (x.flag("noop_with_empty_axes") && dims.empty()) return x[0];
+    return reduce(x.up(0), dims_of(x[0], dims), keep);
 }
 
-Tensor product(Tensor value, Ints dims, bool keep) {
+Tensor sum(const Tensor& x, const Ints& dims, bool keep) { return at::sum(x, dims, keep, x.scalar_type()); }
+Tensor mean(const Tensor& x, const Ints& dims, bool keep) { return at::mean(x, dims, keep); }
+Tensor maximum(const Tensor& x, const Ints& dims, bool keep) { return at::amax(x, dims, keep); }
+Tensor minimum(const Tensor& x, const Ints& dims, bool keep) { return at::amin(x, dims, keep); }
+
+Tensor product(const Tensor& x, const Ints& all, bool keep) {
+    Tensor value = x;
+    Ints dims = all;
     for (int64_t& dim : dims) dim = dim < 0 ? dim + value.dim() : dim;
     std::sort(dims.rbegin(), dims.rend());
     for (int64_t dim : dims) value = at::prod(value, dim, keep);
@@ -50,15 +60,21 @@ Results top(const Operands& x) {
 }
 
 Tensor cumulated(const Operands& x) {
-    TORCH_CHECK(!x.flag("exclusive") && !x.flag("reverse"), "an exclusive or reverse cumulative sum is not emulated");
+    const bool exclusive = x.flag("exclusive"), reverse = x.flag("reverse");
+    const int64_t dim = x.ints(1).at(0);
     const Tensor wide = x.up(0);
-    return at::cumsum(wide, x.ints(1).at(0), wide.scalar_type());
+    if (x.compiling()) return shaped(wide.sizes().vec(), wide.scalar_type());
+    const Tensor ordered = reverse ? wide.flip(dim) : wide;
+    Tensor total = at::cumsum(ordered, dim, wide.scalar_type());
+    if (exclusive) total = total - ordered;
+    return reverse ? total.flip(dim) : total;
 }
 
 Results deviation(const Operands& x) {
     const Ints dims = dims_of(x[0], x.list("dim"));
     x.flag("is_mean_out", true);
     const bool keep = x.flag("keepdim");
+    if (x.compiling()) return {at::mean(x.up(0), dims, keep), at::mean(x.up(0), dims, keep)};
     const auto both = at::var_mean(x.up(0), at::IntArrayRef(dims), at::Scalar(x.integer("correction", 1)), keep);
     return {at::sqrt(std::get<0>(both)), std::get<1>(both)};
 }
@@ -97,7 +113,7 @@ Tensor powers_summed(const Operands& x) {
     const double p = order_of(x.real("p", 2));
     const Ints dims = dims_of(x[0], x.list("axes"));
     const bool keep = x.flag("keepdim");
-    const Tensor size = at::abs(x.up(0));
+    const Tensor size = by_element(x.up(0), at::abs);
     if (std::isinf(p)) return p > 0 ? at::amax(size, dims, keep) : at::amin(size, dims, keep);
     return at::sum(p == 0 ? (size != 0).to(at::kFloat) : at::pow(size, p), dims, keep);
 }
@@ -125,11 +141,11 @@ Tensor positions(const Operands& x) {
 }  // namespace
 }  // namespace cann::graph
 
-GE(ReduceSum, at::sum(x.up(0), dims_of(x[0], x.ints(1)), keeps(x), x.up(0).scalar_type()))
-GE(ReduceMean, mean(x))
-GE(ReduceMax, at::amax(x[0], dims_of(x[0], x.ints(1)), keeps(x)))
-GE(ReduceMin, at::amin(x[0], dims_of(x[0], x.ints(1)), keeps(x)))
-GE(ReduceProd, product(x.up(0), dims_of(x[0], x.ints(1)), keeps(x)))
+GE(ReduceSum, reduced(x, sum))
+GE(ReduceMean, reduced(x, mean))
+GE(ReduceMax, reduced(x, maximum))
+GE(ReduceMin, reduced(x, minimum))
+GE(ReduceProd, reduced(x, product))
 GE(ReduceProdD, product(x.up(0), dims_of(x[0], x.list("axes")), keeps(x)))
 GE(ReduceLogSumExp, at::logsumexp(x.up(0), dims_of(x[0], x.ints(1)), keeps(x)))
 GE_MOVES(ReduceAny, any_of(x))

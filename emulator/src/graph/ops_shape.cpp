@@ -1,7 +1,7 @@
 // What only moves values: views, permutations, joins and splits, slices, gathers and scatters, constants.
 #include <numeric>
 
-#include "graph/operation.h"
+#include "graph/shapes.h"
 
 namespace cann::graph {
 namespace {
@@ -16,6 +16,9 @@ Ints without(const Ints& sizes, const Ints& dims) {
     return kept;
 }
 
+// Without any named, all of size 1 go.
+Tensor squeezed(const Tensor& x, const Ints& dims) { return x.reshape(without(x.sizes().vec(), dims)); }
+
 Tensor unsqueezed(Tensor x, Ints dims) {
     const int64_t rank = x.dim() + static_cast<int64_t>(dims.size());
     for (int64_t& dim : dims) dim = (dim + rank) % rank;
@@ -27,7 +30,20 @@ Tensor unsqueezed(Tensor x, Ints dims) {
 Tensor reshaped(const Operands& x) {
     const bool whole = x.integer("axis", 0) == 0 && x.integer("num_axes", -1) == -1;
     TORCH_CHECK(whole, "a reshape of some dimensions is not emulated");
-    return x[0].reshape(x.ints(1));
+    Ints sizes = x.ints(1);
+    const bool copies = x.integer("allowzero", 1) == 0;  // torchair does not set it, and means what it says
+    for (size_t i = 0; copies && i < sizes.size(); ++i) {
+        if (sizes[i] == 0) sizes[i] = x[0].size(i);
+    }
+    return x[0].reshape(sizes);
+}
+
+// Two dimensions: those before the axis, and the others.
+Tensor made_matrix(const Tensor& x, int64_t axis) {
+    const Ints sizes = x.sizes().vec();
+    if (axis < 0) axis += x.dim();
+    const auto product = [](auto first, auto last) { return std::accumulate(first, last, int64_t{1}, std::multiplies<>()); };
+    return x.reshape({product(sizes.begin(), sizes.begin() + axis), product(sizes.begin() + axis, sizes.end())});
 }
 
 Tensor flattened(const Operands& x) { return x[0].flatten(x.integer("axis", 1), x.integer("end_axis", -1)); }
@@ -55,6 +71,18 @@ Tensor confusion_transposed(const Operands& x) {
     return x.flag("transpose_first") ? x[0].permute(order).reshape(shape) : x[0].reshape(shape).permute(order);
 }
 
+// From a position down to before another; negative ones count from the end, and those outside stand for an edge.
+Tensor backwards(const Tensor& x, int64_t dim, int64_t begin, int64_t end, int64_t step) {
+    const int64_t size = x.size(dim);
+    const auto position = [&](int64_t given) { return std::clamp<int64_t>(given < 0 ? given + size : given, -1, size - 1); };
+    const int64_t first = position(begin), last = position(std::max(end, -size - 1));
+    const int64_t count = std::max<int64_t>((first - last + step - 1) / step, 0);
+    Ints sizes = x.sizes().vec();
+    sizes[dim] = count;
+    if (x.is_meta()) return shaped(sizes, x.scalar_type());
+    return at::index_select(x, dim, first - step * at::arange(count, at::kLong));
+}
+
 // Both slices; the masks choose the whole range of a dimension, or drop it.
 Tensor strided_slice(const Operands& x, const Ints& begin, const Ints& end, Ints dims, Ints steps) {
     TORCH_CHECK(x.integer("ellipsis_mask", 0) == 0 && x.integer("new_axis_mask", 0) == 0,
@@ -71,8 +99,7 @@ Tensor strided_slice(const Operands& x, const Ints& begin, const Ints& end, Ints
             part = part.narrow(dim, begin[i] < 0 ? begin[i] + part.size(dim) : begin[i], 1);
             shrunk.push_back(dim);
         } else if (step < 0) {
-            const int64_t first = all_from ? part.size(dim) - 1 : begin[i], last = all_to ? -1 : end[i];
-            part = part.flip(dim).slice(dim, part.size(dim) - 1 - first, part.size(dim) - 1 - last, -step);
+            part = backwards(part, dim, all_from ? INT64_MAX : begin[i], all_to ? INT64_MIN : end[i], -step);
         } else {
             part = part.slice(dim, all_from ? 0 : begin[i], all_to ? INT64_MAX : end[i], step);
         }
@@ -98,6 +125,16 @@ Tensor broadcast(const Tensor& x, Ints sizes) {
     return x.expand(sizes);
 }
 
+// Either may have the larger size.
+Tensor expanded(const Tensor& x, Ints sizes) {
+    const int64_t added = static_cast<int64_t>(sizes.size()) - x.dim();
+    for (int64_t i = std::max<int64_t>(added, 0); i < static_cast<int64_t>(sizes.size()); ++i) {
+        if (sizes[i] == 1) sizes[i] = x.size(i - added);
+    }
+    if (added < 0) sizes.insert(sizes.begin(), x.sizes().begin(), x.sizes().begin() - added);
+    return broadcast(x, sizes);
+}
+
 Tensor tiled(const Tensor& x, const Ints& times) { return x.repeat(times); }
 
 Tensor range(const Operands& x) {
@@ -111,10 +148,11 @@ Tensor wrapped(const Tensor& index, int64_t size) { return at::where(index < 0, 
 Tensor gathered(const Tensor& x, const Tensor& index, int64_t dim) {
     Ints sizes = x.sizes().vec();
     dim = dim < 0 ? dim + x.dim() : dim;
-    const Tensor rows = at::index_select(x, dim, wrapped(index, sizes[dim]).flatten());
+    const int64_t size = sizes[dim];
     sizes.erase(sizes.begin() + dim);
     sizes.insert(sizes.begin() + dim, index.sizes().begin(), index.sizes().end());
-    return rows.reshape(sizes);
+    if (x.is_meta()) return shaped(sizes, x.scalar_type());
+    return at::index_select(x, dim, wrapped(index, size).flatten()).reshape(sizes);
 }
 
 Tensor gathered(const Operands& x, int64_t dim) {
@@ -123,12 +161,43 @@ Tensor gathered(const Operands& x, int64_t dim) {
     return gathered(x[0], x[1], dim);
 }
 
+Tensor elements_gathered(const Operands& x) {
+    const int64_t dim = x.integer("dim", 0);
+    if (x.compiling()) return shaped(x[1].sizes().vec(), x[0].scalar_type());
+    return at::gather(x[0], dim, wrapped(x[1].to(at::kLong), x[0].dim() == 0 ? 1 : x[0].size(dim)));
+}
+
+// Rows of the last dimension of the indices are positions in the first dimensions of x.
+c10::List<std::optional<Tensor>> positions(const Tensor& x, const Tensor& indices) {
+    c10::List<std::optional<Tensor>> lists;
+    const std::vector<Tensor> all = indices.to(at::kLong).unbind(-1);
+    for (size_t i = 0; i < all.size(); ++i) lists.push_back(wrapped(all[i], x.size(i)));
+    return lists;
+}
+
+Tensor gathered_slices(const Operands& x) {
+    TORCH_CHECK(x.integer("batch_dims", 0) == 0, "a gather by batches is not emulated");
+    x.flag("negative_index_support");
+    if (!x.compiling()) return at::index(x[0], positions(x[0], x[1]));
+    Ints sizes(x[1].sizes().begin(), x[1].sizes().end() - 1);
+    sizes.insert(sizes.end(), x[0].sizes().begin() + x[1].size(-1), x[0].sizes().end());
+    return shaped(sizes, x[0].scalar_type());
+}
+
+Tensor slices_scattered(const Operands& x) {
+    x.flag("use_locking");
+    if (x.compiling()) return x[0];
+    return at::index_put(x[0], positions(x[0], x[1]), x[2]);
+}
+
 Tensor scattered(const Operands& x) {
     const std::string reduction = x.text("reduction", "none");
     const int64_t axis = x.integer("axis", 0);
+    TORCH_CHECK(reduction == "none" || reduction == "add" || reduction == "mul", "a scatter that reduces by ", reduction,
+                " is not emulated");
+    if (x.compiling()) return x[0];
     const Tensor index = wrapped(x[1].to(at::kLong), x[0].dim() == 0 ? 1 : x[0].size(axis));
     if (reduction == "none") return at::scatter(x[0], axis, index, x[2]);
-    TORCH_CHECK(reduction == "add" || reduction == "mul", "a scatter that reduces by ", reduction, " is not emulated");
     return at::scatter_reduce(x.up(0), axis, index, x.up(2), reduction == "add" ? "sum" : "prod");
 }
 
@@ -147,6 +216,16 @@ Tensor index_added(const Operands& x) {
 // The shape, which is known when the graph is compiled.
 Tensor shape_of(const Operands& x) {
     return at::tensor(x[0].sizes(), at::kLong).to(x.dtype("dtype", at::kInt));
+}
+
+Tensor size_of(const Operands& x) {
+    return at::scalar_tensor(x[0].numel(), at::kLong).to(x.dtype("dtype", at::kInt));
+}
+
+Tensor triangle(const Operands& x) {
+    const Ints diagonal = x.ints("k");
+    const int64_t k = diagonal.empty() ? 0 : diagonal[0];
+    return x.flag("upper", true) ? at::triu(x[0], k) : at::tril(x[0], k);
 }
 
 Tensor linspace(const Operands& x) {
@@ -170,7 +249,10 @@ Tensor copied_to_view(const Operands& x) {
 GE_VIEWS(Reshape, reshaped(x))
 GE_VIEWS(Unsqueeze, unsqueezed(x[0], x.list("axes")))
 GE_VIEWS(ExpandDims, unsqueezed(x[0], x.ints(1)))
-GE_VIEWS(Squeeze, x[0].reshape(without(x[0].sizes().vec(), x.list("axis"))))
+GE_VIEWS(UnsqueezeV3, unsqueezed(x[0], x.ints(1)))
+GE_VIEWS(Squeeze, squeezed(x[0], x.list("axis")))
+GE_VIEWS(SqueezeV3, squeezed(x[0], x.ints("axes")))
+GE_VIEWS(Flatten, made_matrix(x[0], x.integer("axis", 1)))
 GE_VIEWS(FlattenV2, flattened(x))
 GE_MOVES(TransData, x[0])
 GE_MOVES(Transpose, x[0].permute(x.ints(1)))
@@ -188,19 +270,22 @@ GE_MOVES(Slice, slice(x))
 GE_MOVES(StridedSlice, strided_slice(x, x.ints(1), x.ints(2), {}, x.ints(3)))
 GE_MOVES(StridedSliceV2, strided_slice(x, x.ints(1), x.ints(2), x.ints("axes"), x.ints("strides")))
 GE_MOVES(BroadcastTo, broadcast(x[0], x.ints(1)))
-GE_MOVES(Expand, broadcast(x[0], x.ints(1)))
+GE_MOVES(Expand, expanded(x[0], x.ints(1)))
 GE_MOVES(Tile, tiled(x[0], x.ints(1)))
 GE_MOVES(ReverseV2, x[0].flip(x.ints(1)))
 GE_MOVES(Triu, at::triu(x[0], x.integer("diagonal", 0)))
 GE_MOVES(Tril, at::tril(x[0], x.integer("diagonal", 0)))
+GE_MOVES(Trilu, triangle(x))
 GE_MOVES(AsStrided, strided(x))
 GE_MOVES(ViewCopy, copied_to_view(x))
 
 GE_MOVES(Gather, gathered(x, 0))
 GE_MOVES(GatherV2, gathered(x, x.ints(2).at(0)))
-GE_MOVES(GatherElements, at::gather(x[0], x.integer("dim", 0), x[1].to(at::kLong)))
+GE_MOVES(GatherNd, gathered_slices(x))
+GE_MOVES(GatherElements, elements_gathered(x))
 GE_MOVES(IndexByTensor, indexed(x))
 GE(ScatterElements, scattered(x))
+GE_MOVES(ScatterNdUpdate, slices_scattered(x))
 GE(InplaceIndexAdd, index_added(x))
 
 GE_MOVES(Fill, x[1].expand(x.ints(0)))
@@ -208,3 +293,4 @@ GE_MOVES(Empty, (x.flag("init"), at::zeros(x.ints(0), x.dtype("dtype", at::kInt)
 GE_MOVES(Range, range(x))
 GE_MOVES(LinSpace, linspace(x))
 GE_MOVES(Shape, shape_of(x))
+GE_MOVES(Size, size_of(x))

@@ -22,7 +22,7 @@ public:
         type_ = static_cast<int>(key & 7);
         switch (type_) {
             case kVarint: number_ = varint(); break;
-            case kEightBytes: take(8); break;
+            case kEightBytes: bytes_ = take(8); break;
             case kLength: bytes_ = take(varint()); break;
             case kFourBytes: bytes_ = take(4); break;
             default: throw std::runtime_error("the graph is no valid protobuf message");
@@ -49,6 +49,8 @@ public:
     void append_to(std::vector<double>& values) const {
         for (size_t i = 0; i + 4 <= bytes_.size(); i += 4) values.push_back(as_float(bytes_.data() + i));
     }
+    // The same for numbers of 4 or 8 bytes each, as they are stored.
+    void append_to(std::string& bytes) const { bytes += bytes_; }
 
 private:
     enum WireType { kVarint = 0, kEightBytes = 1, kLength = 2, kFourBytes = 5 };

@@ -6,22 +6,8 @@
 #include <c10/util/strides.h>
 
 #include "graph/operation.h"
+#include "ops/descriptors.h"
 #include "ops/operator.h"
-
-struct aclDataBuffer {
-    void* data;
-    size_t size;
-};
-
-struct aclTensorDesc {
-    aclDataType type;
-    aclFormat format;
-    std::vector<int64_t> dims;
-    std::vector<int64_t> storage_dims;
-    aclFormat storage_format;
-    aclMemType placement = ACL_MEMTYPE_DEVICE;
-    std::string name;
-};
 
 struct aclopAttr {
     cann::graph::Attributes values;
@@ -36,6 +22,14 @@ CANN_API aclError aclDestroyDataBuffer(const aclDataBuffer* buffer) {
     return ACL_SUCCESS;
 }
 
+CANN_API void* aclGetDataBufferAddr(const aclDataBuffer* buffer) { return buffer->data; }
+CANN_API size_t aclGetDataBufferSizeV2(const aclDataBuffer* buffer) { return buffer->size; }
+CANN_API uint32_t aclGetDataBufferSize(const aclDataBuffer* buffer) { return static_cast<uint32_t>(buffer->size); }
+CANN_API aclError aclUpdateDataBuffer(aclDataBuffer* buffer, void* data, size_t size) {
+    *buffer = {data, size};
+    return ACL_SUCCESS;
+}
+
 CANN_API aclTensorDesc* aclCreateTensorDesc(aclDataType type, int count, const int64_t* dims, aclFormat format) {
     std::vector<int64_t> shape(dims, dims + count);
     return new aclTensorDesc{type, format, shape, shape, format, ACL_MEMTYPE_DEVICE, ""};
@@ -45,6 +39,21 @@ CANN_API void aclDestroyTensorDesc(const aclTensorDesc* desc) { delete desc; }
 CANN_API aclDataType aclGetTensorDescType(const aclTensorDesc* desc) { return desc->type; }
 CANN_API aclFormat aclGetTensorDescFormat(const aclTensorDesc* desc) { return desc->format; }
 CANN_API size_t aclGetTensorDescNumDims(const aclTensorDesc* desc) { return desc->dims.size(); }
+
+// 0 for a type without a size and for a tensor whose shape is open.
+CANN_API size_t aclDataTypeSize(aclDataType type) {
+    try {
+        return c10::elementSize(from_acl(type));
+    } catch (const c10::Error&) {
+        return 0;
+    }
+}
+
+CANN_API size_t aclGetTensorDescSize(const aclTensorDesc* desc) {
+    size_t size = aclDataTypeSize(desc->type);
+    for (int64_t dim : desc->dims) size *= static_cast<size_t>(std::max<int64_t>(dim, 0));
+    return size;
+}
 
 CANN_API aclError aclGetTensorDescDimV2(const aclTensorDesc* desc, size_t index, int64_t* size) {
     if (index >= desc->dims.size()) return fail(ACL_ERROR_INVALID_PARAM, "tensor has no dimension %zu", index);
@@ -66,6 +75,12 @@ CANN_API aclError aclSetTensorShape(aclTensorDesc* desc, int count, const int64_
 
 CANN_API aclError aclSetTensorPlaceMent(aclTensorDesc* desc, aclMemType placement) {
     desc->placement = placement;
+    return ACL_SUCCESS;
+}
+
+// A constant operand lies in host memory, as one that is placed there.
+CANN_API aclError aclSetTensorConst(aclTensorDesc* desc, void*, size_t) {
+    desc->placement = ACL_MEMTYPE_HOST;
     return ACL_SUCCESS;
 }
 

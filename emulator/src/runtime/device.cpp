@@ -25,6 +25,7 @@ struct Slot {
 };
 
 std::array<Slot, kMostDevices> slots;
+std::atomic<bool> initialised{false};
 thread_local int32_t device_of_thread = 0;
 
 int64_t count() { return static_cast<int64_t>(visible_devices().numbers.size()); }
@@ -61,12 +62,16 @@ using namespace cann;
 
 CANN_API aclError aclInit(const char*) {
     if (chip().devices > kMostDevices) die("at most %zu devices can be emulated", kMostDevices);
+    if (initialised.exchange(true)) return fail(ACL_ERROR_REPEAT_INITIALIZE, "repeat initialize");
     report_crashes();
     keep_freed_memory();
     return ACL_SUCCESS;
 }
 
-CANN_API aclError aclFinalize() { return ACL_SUCCESS; }
+CANN_API aclError aclFinalize() {
+    if (!initialised.exchange(false)) return fail(ACL_ERROR_REPEAT_FINALIZE, "repeat finalize");
+    return ACL_SUCCESS;
+}
 
 CANN_API aclError aclrtGetDeviceCount(uint32_t* count) {
     const VisibleDevices& visible = visible_devices();

@@ -87,6 +87,7 @@ CANN_API aclError aclrtRecordEvent(aclrtEvent handle, aclrtStream stream_handle)
         ++event->recorded;
         event->reached = races::now(*stream);
     }
+    ++stream->marks;
     stream->submit([event] {
         std::lock_guard<std::mutex> lock(event->guard);
         event->time = Clock::now();

@@ -113,7 +113,10 @@ void synchronize_device(int32_t device) {
             if (entry.second->device == device) waited_for.push_back(entry.second.get());
         }
     }
-    for (Stream* stream : waited_for) stream->synchronize();  // without the lock, which a task may need
+    for (Stream* stream : waited_for) {
+        stream->synchronize();  // without the lock, which a task may need
+        ++stream->marks;
+    }
 }
 
 }  // namespace cann
@@ -148,6 +151,7 @@ CANN_API aclError aclrtSynchronizeStreamWithTimeout(aclrtStream stream, int32_t)
     auto* found = find_stream(stream);
     if (found == nullptr) return unknown_stream(stream);
     found->synchronize();
+    ++found->marks;
     cann::races::wait_on_host(*found);
     cann::trace::sync("stream", found->device, found->id);
     return cann::fault();
@@ -159,7 +163,10 @@ CANN_API aclError aclrtStreamQuery(aclrtStream stream, aclrtStreamStatus* status
     auto* found = find_stream(stream);
     if (found == nullptr) return unknown_stream(stream);
     const bool idle = found->idle();
-    if (idle) cann::races::seen_on_host(cann::races::now(*found));
+    if (idle) {
+        ++found->marks;
+        cann::races::seen_on_host(cann::races::now(*found));
+    }
     *status = idle ? ACL_STREAM_STATUS_COMPLETE : ACL_STREAM_STATUS_NOT_READY;
     return ACL_SUCCESS;
 }

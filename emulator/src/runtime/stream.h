@@ -2,6 +2,7 @@
 // CANN_EMULATOR_ASYNC=1 later on a thread of the stream, so that a missing synchronisation shows.
 #pragma once
 
+#include <atomic>
 #include <functional>
 
 #include "runtime/runtime.h"
@@ -24,6 +25,9 @@ public:
     const int32_t device;
     const int32_t id;
     uint32_t overflow_switch = 0;
+    // How often the program has waited for the stream, or recorded an event for others to wait for: what was launched
+    // before the latest can be ordered before work on other streams.
+    std::atomic<uint64_t> marks{0};
 };
 
 // The stream behind a handle (the default stream of the current device for nullptr); nullptr if it is none of ours.

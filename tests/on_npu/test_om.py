@@ -1,0 +1,492 @@
+"""Offline models on the chip: OmSession, profiles, precision and AIPP against numpy, and what is refused."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from onnx import TensorProto
+
+from ascend.om import OmError, OmSession
+from tests.on_npu import offline_models
+from tests.on_npu.offline_models import FEATURES, RESULTS, WORDS, linear, weights_of
+from tests.programs import ROOT
+
+ON_EMULATOR = "CANN_EMULATOR_SOC" in os.environ
+OTHER = {"Ascend310P3": "Ascend910B3", "Ascend910B3": "Ascend310P3"}
+HALF = 4e-3  # of values around 1: some operations in float16
+PROFILES = ("--input_shape=x:-1,16", "--dynamic_batch_size=1,2,4")
+
+
+@pytest.fixture(scope="module")
+def soc() -> str:
+    return torch.npu.get_device_name(0)
+
+
+@pytest.fixture(scope="module")
+def make(tmp_path_factory: pytest.TempPathFactory, soc: str) -> Callable[..., tuple[Path, Path]]:
+    """Makes an ONNX model and its OM, once for each name."""
+    directory, made = tmp_path_factory.mktemp("om"), {}
+
+    def make_one(name: str, save: Callable[[Path], Path], *options: str) -> tuple[Path, Path]:
+        if name not in made:
+            model = save(directory / f"{name}.onnx")
+            made[name] = model, offline_models.convert(model, soc, *options)
+        return made[name]
+
+    return make_one
+
+
+@pytest.fixture(scope="module")
+def fixed(make: Callable[..., tuple[Path, Path]]) -> tuple[Path, Path]:
+    return make("fixed", lambda path: offline_models.save_linear(path, batch=2))
+
+
+@pytest.fixture(scope="module")
+def batches(make: Callable[..., tuple[Path, Path]]) -> tuple[Path, Path]:
+    return make("batches", offline_models.save_linear, *PROFILES)
+
+
+def random(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+
+
+def test_inputs_and_outputs_are_described(fixed: tuple[Path, Path]) -> None:
+    with OmSession(fixed[1]) as session:
+        (x,), (y,) = session.inputs, session.outputs
+    assert (x.name, x.shape, x.dtype) == ("x", (2, FEATURES), np.float32)
+    assert (y.name, y.shape, y.dtype) == ("y", (2, RESULTS), np.float32)
+
+
+def test_a_model_computes_in_float16(fixed: tuple[Path, Path]) -> None:
+    model, om = fixed
+    x = random(2, FEATURES)
+    with OmSession(om) as session:
+        y = session.run({"x": x})["y"]
+    assert y.dtype == np.float32
+    np.testing.assert_allclose(y, linear(model, x), atol=HALF)
+    np.testing.assert_array_equal(y, y.astype(np.float16))  # it was
+
+
+def test_a_path_may_be_far_away(fixed: tuple[Path, Path], tmp_path: Path) -> None:
+    target = tmp_path / "ein Ordner"
+    target.mkdir()
+    moved = target / "m.om"
+    moved.write_bytes(fixed[1].read_bytes())
+    session = OmSession(str(moved))
+    moved.unlink()  # the weights are mapped, and stay
+    with session:
+        assert session.run({"x": random(2, FEATURES)})["y"].shape == (2, RESULTS)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 4])
+def test_profiles_of_the_batch(batches: tuple[Path, Path], batch: int) -> None:
+    model, om = batches
+    x = random(batch, FEATURES)
+    with OmSession(om) as session:
+        assert session.inputs[0].shape == (-1, FEATURES)
+        assert session.outputs[0].shape == (4, RESULTS)
+        for _ in range(2):
+            np.testing.assert_allclose(session.run({"x": x})["y"], linear(model, x), atol=HALF)
+        other = random(3 - batch if batch < 3 else 1, FEATURES)
+        np.testing.assert_allclose(session.run({"x": other})["y"], linear(model, other), atol=HALF)
+
+
+def test_profiles_of_all_dimensions(make: Callable[..., tuple[Path, Path]]) -> None:
+    """In the order of --input_shape, which is not that of the model."""
+    model, om = make(
+        "dims",
+        offline_models.save_two_inputs,
+        *("--input_shape=shift:-1,1,8;ids:-1,-1", "--dynamic_dims=1,1,3;2,2,5", "--input_format=ND"),
+    )
+    table = weights_of(model)["table"]
+    with OmSession(om) as session:
+        for batch, words in [(1, 3), (2, 5)]:
+            ids = np.arange(batch * words).reshape(batch, words) % WORDS
+            shift = random(batch, 1, RESULTS)
+            rows = session.run({"ids": ids, "shift": shift})["rows"]
+            np.testing.assert_allclose(rows, table[ids] + shift, atol=HALF)
+        with pytest.raises(OmError, match=r"sizes in a row are \(1, 5, 1, 1, 8\)"):
+            session.run({"ids": np.zeros((1, 5), np.int64), "shift": random(1, 1, RESULTS)})
+
+
+def test_profiles_of_the_image(make: Callable[..., tuple[Path, Path]]) -> None:
+    model, om = make(
+        "images", offline_models.save_image, "--input_shape=image:1,3,-1,-1", "--dynamic_image_size=4,6;8,8"
+    )
+    filters = weights_of(model)["filters"][:, :, 0, 0]
+    with OmSession(om) as session:
+        for height, width in [(4, 6), (8, 8)]:
+            image = random(1, 3, height, width)
+            features = session.run({"image": image})["features"]
+            np.testing.assert_allclose(features, np.einsum("oc,nchw->nohw", filters, image), atol=HALF)
+        with pytest.raises(OmError, match=r"heights and widths are \[\(6, 4\)\]"):
+            session.run({"image": random(1, 3, 6, 4)})
+
+
+def half(x: np.ndarray) -> np.ndarray:
+    return x.astype(np.float16).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    "option, of_operands, of_products, of_results",
+    [
+        ("--precision_mode=force_fp16", True, True, True),
+        ("--precision_mode_v2=fp16", True, True, True),
+        ("--precision_mode=allow_fp32_to_fp16", True, True, False),
+        ("--precision_mode=allow_mix_precision", True, True, False),
+        ("--precision_mode_v2=mixed_float16", True, True, False),
+        ("--precision_mode=force_fp32", True, False, False),
+        ("--precision_mode_v2=cube_fp16in_fp32out", True, False, False),
+        ("--precision_mode=must_keep_origin_dtype", False, False, False),
+        ("--precision_mode_v2=origin", False, False, False),
+    ],
+)
+def test_precision_modes(
+    tmp_path: Path, soc: str, option: str, of_operands: bool, of_products: bool, of_results: bool
+) -> None:
+    """What is rounded to float16; inputs and outputs are float32 in all modes. 310P has no float32 products."""
+    model = offline_models.save_linear(tmp_path / "m.onnx", batch=2)
+    x, (weight, bias) = random(2, FEATURES), weights_of(model).values()
+    with OmSession(offline_models.convert(model, soc, option)) as session:
+        y = session.run({"x": x})["y"]
+    product = half(x) @ half(weight) if of_operands or soc == "Ascend310P3" else x @ weight
+    product = half(product) if of_products else product
+    expected = np.maximum(half(product + half(bias)) if of_results else product + bias, 0)
+    assert y.dtype == np.float32
+    np.testing.assert_allclose(y, expected, atol=1e-3)  # a unit of float16: sums have an order of their own
+    assert np.median(np.abs(y - expected)[expected > 0]) < 1e-6
+    if of_operands or soc == "Ascend310P3":
+        assert np.median(np.abs(y - linear(model, x))[expected > 0]) > 1e-5
+
+
+def test_a_bfloat16_mode(tmp_path: Path, soc: str) -> None:
+    if soc == "Ascend310P3":
+        pytest.skip("310P has no bfloat16; test_atc.py has the refusal")
+    model = offline_models.save_linear(tmp_path / "m.onnx", batch=2)
+    x = random(2, FEATURES)
+    with OmSession(offline_models.convert(model, soc, "--precision_mode_v2=mixed_bfloat16")) as session:
+        error = np.abs(session.run({"x": x})["y"] - linear(model, x)).max()
+    assert 1e-4 < error < 4e-2
+
+
+def test_output_type_and_half_inputs(tmp_path: Path, soc: str) -> None:
+    model = offline_models.save_linear(tmp_path / "m.onnx", batch=2)
+    om = offline_models.convert(model, soc, "--output_type=FP16", "--input_fp16_nodes=x")
+    x = random(2, FEATURES).astype(np.float16)
+    with OmSession(om) as session:
+        y = session.run({"x": x})["y"]
+    assert y.dtype == np.float16
+    np.testing.assert_allclose(y, linear(model, x), atol=HALF)
+
+
+AIPP = """aipp_op {
+    aipp_mode: static
+    input_format: RGB888_U8   # a comment
+    src_image_size_w: 8
+    src_image_size_h: 6
+    crop: true
+    load_start_pos_w: 2
+    load_start_pos_h: 1
+    rbuv_swap_switch: true
+    mean_chn_0: 100
+    min_chn_1: 5.0
+    var_reci_chn_0: 0.0078125
+    var_reci_chn_1: 0.015625
+    var_reci_chn_2: 0.00390625
+}
+"""
+
+
+def test_aipp(tmp_path: Path, soc: str) -> None:
+    """swap, crop, (x - mean - min) * var: config_file_template.md."""
+    (tmp_path / "aipp.cfg").write_text(AIPP)
+    model = offline_models.save_image(tmp_path / "m.onnx", height=4, width=6)
+    om = offline_models.convert(model, soc, f"--insert_op_conf={tmp_path / 'aipp.cfg'}")
+    picture = np.random.default_rng(1).integers(0, 256, (1, 6, 8, 3), dtype=np.uint8)
+    with OmSession(om) as session:
+        assert session.inputs[0].shape == (1, 6, 8, 3)
+        assert session.inputs[0].dtype == np.uint8
+        features = session.run({"image": picture})["features"]
+    cropped = picture[:, 1:5, 2:8, ::-1].astype(np.float32)
+    image = (cropped - [100, 0, 0] - [0, 5, 0]) * [1 / 128, 1 / 64, 1 / 256]
+    filters = weights_of(model)["filters"][:, :, 0, 0]
+    np.testing.assert_allclose(features, np.einsum("oc,nhwc->nohw", filters, image), atol=2 * HALF)
+
+
+def test_two_sessions_and_two_threads(fixed: tuple[Path, Path]) -> None:
+    model, om = fixed
+    x = random(2, FEATURES)
+    results = []
+
+    def work() -> None:
+        with OmSession(om) as session:
+            results.extend(session.run({"x": x})["y"] for _ in range(5))
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 10
+    for y in results:
+        np.testing.assert_allclose(y, linear(model, x), atol=HALF)
+
+
+def test_beside_torch_on_a_stream(fixed: tuple[Path, Path]) -> None:
+    model, om = fixed
+    x = random(2, FEATURES)
+    stream = torch.npu.Stream()
+    with OmSession(om) as session:
+        run = session.submit({"x": x}, stream.npu_stream)
+        with pytest.raises(OmError, match="fetch the result of the run before"):
+            session.run({"x": x})
+        np.testing.assert_allclose(run.result()["y"], linear(model, x), atol=HALF)
+        with pytest.raises(OmError, match="fetched already"):
+            run.result()
+    assert torch.ones(3, device="npu").sum().item() == 3
+
+
+def test_a_closed_session_leaves_no_memory(batches: tuple[Path, Path]) -> None:
+    free = torch.npu.mem_get_info()[0]
+    for _ in range(3):
+        with OmSession(batches[1]) as session:
+            assert torch.npu.mem_get_info()[0] < free
+            session.run({"x": random(2, FEATURES)})
+        session.close()
+    assert torch.npu.mem_get_info()[0] == free
+
+
+@pytest.mark.parametrize(
+    "feeds, message",
+    [
+        ({}, "the input x is missing"),
+        ({"x": np.zeros((2, 16), np.float32), "z": np.zeros(1)}, r"no inputs \['z'\]"),
+        ({"x": np.zeros((2, 16))}, "is float64, and the model takes float32"),
+        ({"x": np.zeros((2, 15), np.float32)}, r"has the shape \(2, 15\), and the model takes \(-1, 16\)"),
+        ({"x": np.zeros((16,), np.float32)}, r"has the shape \(16,\)"),
+        ({"x": np.zeros((3, 16), np.float32)}, r"batches are \[3\], and the model has profiles for \(1, 2, 4\)"),
+    ],
+)
+def test_wrong_feeds(batches: tuple[Path, Path], feeds: dict[str, np.ndarray], message: str) -> None:
+    with OmSession(batches[1]) as session:
+        with pytest.raises(OmError, match=message):
+            session.run(feeds)
+        session.run({"x": random(1, FEATURES)})  # and goes on
+
+
+def test_files_that_are_no_models(fixed: tuple[Path, Path], tmp_path: Path) -> None:
+    whole = fixed[1].read_bytes()
+    middle = len(whole) - 40
+    damaged = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
+    contents = {
+        "truncated": whole[:-1],
+        "damaged": damaged,
+        "an offline model of CANN's own atc": b"IMOD" + bytes(300),
+        "no offline model": b"",
+    }
+    free = torch.npu.mem_get_info()[0]
+    for i, (message, content) in enumerate(contents.items()):
+        path = tmp_path / f"{i}.om"
+        path.write_bytes(content)
+        with pytest.raises(OmError, match=message if ON_EMULATOR else "aclmdlLoadFromFile failed"):
+            OmSession(path)
+    with pytest.raises(OmError, match="aclmdlLoadFromFile failed with 145002"):
+        OmSession(tmp_path / "missing.om")
+    with pytest.raises(OmError, match="aclrtSetDevice failed"):
+        OmSession(fixed[1], device_id=63)
+    assert torch.npu.mem_get_info()[0] == free
+
+
+@pytest.mark.skipif(not ON_EMULATOR, reason="needs the atc of another chip")
+def test_a_model_of_another_chip(tmp_path: Path, soc: str) -> None:
+    model = offline_models.save_linear(tmp_path / "m.onnx", batch=1)
+    command = [sys.executable, "-m", "emulator", "run", "--soc", OTHER[soc], "--", "atc", "--framework=5"]
+    command += [f"--model={model}", f"--output={tmp_path / 'm'}", f"--soc_version={OTHER[soc]}"]
+    subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
+    with pytest.raises(OmError, match=f"converted for {OTHER[soc]}, and this chip is {soc}"):
+        OmSession(tmp_path / "m.om")
+
+
+PROGRAM = """
+import sys
+import numpy as np
+from ascend.om import OmSession
+with OmSession(sys.argv[1]) as session:
+    y = session.run({"x": np.ones((2, 16), np.float32)})["y"]
+assert y.shape == (2, 8)
+assert not {"torch", "torch_npu"} & set(sys.modules)
+print("done")
+"""
+
+
+def test_a_process_that_ends_without_closing(fixed: tuple[Path, Path]) -> None:
+    program = PROGRAM.replace("with OmSession(sys.argv[1]) as session:", "session = OmSession(sys.argv[1])\nif True:")
+    done = subprocess.run([sys.executable, "-c", program, str(fixed[1])], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
+
+
+def test_a_process_without_torch(fixed: tuple[Path, Path]) -> None:
+    done = subprocess.run([sys.executable, "-c", PROGRAM, str(fixed[1])], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
+
+
+# ---- the C interface itself: what OmSession does not do ----
+
+
+@pytest.fixture
+def acl() -> ctypes.CDLL:
+    library = ctypes.CDLL("libascendcl.so")
+    for name in ("aclmdlCreateDesc", "aclmdlCreateDataset", "aclCreateDataBuffer"):
+        getattr(library, name).restype = ctypes.c_void_p
+    library.aclmdlGetInputSizeByIndex.restype = ctypes.c_size_t
+    library.aclGetRecentErrMsg.restype = ctypes.c_char_p
+    return library
+
+
+class Raw:
+    """A model by the C functions, with torch's memory."""
+
+    def __init__(self, acl: ctypes.CDLL, om: Path) -> None:
+        self.acl, self.id, self.tensors = acl, ctypes.c_uint32(), []
+        assert acl.aclmdlLoadFromFile(os.fsencode(om), ctypes.byref(self.id)) == 0
+        self.desc = ctypes.c_void_p(acl.aclmdlCreateDesc())
+        assert acl.aclmdlGetDesc(self.desc, self.id) == 0
+
+    def dataset(self, *tensors: torch.Tensor) -> ctypes.c_void_p:
+        self.tensors += tensors
+        dataset = ctypes.c_void_p(self.acl.aclmdlCreateDataset())
+        for tensor in tensors:
+            size = ctypes.c_size_t(tensor.nbytes)
+            buffer = self.acl.aclCreateDataBuffer(ctypes.c_void_p(tensor.data_ptr()), size)
+            assert self.acl.aclmdlAddDatasetBuffer(dataset, ctypes.c_void_p(buffer)) == 0
+        return dataset
+
+    def message(self) -> str:
+        return (self.acl.aclGetRecentErrMsg() or b"").decode()
+
+
+def test_without_a_choice_the_largest_profile_runs(acl: ctypes.CDLL, batches: tuple[Path, Path]) -> None:
+    model, om = batches
+    raw = Raw(acl, om)
+    assert acl.aclmdlGetNumInputs(raw.desc) == 2
+    index = ctypes.c_size_t()
+    assert acl.aclmdlGetInputIndexByName(raw.desc, b"ascend_mbatch_shape_data", ctypes.byref(index)) == 0
+    assert index.value == 1
+    assert acl.aclmdlGetInputSizeByIndex(raw.desc, ctypes.c_size_t(0)) == 4 * FEATURES * 4
+    x, y = torch.randn(4, FEATURES).npu(), torch.zeros(4, RESULTS, device="npu")
+    choice = torch.zeros(1, dtype=torch.int32, device="npu")
+    inputs, outputs = raw.dataset(x, choice), raw.dataset(y)
+    torch.npu.synchronize()
+    assert acl.aclmdlExecute(raw.id, inputs, outputs) == 0
+    np.testing.assert_allclose(y.cpu(), linear(model, x.cpu().numpy()), atol=HALF)
+    assert acl.aclmdlSetDynamicBatchSize(raw.id, inputs, index, ctypes.c_uint64(3)) == 145013
+    assert "3 is no profile" in raw.message()
+    assert acl.aclmdlSetDynamicHWSize(raw.id, inputs, index, ctypes.c_uint64(1), ctypes.c_uint64(1)) == 145013
+    assert acl.aclmdlSetDynamicBatchSize(raw.id, inputs, index, ctypes.c_uint64(2)) == 0
+    assert choice.item() == 2
+    assert acl.aclmdlUnload(raw.id) == 0
+    assert acl.aclmdlUnload(raw.id) == 145003
+    assert "there is no model" in raw.message()
+
+
+def test_buffers_and_streams_are_checked(acl: ctypes.CDLL, fixed: tuple[Path, Path]) -> None:
+    raw = Raw(acl, fixed[1])
+    x, y = torch.zeros(2, FEATURES, device="npu"), torch.zeros(2, RESULTS, device="npu")
+    inputs, outputs = raw.dataset(x), raw.dataset(y)
+    torch.npu.synchronize()
+    assert acl.aclmdlExecute(raw.id, raw.dataset(x, x), outputs) == 145000
+    assert "there are 2 inputs, and the model has 1" in raw.message()
+    assert acl.aclmdlExecute(raw.id, raw.dataset(x[:1]), outputs) == 145000
+    assert "input x has 64 bytes, and the model needs 128" in raw.message()
+    assert acl.aclmdlExecute(raw.id, raw.dataset(torch.zeros(2, FEATURES)), outputs) == 145000
+    assert "is not in the memory of device 0" in raw.message()
+    first, second = (ctypes.c_void_p(torch.npu.Stream().npu_stream) for _ in range(2))
+    assert acl.aclmdlExecuteAsync(raw.id, inputs, outputs, first) == 0
+    assert acl.aclmdlExecuteAsync(raw.id, inputs, outputs, first) == 0
+    assert acl.aclmdlExecuteAsync(raw.id, inputs, outputs, second) == 145000
+    assert "may still run on another stream" in raw.message()
+    assert acl.aclrtSynchronizeStream(first) == 0
+    assert acl.aclmdlExecuteAsync(raw.id, inputs, outputs, second) == 0
+    assert acl.aclrtSynchronizeStream(second) == 0
+    assert acl.aclmdlUnload(raw.id) == 0
+
+
+def test_memory_of_the_program(acl: ctypes.CDLL, fixed: tuple[Path, Path]) -> None:
+    model, om = fixed
+    work, weights = ctypes.c_size_t(), ctypes.c_size_t()
+    assert acl.aclmdlQuerySize(os.fsencode(om), ctypes.byref(work), ctypes.byref(weights)) == 0
+    places = [torch.empty(size.value, dtype=torch.uint8, device="npu") for size in (work, weights)]
+    arguments = [(ctypes.c_void_p(place.data_ptr()), ctypes.c_size_t(place.nbytes)) for place in places]
+    model_id = ctypes.c_uint32()
+    load = acl.aclmdlLoadFromFileWithMem
+    small = ctypes.c_size_t(1)
+    assert load(os.fsencode(om), ctypes.byref(model_id), arguments[0][0], small, *arguments[1]) == 145000
+    assert load(os.fsencode(om), ctypes.byref(model_id), *arguments[0], *arguments[1]) == 0
+    raw = Raw(acl, om)
+    x, y = torch.randn(2, FEATURES).npu(), torch.zeros(2, RESULTS, device="npu")
+    torch.npu.synchronize()
+    assert acl.aclmdlExecute(model_id, raw.dataset(x), raw.dataset(y)) == 0
+    np.testing.assert_allclose(y.cpu(), linear(model, x.cpu().numpy()), atol=HALF)
+    assert acl.aclmdlUnload(model_id) == acl.aclmdlUnload(raw.id) == 0
+
+
+def test_a_float16_model_keeps_its_dtype(tmp_path: Path, soc: str) -> None:
+    model = offline_models.save_linear(tmp_path / "m.onnx", batch=2, dtype=TensorProto.FLOAT16)
+    x = random(2, FEATURES).astype(np.float16)
+    with OmSession(offline_models.convert(model, soc)) as session:
+        y = session.run({"x": x})["y"]
+    assert y.dtype == np.float16
+    np.testing.assert_allclose(y, linear(model, x), atol=HALF)
+
+
+# ---- models that a C++ program builds ----
+
+
+@pytest.fixture(scope="module")
+def ge_build(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if not ON_EMULATOR:
+        pytest.skip("links to the emulator's libraries")
+    program = tmp_path_factory.mktemp("ge") / "ge_build"
+    source = Path(__file__).with_name("ge_build.cpp")
+    places = [f"-L{path}" for path in os.environ["LD_LIBRARY_PATH"].split(os.pathsep) if path]
+    # As for programs of CANN, what the libraries need themselves is found when the program starts.
+    libraries = ["-lge_compiler", "-lfmk_onnx_parser", "-lascendcl", "-lgraph", "-lcann_emulator"]
+    link = ["-Wl,--unresolved-symbols=ignore-in-shared-libs", *places, *libraries]
+    subprocess.run(["g++", "-std=c++17", source, *link, "-o", program], check=True)
+    return program
+
+
+def test_a_model_is_built_by_the_interface_of_ge(ge_build: Path, tmp_path: Path) -> None:
+    model = offline_models.save_linear(tmp_path / "m.onnx")
+    options = ["input_shape=x:-1,16", "ge.dynamicBatchSize=1,3", "ge.exec.precision_mode=must_keep_origin_dtype"]
+    done = subprocess.run([ge_build, model, tmp_path / "m", *options], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    x = random(3, FEATURES)
+    with OmSession(tmp_path / "m.om") as session:
+        np.testing.assert_allclose(session.run({"x": x})["y"], linear(model, x), atol=HALF)
+
+
+@pytest.mark.parametrize(
+    "option, message",
+    [
+        ("ge.noSuchOption=1", "build: .*E10001.*ge.noSuchOption is invalid. Reason: the option is not emulated"),
+        ("input_shape=x:1,15,2", "build: .*E10049"),
+        ("ge.socVersion=Ascend1", "build: .*E10001.*soc_version"),
+    ],
+)
+def test_options_of_the_interface(ge_build: Path, tmp_path: Path, option: str, message: str) -> None:
+    model = offline_models.save_linear(tmp_path / "m.onnx")
+    done = subprocess.run([ge_build, model, tmp_path / "m", option], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert re.match(message, done.stdout)
+    assert not (tmp_path / "m.om").exists()
