@@ -165,6 +165,20 @@ class CLIPInferenceService:
         features = _normalized(self.backend.text_features(tokens.input_ids), normalize)
         return EncodedTexts(tuple(texts), features, tokens.truncated)
 
+    def clip_scores(self, images: Sequence[Picture], texts: Sequence[str], batch_size: int = 4) -> list[float]:
+        """Of each of `images` with the one of `texts` beside it: 100 times their cosine.
+
+        CLIPScore (arXiv 2104.08718) without its factor and its floor. Only scores of one model can be compared.
+        """
+        if len(images) != len(texts):
+            raise ValueError(f"{len(images)} images and {len(texts)} texts are no pairs")
+        scores: list[float] = []
+        for first in range(0, len(images), batch_size):
+            part = slice(first, first + batch_size)
+            cosines = (self.extract_image_features(images[part]) * self.extract_text_features(texts[part])).sum(dim=1)
+            scores += (100 * cosines).tolist()
+        return scores
+
     def benchmark(
         self, image: Picture, texts: Sequence[str], num_runs: int = 100, warmup_runs: int = 10
     ) -> dict[str, Any]:

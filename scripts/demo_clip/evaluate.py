@@ -13,6 +13,7 @@ import argparse
 import random
 import sys
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -60,7 +61,7 @@ def share_of_variants(service: CLIPInferenceService, scenes: Sequence[Scene], im
     """How often the right caption is more similar than each that differs in a word."""
     right = 0
     for scene, image in zip(tqdm(scenes, desc=VARIANTS, unit="scene"), images, strict=True):
-        captions = [each.caption() for each in (scene, *variants(scene))]
+        captions = [each.caption() for each in (scene, *chain(*variants(scene).values()))]
         texts = service.extract_text_features(captions).cpu()
         right += int((texts @ image).argmax() == 0)
     return right / len(scenes)

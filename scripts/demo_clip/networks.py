@@ -5,19 +5,27 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import CLIPConfig, CLIPModel, CLIPProcessor, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPModel, CLIPProcessor, CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from scripts.demo_model.networks import TEXT_LENGTH
 from scripts.demo_model.scenes import BACKGROUNDS, COLOURS, PAIRS, POSITIONS, RADII, SHAPES, Scene, sample_scene
 
 WIDTH = 128
+TOWER = {
+    "hidden_size": WIDTH,
+    "intermediate_size": 3 * WIDTH,
+    "num_attention_heads": 4,
+    "hidden_act": "gelu",
+}
 IMAGE_SIZE = 64  # pixels
-PATCH_SIZE = 8
+PATCH_SIZE = 16
+PLACE_SCALE = 0.5  # standard deviation of what tells patches' places at first: of transformers' own little is learned
+PLACES = [*((place,) for place in POSITIONS), *PAIRS, *(pair[::-1] for pair in PAIRS)]
 WORDS = {"size": list(RADII), "colour": list(COLOURS), "kind": list(SHAPES)}  # of a shape, beside its position
 
 
@@ -26,39 +34,41 @@ def build_processor(tokenizer: CLIPTokenizer) -> CLIPProcessor:
     return CLIPProcessor(CLIPImageProcessorPil(size={"shortest_edge": IMAGE_SIZE}, crop_size=size), tokenizer)
 
 
-def build_clip(text_encoder: Path) -> CLIPModel:
-    """A CLIP whose text tower starts as the demo model's text encoder, in its folder, and the rest at random."""
-    text_model = CLIPTextModel.from_pretrained(text_encoder, dtype=torch.float32)
-    vision = {
-        "hidden_size": WIDTH,
-        "intermediate_size": 3 * WIDTH,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "image_size": IMAGE_SIZE,
-        "patch_size": PATCH_SIZE,
-        "hidden_act": "gelu",
+def build_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
+    """A CLIP for texts of that tokenizer, with random weights."""
+    text = {
+        **TOWER,
+        "num_hidden_layers": 3,
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": TEXT_LENGTH,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
     }
-    text = text_model.config.to_dict()
+    vision = {**TOWER, "num_hidden_layers": 4, "image_size": IMAGE_SIZE, "patch_size": PATCH_SIZE}
     model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=WIDTH))
-    model.text_model.load_state_dict(text_model.state_dict())
+    torch.nn.init.normal_(model.vision_model.embeddings.position_embedding.weight, std=PLACE_SCALE)
     return model
 
 
-def variants(scene: Scene) -> list[Scene]:
-    """All scenes that differ from `scene` in one word: the captions that are easiest taken for its own."""
-    found = [replace(scene, background=name) for name in BACKGROUNDS if name != scene.background]
-    for index, shape in enumerate(scene.shapes):
-        others = [replace(shape, **{name: word}) for name, words in WORDS.items() for word in words]
-        if len(scene.shapes) == 1:
-            others += [replace(shape, position=position) for position in POSITIONS]
-        changed = [[*scene.shapes[:index], other, *scene.shapes[index + 1 :]] for other in others if other != shape]
-        found += [replace(scene, shapes=tuple(shapes)) for shapes in changed]
-    if len(scene.shapes) == 2:  # the two pairs of places, and the same shapes the other way round
-        for pair in PAIRS:
-            for places in (pair, pair[::-1]):
-                shapes = tuple(replace(s, position=p) for s, p in zip(scene.shapes, places, strict=True))
-                found.append(replace(scene, shapes=shapes))
-    return [other for other in found if not same(other, scene)]
+def variants(scene: Scene) -> dict[str, list[Scene]]:
+    """All scenes that differ from `scene` in one word, or in where its shapes are, by what differs."""
+    found: dict[str, list[Scene]] = {
+        "background": [replace(scene, background=name) for name in BACKGROUNDS],
+        "position": [_placed(scene, places) for places in PLACES if len(places) == len(scene.shapes)],
+    }
+    for name, words in WORDS.items():
+        found[name] = [
+            replace(scene, shapes=(*scene.shapes[:index], replace(shape, **{name: word}), *scene.shapes[index + 1 :]))
+            for index, shape in enumerate(scene.shapes)
+            for word in words
+        ]
+    return {name: [other for other in others if not same(other, scene)] for name, others in found.items()}
+
+
+def _placed(scene: Scene, places: Sequence[str]) -> Scene:
+    shapes = (replace(shape, position=place) for shape, place in zip(scene.shapes, places, strict=True))
+    return replace(scene, shapes=tuple(shapes))
 
 
 def same(first: Scene, second: Scene) -> bool:
@@ -71,8 +81,10 @@ def training_scenes(rng: random.Random, count: int) -> list[Scene]:
     scenes: dict[tuple[frozenset, str], Scene] = {}
     while len(scenes) < count:
         scene = sample_scene(rng)
-        variant = rng.choice([other for other in variants(scene) if not other.is_held_out()])
-        for new in (scene, variant):
+        kind = rng.choice([others for others in variants(scene).values() if others])
+        for new in (scene, rng.choice(kind)):
+            if new.is_held_out():
+                continue
             scenes[frozenset(new.shapes), new.background] = new
     return list(scenes.values())[:count]
 

@@ -3,9 +3,8 @@
     python scripts/demo_clip/train.py
 
 Every second scene of a batch differs from another in one word, so that the captions next to the right one are learned,
-too. The text tower starts as the demo model's text encoder and learns along. Stop it any time: the same command goes
-on from the last checkpoint, and ends at the weights an uninterrupted run ends at. Writes the float16 folder that
-CLIPModel.from_pretrained and CLIPProcessor.from_pretrained load.
+too. Stop it any time: the same command goes on from the last checkpoint, and ends at the weights an uninterrupted run
+ends at. Writes the float16 folder that CLIPModel.from_pretrained and CLIPProcessor.from_pretrained load.
 """
 
 from __future__ import annotations
@@ -36,16 +35,17 @@ from scripts.demo_model.scenes import held_out_scenes
 from scripts.demo_model.training import fit
 
 DEMO_CLIP = ROOT / "examples/clip/demo_model"
-DEMO_MODEL = ROOT / "examples/sd2.1/demo_model"
+TOKENIZER = ROOT / "examples/sd2.1/demo_model/tokenizer"
 LEARNING_RATE = 1e-3
 PIXEL_NOISE = 0.2  # up to this standard deviation, of normalised pixels: what decoders leave of a plain colour
 PREVIEW_SCENES = 256
 
 
 def train(args: argparse.Namespace, device: torch.device, work_dir: Path) -> tuple[CLIPModel, CLIPProcessor]:
-    processor = build_processor(CLIPTokenizer.from_pretrained(args.sd_model / "tokenizer"))
+    tokenizer = CLIPTokenizer.from_pretrained(args.tokenizer)
+    processor = build_processor(tokenizer)
     torch.manual_seed(args.seed)
-    model = build_clip(args.sd_model / "text_encoder").to(device)
+    model = build_clip(tokenizer).to(device)
     test_scenes = held_out_scenes(PREVIEW_SCENES, args.seed)
     test_inputs = read(processor, [s.caption() for s in test_scenes], [s.render() for s in test_scenes])
 
@@ -82,7 +82,7 @@ def export(model: CLIPModel, processor: CLIPProcessor, folder: Path) -> None:
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = ArgumentParser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--sd_model", type=file_path, default=DEMO_MODEL, metavar="DIR", help="whose text encoder to start from")
+    add("--tokenizer", type=file_path, default=TOKENIZER, metavar="DIR", help="(the demo model's)")
     add("--output_dir", type=file_path, default=DEMO_CLIP, metavar="DIR", help="(examples/clip/demo_model)")
     add(
         "--work_dir",
@@ -93,7 +93,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--device", metavar="NAME", help="npu, cuda or cpu, or one of several as npu:1 (the best there is)")
     add("--seed", type=non_negative_int, default=0, metavar="N", help="(0)")
-    add("--steps", type=positive_int, default=2500, metavar="N", help="(2500)")
+    add("--steps", type=positive_int, default=1500, metavar="N", help="(1500)")
     add("--batch", type=positive_int, default=96, metavar="N", help="pictures in a step (96)")
     add("--save_every", type=positive_int, default=250, metavar="N", help="steps from checkpoint to checkpoint (250)")
     return parser.parse_args(arguments)
