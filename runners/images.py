@@ -1,4 +1,4 @@
-"""Pictures on disk with their settings inside, side-by-side grids, and how far two pictures are apart."""
+"""Pictures read, and saved with their settings inside, side-by-side grids, and how far two pictures are apart."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, PngImagePlugin
+from PIL import Image, ImageDraw, ImageOps, PngImagePlugin, UnidentifiedImageError
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
+from runners.cli import UserError
 from runners.files import write_atomically
 from runners.fonts import default_font, readable, wrap
 
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")  # endings of files that are looked for
 LINE_HEIGHT = 18
 MARGIN = 8
 LEAST_CELL_WIDTH = 192  # so that captions of small pictures stay readable
@@ -25,6 +27,28 @@ def save_png(image: Image.Image, path: Path, metadata: Mapping[str, str]) -> Non
     data = io.BytesIO()
     image.save(data, format="png", pnginfo=chunks)
     write_atomically(path, data.getvalue())
+
+
+def read_picture(flag: str, path: Path) -> Image.Image:
+    """The picture in `path` the right way up, in a mode of 8 bits. `flag` is what named it, for errors.
+
+    Raises:
+        UserError: it is no picture, damaged, larger than Pillow reads, or of 32 bits.
+    """
+    try:
+        with Image.open(path) as file:
+            picture = ImageOps.exif_transpose(file)
+            if picture.mode.startswith("I;16"):  # which Pillow would clip at 255
+                return picture.point(lambda value: value / 257, "L")
+            if picture.mode in ("I", "F"):
+                raise UserError(
+                    f"{flag} {path} has values of 32 bits, which have no known range: save it with 8 or 16"
+                )
+            return picture
+    except UnidentifiedImageError:
+        raise UserError(f"{flag} {path} is no picture that can be read: take a PNG or JPEG file") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{flag} {path}: {getattr(error, 'strerror', None) or error}") from error
 
 
 @dataclass(frozen=True)

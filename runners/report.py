@@ -28,10 +28,10 @@ class Report:
         write_json(path, {"versions": versions(), **self.sections, "warnings": self.warnings})
 
 
-def versions() -> dict[str, str | None]:
-    """Of Python and of the packages that decide what a picture looks like; None for one that is not installed."""
+def versions(more: Sequence[str] = ()) -> dict[str, str | None]:
+    """Of Python, of the packages that decide what a picture looks like, and of `more`; None for what is not there."""
     found: dict[str, str | None] = {"python": platform.python_version()}
-    for package in PACKAGES:
+    for package in (*PACKAGES, *more):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

@@ -20,7 +20,6 @@ DEMO_DESCRIPTION = (
 REFINER = "refiner"  # a transformer beside a model's components
 REFINE_STRENGTH = 0.3  # of the original's scripts
 GPT = "gpt-4o"  # which their instructions are refined by
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 
 @dataclass(frozen=True)

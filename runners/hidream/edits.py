@@ -13,7 +13,7 @@ from typing import Any
 import PIL.Image
 
 from runners.cli import UserError
-from runners.hidream.arguments import PICTURES
+from runners.images import PICTURES
 
 MOST_PIXELS = 200_000_000
 REPORT = "report"  # .json: of the whole run, in the folder of results

@@ -70,6 +70,12 @@ def parse_arguments(description: str | None, folder: Path, arguments: Sequence[s
     add("--warmup", type=non_negative_int, metavar="N", help="untimed calls first (1 with --dynamo, else 0)")
     add("--output_dir", type=file_path, default=Path("outputs/sd2.1"), metavar="DIR", help="(outputs/sd2.1)")
     add("--compare", action="store_true", help="also draw without accelerations and compare")
+    add(
+        "--clip_model",
+        type=text,
+        metavar="DIR",
+        help="of --compare: a CLIP that scores how pictures fit their prompts",
+    )
     add("--explain", action="store_true", help="say why --FA takes the kernel that it takes; report.json has it too")
 
     args = parser.parse_args(arguments)
@@ -79,6 +85,8 @@ def parse_arguments(description: str | None, folder: Path, arguments: Sequence[s
         parser.error(f"--seed {args.seed} is too large: seeds end at {MAX_SEED}")
     if args.compare and not (args.FA or args.TOME or args.cache or args.dynamo):
         parser.error("--compare needs an acceleration to compare: --FA, --TOME, --DC or --dynamo")
+    if args.clip_model and not args.compare:
+        parser.error("--clip_model has no effect without --compare, whose pictures it scores")
     if args.explain and not args.FA:
         parser.error("--explain has no effect without --FA: diffusers' own attention chooses no kernel")
     if args.warmup is None:

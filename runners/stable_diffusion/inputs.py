@@ -1,7 +1,6 @@
 """The picture that is changed, and the mask of what changes: --image, --mask and --strength."""
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from diffusers import (
@@ -10,9 +9,10 @@ from diffusers import (
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
 )
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from runners.cli import UserError
+from runners.images import read_picture
 
 MULTIPLE = 8  # of a side, in pixels: the latents have an eighth of it
 
@@ -43,23 +43,6 @@ def read_inputs(args: argparse.Namespace) -> None:
         args.mask_picture = resized(read_picture("--mask", args.mask).convert("L"), args)
         if args.mask_picture.getbbox() is None:
             raise UserError(f"--mask {args.mask} is all black: nothing would change")
-
-
-def read_picture(flag: str, path: Path) -> Image.Image:
-    try:
-        with Image.open(path) as file:
-            picture = ImageOps.exif_transpose(file)
-            if picture.mode.startswith("I;16"):  # which Pillow would clip at 255
-                return picture.point(lambda value: value / 257, "L")
-            if picture.mode in ("I", "F"):
-                raise UserError(
-                    f"{flag} {path} has values of 32 bits, which have no known range: save it with 8 or 16"
-                )
-            return picture
-    except UnidentifiedImageError:
-        raise UserError(f"{flag} {path} is no picture that can be read: take a PNG or JPEG file") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{flag} {path}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def resized(picture: Image.Image, args: argparse.Namespace) -> Image.Image:

@@ -1,11 +1,13 @@
 """What a run leaves behind: pictures, the comparison, and the table in the terminal."""
 
+from __future__ import annotations
+
 import argparse
 import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
@@ -13,6 +15,9 @@ from runners.images import GridRow, save_png, side_by_side, similarity
 from runners.report import format_table, versions
 from runners.stable_diffusion.inputs import steps_drawn
 from runners.stable_diffusion.pictures import Call, Costs, seeds_of
+
+if TYPE_CHECKING:
+    from runners.clip import CLIPInferenceService
 
 
 def save_pictures(call: Call, args: argparse.Namespace, about: dict[str, Any]) -> list[dict[str, Any]]:
@@ -34,9 +39,15 @@ def slug(prompt: str) -> str:
 
 
 def compare(
-    plain: tuple[Costs, Sequence[Image.Image]], drawn: tuple[Costs, Sequence[Image.Image]], args: argparse.Namespace
+    plain: tuple[Costs, Sequence[Image.Image]],
+    drawn: tuple[Costs, Sequence[Image.Image]],
+    args: argparse.Namespace,
+    scorer: CLIPInferenceService | None = None,
 ) -> dict[str, Any]:
-    """Write comparison.png. The result says how much faster and how different the accelerated pictures are."""
+    """Write comparison.png. The result says how much faster and how different the accelerated pictures are.
+
+    With a `scorer` also how well both fit their prompts.
+    """
     (plain_costs, before), (drawn_costs, after) = plain, drawn
     captions = [prompt for prompt in args.prompts for _ in range(args.num_images)]
     rows = [GridRow(caption, pair) for caption, *pair in zip(captions, before, after, strict=True)]
@@ -45,12 +56,17 @@ def compare(
         f"accelerated, {drawn_costs.seconds_per_image():.2f} s",
     ]
     save_png(side_by_side(headings, rows), args.output_dir / "comparison.png", {})
-    return {
+    comparison: dict[str, Any] = {
         "grid": "comparison.png",
         "plain": list_costs(plain_costs, args, compiled=False),
         "speed_up": plain_costs.seconds_per_image() / drawn_costs.seconds_per_image(),
         "images": [asdict(similarity(*pair)) for pair in zip(after, before, strict=True)],
     }
+    if scorer:
+        pictures = {"plain": before, "accelerated": after}
+        comparison["clip_model"] = args.clip_model
+        comparison["clip_score"] = {name: scorer.clip_scores(each, captions) for name, each in pictures.items()}
+    return comparison
 
 
 def list_costs(costs: Costs, args: argparse.Namespace, compiled: bool) -> dict[str, float | None]:
@@ -81,4 +97,7 @@ def summary(sections: dict[str, Any]) -> str:
             ("PSNR (dB)", [None, sum(psnr) / len(psnr) if psnr else None], ".1f"),
             ("SSIM", [None, sum(image["ssim"] for image in comparison["images"]) / len(comparison["images"])], ".3f"),
         ]
+        if "clip_score" in comparison:
+            scores = comparison["clip_score"].values()
+            table.append(("CLIP score", [sum(each) / len(each) for each in scores], ".2f"))
     return format_table(list(columns), table)

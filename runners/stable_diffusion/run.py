@@ -1,10 +1,12 @@
 """What run_sd.py does: it draws prompts, one call of the pipeline for each, on one device or several."""
 
+from __future__ import annotations
+
 import argparse
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffusers import StableDiffusionPipeline
 from PIL import Image
@@ -29,6 +31,9 @@ from runners.stable_diffusion.pipeline import (
 )
 from runners.stable_diffusion.prompts import check_prompts, warn_of_long_prompts
 from runners.stable_diffusion.results import compare, list_costs, save_pictures, summary
+
+if TYPE_CHECKING:
+    from runners.clip import CLIPInferenceService
 
 
 def run(args: argparse.Namespace) -> None:
@@ -69,6 +74,7 @@ def check_shares(args: argparse.Namespace, mesh: Mesh) -> None:
 
 def run_rank(args: argparse.Namespace, model: Model, manager: DeviceManager, mesh: Mesh, report: Report) -> None:
     """What one process does: it draws its share, writes each picture, and, on rank 0, the report."""
+    scorer = load_scorer(args.clip_model) if args.clip_model else None  # first: a model that is none is said at once
     start = time.perf_counter()
     scheduler = check_before_loading(args, model, manager.device, report)
     pipe = make_pipeline(args, model, scheduler, manager, args.dtype, report)
@@ -121,10 +127,17 @@ def run_rank(args: argparse.Namespace, model: Model, manager: DeviceManager, mes
         return
     report.sections["images"] = sorted(sum(everywhere, []), key=lambda entry: entry["file"])
     if plain:
-        report.sections["comparison"] = compare((plain, before), (drawn, after), args)
+        report.sections["comparison"] = compare((plain, before), (drawn, after), args, scorer)
     report.write(args.output_dir / "report.json")
     print(summary(report.sections))
     print(f"{len(report.sections['images'])} pictures and report.json are in {args.output_dir}")
+
+
+def load_scorer(model: str) -> CLIPInferenceService:
+    """On the CPU, so that scores depend on the pictures alone."""
+    from runners.clip import CLIPInferenceService  # takes a while, and few runs score
+
+    return CLIPInferenceService(model, "cpu")
 
 
 def write_unfinished(report: Report, entries: list[dict[str, Any]], args: argparse.Namespace) -> None:

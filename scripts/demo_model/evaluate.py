@@ -3,6 +3,7 @@
     python scripts/demo_model/evaluate.py
     python scripts/demo_model/evaluate.py --configs none DC all --num_prompts 50
     python scripts/demo_model/evaluate.py --configs none int8          weights of 8 bits
+    python scripts/demo_model/evaluate.py --judge clip                 by the demo CLIP, too, and where they agree
 
 Prints a line for each configuration and writes scores.json and a sheet of pictures of each to --output_dir.
 Training never saw the scenes that the prompts describe.
@@ -37,11 +38,15 @@ from runners.cli import (
     non_negative_int,
     one_line_errors,
     positive_int,
+    text,
 )
+from runners.clip import CLIPInferenceService
 from runners.devices import add_device_arguments, check_compiler, choose_device, choose_dtype
 from runners.files import make_output_dir
 from runners.model_dir import guidance_scale_of, load_pipeline, require_patched_diffusers
 from runners.report import Report, format_table
+from scripts.demo_clip.judge import agreement, judge
+from scripts.demo_clip.train import DEMO_CLIP
 from scripts.demo_model.scenes import MAX_HELD_OUT, Scene, Score, held_out_scenes, score_image
 from scripts.demo_model.training import save_grid
 
@@ -84,6 +89,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="NAME",
         help=f"accelerations to score, of {', '.join(CONFIGURATIONS)} (none, each flag, all)",
     )
+    add("--judge", choices=("analysis", "clip"), default="analysis", help="clip asks a CLIP, too (analysis)")
+    add("--clip_model", type=text, default=str(DEMO_CLIP), metavar="DIR", help="of --judge clip (the demo CLIP)")
     add_device_arguments(parser)
     add = parser.add_argument_group("output").add_argument
     add(
@@ -151,6 +158,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--num_prompts {args.num_prompts}: there are {MAX_HELD_OUT} held-out prompts")
     scenes = held_out_scenes(args.num_prompts, args.seed)
 
+    service = CLIPInferenceService(args.clip_model, str(manager.device)) if args.judge == "clip" else None
     rows: list[tuple[str, Sequence[float | None], str]] = []
     report.sections = {"settings": {**vars(args), "model_path": str(args.model_path)}, "scores": {}, "pictures": {}}
     for name in args.configs:
@@ -167,6 +175,12 @@ def run(args: argparse.Namespace) -> None:
         report.sections["pictures"][name] = [
             {"prompt": scene.caption(), **asdict(score)} for scene, score in zip(scenes, scores, strict=True)
         ]
+        if service:
+            verdicts = [judge(service, picture, scene) for picture, scene in zip(pictures, scenes, strict=True)]
+            agreed = agreement(scores, verdicts)
+            rows.append((f"{name}, by CLIP", [*percentages(verdicts).values(), None], ".1f"))
+            rows.append((f"{name}, they agree", [*agreed.values(), None], ".1f"))
+            report.sections["scores"][name] |= {"clip": percentages(verdicts), "agreement": agreed}
         save_grid(pictures[:SHEET_PICTURES], output_dir / f"{name}.png")
     report.sections["settings"].pop("output_dir")
     report.write(output_dir / "scores.json")

@@ -17,8 +17,10 @@ import pytest
 from PIL import Image
 
 from runners.cli import UserError
+from runners.clip import CLIPInferenceService
 from runners.report import Report
 from tests.programs import ROOT
+from tests.tiny_clip import save_tiny_clip
 
 PROMPT = ("--prompt", "a red circle")
 
@@ -128,6 +130,18 @@ def test_compare_puts_plain_and_accelerated_pictures_side_by_side(run_sd: Callab
         assert word in outcome.out
 
 
+def test_compare_scores_both_by_clip(run_sd: Callable, tmp_path: Path) -> None:
+    model = save_tiny_clip(tmp_path / "clip")
+    outcome = run_sd(*PROMPT, "--TOME", 0.75, "--compare", "--num_images", 2, "--clip_model", model)
+    assert outcome.code == 0, outcome.err
+    scores = read_report(tmp_path / "out")["comparison"]["clip_score"]
+    drawn = sorted(path for path in (tmp_path / "out").glob("*.png") if path.name != "comparison.png")
+    service = CLIPInferenceService(str(model), "cpu")
+    assert scores["accelerated"] == pytest.approx(service.clip_scores(drawn, [PROMPT[1]] * 2), abs=1e-3)
+    assert len(scores["plain"]) == 2 and scores["plain"] != scores["accelerated"]
+    assert "CLIP score" in outcome.out
+
+
 def test_prompts_come_from_a_file_too(run_sd: Callable, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("\ufeffone\n\n  two  \n", encoding="utf-8")
     assert run_sd("--prompt", "zero", "--prompt_file", tmp_path / "prompts.txt").code == 0
@@ -174,6 +188,8 @@ def test_what_has_no_effect_is_said(run_sd: Callable, tmp_path: Path) -> None:
             "DeepCache has no effect: all 2 steps are full",
         ),
         (["--prompt", "a", "--compare"], 2, "--compare needs an acceleration"),
+        (["--prompt", "a", "--clip_model", "x"], 2, "--clip_model has no effect without --compare"),
+        (["--prompt", "a", "--FA", "--compare", "--clip_model", "none"], 2, "cannot load a CLIP model from none"),
         (["--prompt", " "], 2, "--prompt is empty"),
         ([], 2, "give --prompt or --prompt_file"),
         (["--prompt_file", "missing.txt"], 2, "prompt file missing.txt: No such file"),

@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from runners.cli import UserError
-from runners.stable_diffusion.inputs import read_picture
+from runners.images import read_picture
 from tests.original_checkpoint import save_original
 
 PROMPT = ("--prompt", "a red circle")

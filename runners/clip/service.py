@@ -1,0 +1,209 @@
+"""Zero-shot classification, and features of pictures and texts, by CLIP or SigLIP on any device."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ascend import DeviceManager
+from runners.clip.backends import Backend, ExportedBackend, TorchBackend
+from runners.clip.checkpoint import load_processor
+from runners.clip.inputs import Picture, prepare_pictures, prepare_texts
+from runners.clip.timing import measure, statistics
+from runners.offline.folder import OM, ONNX
+
+logger = logging.getLogger(__name__)
+
+TORCH = "torch"
+BACKENDS = (TORCH, ONNX, OM)
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class EncodedTexts:
+    """
+    Attributes:
+        features: [count, width].
+        truncated: those of `texts` that were too long, and lost their end.
+    """
+
+    texts: tuple[str, ...]
+    features: Tensor
+    truncated: list[str]
+
+
+class CLIPInferenceService:
+    """A CLIP or SigLIP that is loaded once and asked often.
+
+    Args:
+        model_path: a folder or a name on the hub; of `backend` "onnx" and "om" a folder that convert_to_om.py wrote.
+        device: "auto" (NPU, else CUDA, else CPU; the environment's `PREFERRED_DEVICE` overrules), or as "npu:1".
+        use_fp16: compute in float16 on an accelerator; the CPU goes on in float32, with a warning.
+        dtype: in which to compute, instead of `use_fp16`; float32 without either. An exported model has its own.
+        backend: "torch", "onnx" or "om".
+        kernels: True lets the towers attend by the device's fused kernels, a list by these.
+        compiled: whether to make graphs of the towers.
+
+    Attributes:
+        device: as "npu:0".
+
+    Raises:
+        DeviceError: there is no such device.
+        UserError: the model cannot be loaded.
+        ValueError: the arguments contradict each other.
+    """
+
+    def __init__(
+        self,
+        model_path: str,
+        device: str = "auto",
+        use_fp16: bool = False,
+        dtype: torch.dtype | None = None,
+        backend: str = TORCH,
+        kernels: bool | Sequence[str] = False,
+        compiled: bool = False,
+    ) -> None:
+        if backend not in BACKENDS:
+            raise ValueError(f"backend '{backend}' is unknown: use {', '.join(BACKENDS)}")
+        if use_fp16 and dtype not in (None, torch.float16):
+            raise ValueError(f"use_fp16 and dtype={dtype} name two precisions: give one")
+        if backend != TORCH and (use_fp16 or dtype or kernels or compiled):
+            raise ValueError(f"backend '{backend}' computes as its files were converted: no dtype, kernels or graphs")
+        model_path = str(model_path)
+        self.backend: Backend
+        if backend == TORCH:
+            manager = DeviceManager(None if device == "auto" else device)
+            dtype = dtype or (torch.float16 if use_fp16 else torch.float32)
+            if use_fp16 and manager.device.type == "cpu":
+                logger.warning("float16 is slow on the CPU: computing in float32")
+                dtype = torch.float32
+            self.manager: DeviceManager | None = manager
+            self.backend = TorchBackend(model_path, manager, dtype, kernels, compiled)
+        else:
+            self.manager = None
+            self.backend = ExportedBackend(model_path, device, backend)
+        self.processor = load_processor(model_path)
+        self._cut: set[str] = set()  # texts of which a warning said that they are too long
+        self.device = self.backend.device
+        self.scoring = self.backend.scoring
+
+    def predict(self, image: Picture, texts: Sequence[str]) -> dict[str, Any]:
+        """Which of `texts` describes `image` best.
+
+        Returns:
+            `texts`; `probabilities` of each, which add up to 1 under `scoring` "softmax" (CLIP) and are each text's
+            own under "sigmoid" (SigLIP); `logits`; `best_match` and `best_score`; `inference_time_ms` from the
+            opened picture to the probabilities; `device`; `truncated_texts`, which were too long and lost their end.
+
+        Raises:
+            UserError: the picture cannot be read.
+            ValueError: there is no text, or an empty one.
+        """
+        return self.batch_predict([image], texts, batch_size=1)[0]
+
+    def batch_predict(
+        self, images: Sequence[Picture], texts: Sequence[str] | EncodedTexts, batch_size: int = 4
+    ) -> list[dict[str, Any]]:
+        """`predict` of each of `images`, by one forward for `batch_size` of them, and one of the texts in all.
+
+        `texts` may have been through `encode_texts`, for many calls. `inference_time_ms` is a picture's share of the
+        whole time.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be 1 or more, not {batch_size}")
+        start = time.perf_counter()
+        encoded = texts if isinstance(texts, EncodedTexts) else self.encode_texts(texts)
+        logits = []
+        for first in range(0, len(images), batch_size):
+            features = self.extract_image_features(images[first : first + batch_size])
+            logits.append(self.scoring.logits(features, encoded.features).cpu())
+        milliseconds = (time.perf_counter() - start) * 1000 / max(len(images), 1)
+        return [self._result(row, encoded, milliseconds) for part in logits for row in part]
+
+    def _result(self, logits: Tensor, encoded: EncodedTexts, milliseconds: float) -> dict[str, Any]:
+        probabilities = self.scoring.probabilities(logits)
+        best = int(logits.argmax())
+        return {
+            "texts": list(encoded.texts),
+            "probabilities": probabilities.tolist(),
+            "best_match": encoded.texts[best],
+            "best_score": float(probabilities[best]),
+            "inference_time_ms": milliseconds,
+            "device": self.device,
+            "scoring": self.scoring.kind,
+            "logits": logits.tolist(),
+            "truncated_texts": encoded.truncated,
+        }
+
+    def extract_image_features(self, images: Picture | Sequence[Picture], normalize: bool = True) -> Tensor:
+        """[count, width] float32 where the backend computes, of length 1 unless `normalize` is off."""
+        pictures: Sequence[Picture] = [images] if isinstance(images, Picture) else images
+        if not pictures:
+            raise ValueError("there is no picture to make features of")
+        values = prepare_pictures(self.processor, pictures, self.backend.takes_bytes)
+        return _normalized(self.backend.image_features(values), normalize)
+
+    def extract_text_features(self, texts: str | Sequence[str], normalize: bool = True) -> Tensor:
+        """As `extract_image_features`. Texts that are too long lose their end, with a warning."""
+        return self.encode_texts([texts] if isinstance(texts, str) else texts, normalize).features
+
+    def encode_texts(self, texts: Sequence[str], normalize: bool = True) -> EncodedTexts:
+        """The features of `texts` for many calls of `batch_predict`."""
+        if isinstance(texts, str) or not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+            raise ValueError(f"texts must be a list of one or more texts that are not empty, not {texts!r:.100}")
+        length = self.backend.text_length
+        tokens = prepare_texts(self.processor, texts, length, self.backend.pads_texts)
+        for text in sorted({*tokens.truncated} - self._cut):
+            self._cut.add(text)
+            logger.warning("only the first %d tokens of this text count: %.60s...", length, text)
+        features = _normalized(self.backend.text_features(tokens.input_ids), normalize)
+        return EncodedTexts(tuple(texts), features, tokens.truncated)
+
+    def clip_scores(self, images: Sequence[Picture], texts: Sequence[str], batch_size: int = 4) -> list[float]:
+        """Of each of `images` with the one of `texts` beside it: 100 times their cosine.
+
+        CLIPScore (arXiv 2104.08718) without its factor and its floor. Only scores of one model can be compared.
+        """
+        if len(images) != len(texts):
+            raise ValueError(f"{len(images)} images and {len(texts)} texts are no pairs")
+        scores: list[float] = []
+        for first in range(0, len(images), batch_size):
+            part = slice(first, first + batch_size)
+            cosines = (self.extract_image_features(images[part]) * self.extract_text_features(texts[part])).sum(dim=1)
+            scores += (100 * cosines).tolist()
+        return scores
+
+    def benchmark(
+        self, image: Picture, texts: Sequence[str], num_runs: int = 100, warmup_runs: int = 10
+    ) -> dict[str, Any]:
+        """How long `predict` takes, with preparing the inputs and bringing the result back.
+
+        Returns:
+            see `runners.clip.timing.statistics`; `device`; `first_ms`, of the first call, which loads kernels and
+            makes graphs; on an accelerator `memory_allocated_mb`, `memory_reserved_mb` and `memory_peak_mb` in MiB,
+            the last from the first call on.
+        """
+        if self.manager:
+            self.manager.reset_peak_memory()
+        seconds, first = measure(lambda: self.predict(image, texts), self.backend.synchronize, num_runs, warmup_runs)
+        result = {**statistics(seconds), "device": self.device, "first_ms": None if first is None else first * 1000}
+        if self.manager and self.manager.device.type != "cpu":
+            memory = self.manager.memory_stats()
+            result |= {f"memory_{name}_mb": memory[name] / MIB for name in ("allocated", "reserved", "peak")}
+        return result
+
+    def close(self) -> None:
+        """Give back what an exported model holds on its device, and unused memory of torch's."""
+        self.backend.close()
+        if self.manager:
+            self.manager.empty_cache()
+
+
+def _normalized(features: Tensor, normalize: bool) -> Tensor:
+    return torch.nn.functional.normalize(features, dim=-1) if normalize else features

@@ -1,0 +1,214 @@
+"""CLIP's programs, from their command lines to their files and exit codes, and the table of what they have to take."""
+
+import inspect
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from runners.clip import CLIPInferenceService, benchmark_run, run
+from runners.clip.arguments import parse_arguments
+from runners.clip.benchmark import PerformanceBenchmark
+from runners.offline import run as convert_run
+from runners.offline.converter import ModelConverter
+from tests.tiny_clip import save_tiny_clip
+
+MODEL = "openai/clip-vit-base-patch32"
+CATS = ["a photo of a cat", "a photo of a dog"]
+# The system to match: names, arguments and defaults of its classes. None: ours finds out what it wants there.
+METHODS: list[tuple[Callable[..., Any], dict[str, Any]]] = [
+    (CLIPInferenceService.__init__, {"model_path": ..., "device": "auto", "use_fp16": False}),
+    (CLIPInferenceService.predict, {"image": ..., "texts": ...}),
+    (CLIPInferenceService.extract_image_features, {"images": ..., "normalize": True}),
+    (CLIPInferenceService.extract_text_features, {"texts": ..., "normalize": True}),
+    (CLIPInferenceService.batch_predict, {"images": ..., "texts": ..., "batch_size": 4}),
+    (CLIPInferenceService.benchmark, {"image": ..., "texts": ..., "num_runs": 100, "warmup_runs": 10}),
+    (ModelConverter.__init__, {"soc_version": None}),
+    (
+        ModelConverter.convert_onnx_to_om,
+        {"onnx_path": ..., "output_path": ..., "input_shape": None, "dynamic_dims": None},
+    ),
+    (
+        ModelConverter.convert_pytorch_to_onnx,
+        {
+            "model": ...,
+            "dummy_input": ...,
+            "output_path": ...,
+            "input_names": ...,
+            "output_names": ...,
+            "dynamic_axes": None,
+            "opset_version": 18,
+        },
+    ),
+    (
+        ModelConverter.convert_clip_model,
+        {
+            "model_path": ...,
+            "output_dir": ...,
+            "batch_size": 1,
+            "image_size": None,
+            "text_length": None,
+            "dynamic_batch": False,
+        },
+    ),
+    (PerformanceBenchmark.__init__, {"model_path": MODEL}),
+    (
+        PerformanceBenchmark.benchmark_device,
+        {"device": ..., "image_path": ..., "texts": ..., "num_runs": 100, "warmup_runs": 10, "use_fp16": False},
+    ),
+    (
+        PerformanceBenchmark.run_comparison,
+        {"image_path": ..., "texts": ..., "devices": None, "num_runs": 100, "test_fp16": True},
+    ),
+    (PerformanceBenchmark.print_comparison_table, {}),
+    (PerformanceBenchmark.save_results, {"path": ...}),
+]
+FLAGS: list[tuple[Callable[..., Any], list[str], dict[str, Any]]] = [
+    (
+        parse_arguments,
+        ["--image", "a.png"],
+        {"model": MODEL, "texts": CATS, "device": "auto", "fp16": False, "benchmark": False},
+    ),
+    (
+        convert_run.parse_arguments,
+        ["clip", "--output-dir", "out"],
+        {"model": MODEL, "batch_size": 1, "image_size": None, "text_length": None, "dynamic_batch": False},
+    ),
+    (
+        convert_run.parse_arguments,
+        ["onnx", "--model", "a.onnx", "--output", "a.om"],
+        {"input_shape": None, "dynamic_dims": None, "soc_version": None},
+    ),
+    (
+        benchmark_run.parse_arguments,
+        ["--image", "{picture}"],
+        {
+            "model": MODEL,
+            "texts": CATS,
+            "devices": None,
+            "num_runs": 100,
+            "no_fp16": False,
+            "output": Path("benchmark_results.json"),
+        },
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def clip_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_clip(tmp_path_factory.mktemp("models") / "clip")
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "picture.png")
+    return tmp_path / "picture.png"
+
+
+@pytest.mark.parametrize("method, expected", METHODS, ids=lambda value: getattr(value, "__qualname__", ""))
+def test_names_and_defaults(method: Callable[..., Any], expected: dict[str, Any]) -> None:
+    parameters = dict(list(inspect.signature(method).parameters.items())[1 : len(expected) + 1])
+    defaults = {name: ... if p.default is p.empty else p.default for name, p in parameters.items()}
+    assert defaults == expected
+
+
+@pytest.mark.parametrize("parse, given, expected", FLAGS)
+def test_flags_and_defaults(
+    parse: Callable[..., Any], given: list[str], expected: dict[str, Any], picture: Path
+) -> None:
+    args = vars(parse("program", "", [each.format(picture=picture) for each in given]))
+    assert {name: args[name] for name in expected} == expected
+
+
+def look(*arguments: object) -> int:
+    """The exit code of pytorch_npu_inference.py."""
+    try:
+        run.main("pytorch_npu_inference.py", "", [*map(str, arguments)])
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def test_pictures_folders_and_rows(
+    clip_dir: Path, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    lines = [{"image": "picture.png", "texts": ["x", "y", "z"]}, {"image": "absent.png"}, {"image": "picture.png"}]
+    rows.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    output = tmp_path / "results.jsonl"
+    where = ("--model", clip_dir, "--device", "cpu", "--image", tmp_path, "--input", rows, "--output", output)
+    assert look(*where, "--json") == 1
+    done = capsys.readouterr()
+    results = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [json.loads(line) for line in done.out.splitlines()] == [r for r in results if "error" not in r]
+    assert [len(r.get("texts", ())) for r in results] == [2, 3, 0, 2]
+    assert "absent.png" in results[2]["error"] and results[2]["error"] in done.err
+    assert done.err.strip().endswith("error: 1 of 4 pictures could not be read")
+    assert results[0]["logits"] == pytest.approx(results[3]["logits"], abs=1e-4)
+
+
+def test_words_for_people(clip_dir: Path, picture: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert look("--model", clip_dir, "--device", "cpu", "--image", picture, "--benchmark") == 0
+    out = capsys.readouterr().out
+    assert f"{picture}: a photo of a " in out and "ms on cpu" in out and "p50_ms" in out
+    assert "too few samples lie beyond p99_ms" in out
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "--image says which pictures"),
+        (["--image", "absent"], "--image absent does not exist"),
+        (["--image", "{empty}"], "holds no picture"),
+        (["--image", "{picture}", "--texts", " "], "--texts has an empty text"),
+        (["--image", "{picture}", "--fp16", "--dtype", "float32"], "name two precisions"),
+        (["--image", "{picture}", "--backend", "onnx", "--FA", "--fp16"], "--fp16, --FA: --backend onnx computes"),
+        (["--image", "{picture}", "--device", "npu:9"], "device 'npu:9' is not there"),
+        (["--image", "{picture}", "--model", "absent/model"], "there is no folder absent/model"),
+        (["--input", "{bad}"], "line 2 names no image"),
+    ],
+)
+def test_mistakes_are_one_line(
+    arguments: list[str],
+    message: str,
+    clip_dir: Path,
+    picture: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad.jsonl").write_text('{"image": "a.png"}\n{"picture": "a.png"}\n')
+    names = {"picture": picture, "empty": tmp_path / "empty", "bad": tmp_path / "bad.jsonl"}
+    assert look("--model", clip_dir, *(each.format(**names) for each in arguments)) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and message in error
+
+
+def test_a_conversion_that_fails_has_an_exit_code(
+    clip_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = tmp_path / "bin/atc"
+    script.parent.mkdir()
+    script.write_text('#!/bin/sh\necho "E10016: no such input"\nexit 1\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(script.parent), prepend=":")
+    (tmp_path / "a.onnx").write_bytes(b"")
+    given = ["onnx", "--model", str(tmp_path / "a.onnx"), "--output", str(tmp_path / "a.om")]
+
+    def convert(*arguments: str) -> str:
+        with pytest.raises(SystemExit) as end:
+            convert_run.main("convert_to_om.py", "", [*arguments])
+        assert end.value.code
+        return capsys.readouterr().err
+
+    assert "E10016: no such input" in convert(*given, "--soc-version", "Ascend310P3")
+    assert not (tmp_path / "a.om").exists()
+    assert "Ascend910B1" in convert(*given, "--soc-version", "Ascend910B")
+    dims = ("--input-shape", "x:-1,-1", "--dynamic-dims", "1;2", "--soc-version", "Ascend310P3")
+    assert "has 1 values, and the inputs have 2 times -1" in convert(*given, *dims)
+    assert "No such file" in convert(
+        "onnx", "--model", "absent.onnx", "--output", "a.om", "--soc-version", "Ascend310P3"
+    )
