@@ -1,6 +1,7 @@
 """The service's HTTP side: it reads requests, refuses what it cannot do, and asks the replicas for the rest."""
 
-# No annotations as strings: FastAPI could not look them up in a class that Ray Serve sends elsewhere.
+from __future__ import annotations
+
 import asyncio
 import hmac
 import logging
@@ -16,7 +17,6 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from PIL import Image
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from ray import serve
 from ray.exceptions import RayActorError, RayError
 from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableError
 
@@ -33,13 +33,10 @@ from runners.clip.serving.protocol import (
 from runners.clip.serving.replica import About, Features
 from runners.clip.serving.settings import Settings
 
-logger = logging.getLogger("ray.serve")
+logger = logging.getLogger(__name__)
 LOST = (RayActorError, ReplicaUnavailableError, DeploymentUnavailableError)  # a replica that is no more
 ATTEMPTS = 5  # for one input: a replica that is lost takes nothing with it
 RETRY_SECONDS = 0.5
-POLL_SECONDS = 0.02
-
-app = FastAPI(title="CLIP", docs_url="/docs", redoc_url=None)
 
 
 class Metrics:
@@ -56,19 +53,29 @@ class Metrics:
         self.retries = Counter("clip_retries", "Inputs that were computed again, as a replica was lost.", **into)
 
 
-@serve.ingress(app)
 class Gateway:
-    """One for all replicas. It prepares pictures in threads, so that devices only compute."""
+    """One for all replicas. It prepares pictures in threads, so that devices only compute.
+
+    Args:
+        model: Ray Serve's handle of the replicas.
+    """
 
     def __init__(self, model: Any, settings: Settings) -> None:
         self.model, self.settings, self.metrics = model, settings, Metrics()
         self.name = Path(settings.model).name
         self.processor = load_processor(settings.model)
         self.about: About | None = None
-        self.requests = self.pending = 0
-        self.is_draining = False
+        self.pending = 0
 
-    @app.post("/v1/embeddings")
+    def app(self) -> FastAPI:
+        app = FastAPI(title="CLIP", redoc_url=None)
+        app.post("/v1/embeddings")(self.embeddings)
+        app.post("/v1/zero-shot-image-classification")(self.zero_shot)
+        app.get("/v1/models")(self.models)
+        app.get("/metrics")(self.scraped)
+        app.get("/health")(self.health)
+        return app
+
     async def embeddings(self, request: Request) -> Response:
         async def answer() -> Any:
             asked = parse(EmbeddingsRequest, await self._body(request))
@@ -80,7 +87,6 @@ class Gateway:
 
         return await self._answered("embeddings", request, answer)
 
-    @app.post("/v1/zero-shot-image-classification")
     async def zero_shot(self, request: Request) -> Response:
         async def answer() -> Any:
             asked = parse(ZeroShotRequest, await self._body(request))
@@ -93,14 +99,12 @@ class Gateway:
 
         return await self._answered("zero-shot", request, answer)
 
-    @app.get("/v1/models")
     async def models(self, request: Request) -> Response:
         async def answer() -> Any:
             return {"object": "list", "data": [{"id": self.name, "object": "model", "owned_by": "local"}]}
 
         return await self._answered("models", request, answer)
 
-    @app.get("/metrics")
     async def scraped(self, request: Request) -> Response:
         self.metrics.pending.set(self.pending)
         try:
@@ -109,27 +113,16 @@ class Gateway:
             return JSONResponse(refusal.body(), refusal.status)
         return Response(generate_latest(self.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
-    @app.get("/health")
     async def health(self) -> Response:
-        """200 while requests are taken, 503 afterwards; needs no token."""
+        """Needs no token."""
         about = await self._about()
-        state = {"status": "draining" if self.is_draining else "ok", "model": self.name, "device": about.device}
-        return JSONResponse(state | {"pending": self.pending}, 503 if self.is_draining else 200)
-
-    async def drain(self) -> None:
-        """Take no request any more, and wait for those that were taken."""
-        self.is_draining = True
-        while self.requests:
-            await asyncio.sleep(POLL_SECONDS)
+        return JSONResponse({"status": "ok", "model": self.name, "device": about.device, "pending": self.pending})
 
     async def _answered(self, endpoint: str, request: Request, answer: Callable[[], Awaitable[Any]]) -> Response:
         start = time.perf_counter()
         status, content = 200, None
-        self.requests += 1
         try:
             self._check_token(request)
-            if self.is_draining:
-                raise Refusal(503, "stopping", "the service is being stopped")
             content = await asyncio.wait_for(answer(), self.settings.timeout_seconds)
         except Refusal as refusal:
             status, content = refusal.status, refusal.body()
@@ -141,10 +134,9 @@ class Gateway:
             broken = Refusal(500, "internal", f"the model failed: {type(error).__name__}; the service's log has more")
             status, content = broken.status, broken.body()
         finally:
-            self.requests -= 1
             self.metrics.requests.labels(endpoint, status).inc()
             self.metrics.seconds.labels(endpoint).observe(time.perf_counter() - start)
-        return JSONResponse(content, status, {"Retry-After": "1"} if status in (429, 503) else None)
+        return JSONResponse(content, status, {"Retry-After": "1"} if status == 429 else None)
 
     def _check_token(self, request: Request) -> None:
         token = self.settings.token
@@ -223,16 +215,3 @@ class Gateway:
                 self.metrics.retries.inc()
                 await asyncio.sleep(RETRY_SECONDS)
         raise AssertionError("unreachable")
-
-
-def deployment(settings: Settings) -> Any:
-    """As Ray Serve runs it: one process, as what it counts is of the whole service."""
-    deployed: Any = serve.deployment(Gateway)
-    return deployed.options(
-        name="gateway",
-        num_replicas=1,
-        ray_actor_options={"num_cpus": 0},
-        max_ongoing_requests=4 * settings.pending,
-        max_queued_requests=settings.pending,  # beyond that Serve itself answers 503
-        graceful_shutdown_timeout_s=settings.timeout_seconds,
-    )

@@ -1,15 +1,14 @@
-"""What serve.py does: it starts the service, waits for a signal, and ends when what was taken is answered."""
+"""What serve.py does: replicas of the model by Ray Serve, and requests by uvicorn until a signal ends it."""
 
 from __future__ import annotations
 
 import argparse
 import ipaddress
 import logging
+import math
 import os
 import signal
 import socket
-import sys
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from runners.ray_local import count_devices, quiet_ray, start_ray
 
 TOKEN = "CLIP_SERVE_TOKEN"
 MIB = 2**20
-SPARE_SECONDS = 5.0  # beyond a request's own time-out, after which Ray Serve cuts it off
+SPARE_SECONDS = 5.0  # beyond a request's own time-out, after which nobody waits for it
 
 
 def parse_arguments(program: str, description: str | None, arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -115,30 +114,36 @@ def run(args: argparse.Namespace) -> None:
         from ray import serve
     except ImportError as error:
         raise UserError(f"Ray Serve is not installed ({error}): pip install -r requirements-clip.txt") from error
-    from runners.clip.serving import gateway, replica
+    import uvicorn
+
+    from runners.clip.serving.gateway import Gateway
+    from runners.clip.serving.replica import deployment
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     cpus = settings.replicas if settings.kind == "cpu" else 1
     start_ray(ray, settings.kind, cpus)
     try:
-        limit = settings.timeout_seconds + SPARE_SECONDS
-        serve.start(
-            http_options={"host": args.host, "port": args.port, "request_timeout_s": limit},
-            logging_config={"log_level": "WARNING"},
-        )
-        model = replica.deployment(settings).bind(settings)
-        handle = _start(serve, gateway.deployment(settings).bind(model, settings))
+        serve.start(http_options={"location": "NoServer"}, logging_config={"log_level": "WARNING"})
+        app = Gateway(_start(serve, deployment(settings).bind(settings)), settings).app()
         where = f"{settings.replicas} replica{'s' * (settings.replicas > 1)} on {settings.kind}"
-        stopped = threading.Event()
-        for number in (signal.SIGINT, signal.SIGTERM):  # after Ray, which has handlers of its own
-            signal.signal(number, lambda *_: stopped.set())
         print(f"http://{args.host}:{args.port} serves {args.model}, {where}; SIGTERM or Ctrl-C ends it", flush=True)
-        stopped.wait()
-        print("finishing the requests that were taken", file=sys.stderr, flush=True)
-        handle.drain.remote().result(timeout_s=limit)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, _ignore)  # uvicorn raises them again in the end
+        # It listens no more after a signal, and ends when those that it read are answered.
+        uvicorn.run(
+            app,
+            host=args.host,
+            port=args.port,
+            log_level="warning",
+            timeout_graceful_shutdown=math.ceil(settings.timeout_seconds + SPARE_SECONDS),
+        )
     finally:
         serve.shutdown()
         ray.shutdown()
+
+
+def _ignore(*_: Any) -> None:
+    pass
 
 
 def _start(serve: Any, application: Any) -> Any:
