@@ -97,7 +97,7 @@ def deployment(settings: Settings) -> Any:
         name="model",
         num_replicas=settings.replicas,
         ray_actor_options=resources[settings.kind],
-        max_ongoing_requests=max(2 * settings.batch_size, 4),
+        max_ongoing_requests=settings.pending,  # the gateway counts; Serve would try again at growing intervals
         health_check_period_s=2,
         health_check_timeout_s=30,
     )
