@@ -237,9 +237,12 @@ def _open_tower(tower: ExportedTower, device: Place, kind: str, stack: ExitStack
     if kind == ONNX:
         session = OnnxSession(path, device)
     else:
-        from ascend.om import OmSession
+        from ascend.om import OmError, OmSession
 
-        session = stack.enter_context(OmSession(path, device.number))
+        try:
+            session = stack.enter_context(OmSession(path, device.number))
+        except OmError as error:
+            raise UserError(f"cannot load {path} on {device}: {error}") from error
 
     def run(inputs: Tensor) -> Tensor:
         parts = []

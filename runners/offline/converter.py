@@ -11,14 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from ascend.atc import FAMILY_NAMES, AtcCall, check_soc_version, find_atc, run_atc
 from ascend.chips import FAMILIES
 from ascend.device import DeviceError, find_device, get_chip
 from runners.cli import UserError
 from runners.clip.checkpoint import Scoring, load_model, load_processor, text_length_of
-from runners.files import make_output_dir, write_json
+from runners.files import make_output_dir
 from runners.offline.export import OPSETS, PACKAGES, check_onnx, export_onnx, require_packages
 from runners.offline.folder import CONFIG, OM, ONNX, ExportedClip, ExportedTower, write_config
 from runners.offline.models import Export, image_export, text_export
@@ -188,40 +187,25 @@ def convert_clip(
             images = ExportedTower(stage, images.name, images.input, sizes, takes_bytes=True)
         scoring = Scoring.of(model)
         exported = ExportedClip(images, texts, text_length or text_length_of(model.config), vars(scoring))
-        config = write_config(stage, exported, about(model, model_path, own, batch_size, dynamic_batch, opset, errors))
-        if converter:
-            config |= {"soc_version": converter.soc_version, "precision_mode": converter.precision_mode}
-            write_json(stage / CONFIG, config)
+        about = {
+            "model": model_path,
+            "model_type": model.config.model_type,
+            "batch_size": batch_size,
+            "image_size": own,
+            "dynamic_batch": dynamic_batch,
+            "soc_version": converter.soc_version if converter else None,
+            "precision_mode": converter.precision_mode if converter else None,
+            "opset": opset,
+            "onnx_error": errors,
+            "versions": versions(PACKAGES),
+        }
+        config = write_config(stage, exported, about)
     paths = {kind: {e.name: str(output_dir / f"{e.name}.{kind}") for e in exports} for kind in (ONNX, OM)}
     return {
         "success": True,
         "onnx_path": paths[ONNX],
         "om_path": paths[OM] if converter else None,
         "config": config,
-    }
-
-
-def about(
-    model: PreTrainedModel,
-    model_path: str,
-    image_size: int,
-    batch_size: int,
-    dynamic_batch: bool,
-    opset: int,
-    errors: dict[str, float],
-) -> dict[str, Any]:
-    """What CONFIG says beside what the service reads."""
-    return {
-        "model": model_path,
-        "model_type": model.config.model_type,
-        "batch_size": batch_size,
-        "image_size": image_size,
-        "dynamic_batch": dynamic_batch,
-        "opset": opset,
-        "onnx_error": errors,
-        "versions": versions(PACKAGES),
-        "soc_version": None,
-        "precision_mode": None,
     }
 
 

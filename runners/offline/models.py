@@ -1,4 +1,4 @@
-"""The models that are exported: modules of one tensor or two, with examples of what they are called with."""
+"""The models that are exported: modules of one input, with examples of it."""
 
 from __future__ import annotations
 

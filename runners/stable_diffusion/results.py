@@ -64,6 +64,7 @@ def compare(
     }
     if scorer:
         pictures = {"plain": before, "accelerated": after}
+        comparison["clip_model"] = args.clip_model
         comparison["clip_score"] = {name: scorer.clip_scores(each, captions) for name, each in pictures.items()}
     return comparison
 

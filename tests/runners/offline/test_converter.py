@@ -20,6 +20,7 @@ from runners.cli import UserError
 from runners.clip import CLIPInferenceService
 from runners.offline.converter import ModelConverter, convert_clip, staged
 from runners.offline.export import check_onnx, export_onnx
+from runners.offline.run import main
 from tests.tiny_clip import save_tiny_clip, save_tiny_siglip
 
 onnx = pytest.importorskip("onnx")
@@ -172,6 +173,26 @@ def test_what_cannot_be_is_refused_before_the_work(
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(AtcError, match="atc is not on PATH"):
         ModelConverter("Ascend310P3")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "command, name, options, shape",
+    [
+        ("vae-decoder", "vae_decoder", ["--height", "64"], [2, 4, 8, 16]),
+        ("text-encoder", "text_encoder", [], [2, 77]),
+    ],
+)
+def test_parts_of_stable_diffusion(
+    tiny_sd_dir: Path, tmp_path: Path, arguments: Path, command: str, name: str, options: list[str], shape: list[int]
+) -> None:
+    where = ["--model", str(tiny_sd_dir), "--output-dir", str(tmp_path / "out"), "--soc-version", "Ascend910B3"]
+    main("convert_to_om.py", "", [command, *where, "--batch-size", "2", *options])
+    config = json.loads((tmp_path / "out/model_config.json").read_text())
+    assert list(config["input"].values()) == [shape] and config["soc_version"] == "Ascend910B3"
+    assert config["onnx_error"] < 1e-4  # of the file in onnxruntime, to the model
+    assert (tmp_path / f"out/{name}.om").is_file()
+    assert f"--input_shape={next(iter(config['input']))}:{','.join(map(str, shape))}" in arguments.read_text()
 
 
 def test_a_folder_gets_all_files_or_none(tmp_path: Path) -> None:
