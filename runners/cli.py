@@ -117,6 +117,13 @@ def finite_float(text: str) -> float:
     return number
 
 
+def positive_float(text: str) -> float:
+    number = finite_float(text)
+    if number <= 0:
+        raise argparse.ArgumentTypeError(f"must be more than 0, not {text}")
+    return number
+
+
 def image_size(text: str) -> int:
     """Height or width in pixels; the latents have an eighth of it."""
     size = _int_at_least(1, text)

@@ -4,6 +4,7 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps, PngImagePlugin, UnidentifiedImageError
@@ -30,25 +31,28 @@ def save_png(image: Image.Image, path: Path, metadata: Mapping[str, str]) -> Non
 
 
 def read_picture(flag: str, path: Path) -> Image.Image:
-    """The picture in `path` the right way up, in a mode of 8 bits. `flag` is what named it, for errors.
+    """The picture in `path`, as `decode_picture` has it. `flag` is what named it, for errors."""
+    return decode_picture(f"{flag} {path}", path)
+
+
+def decode_picture(name: str, source: Path | BinaryIO) -> Image.Image:
+    """The picture in a file the right way up, in a mode of 8 bits. `name` is what errors call it.
 
     Raises:
         UserError: it is no picture, damaged, larger than Pillow reads, or of 32 bits.
     """
     try:
-        with Image.open(path) as file:
+        with Image.open(source) as file:
             picture = ImageOps.exif_transpose(file)
             if picture.mode.startswith("I;16"):  # which Pillow would clip at 255
                 return picture.point(lambda value: value / 257, "L")
             if picture.mode in ("I", "F"):
-                raise UserError(
-                    f"{flag} {path} has values of 32 bits, which have no known range: save it with 8 or 16"
-                )
+                raise UserError(f"{name} has values of 32 bits, which have no known range: save it with 8 or 16")
             return picture
     except UnidentifiedImageError:
-        raise UserError(f"{flag} {path} is no picture that can be read: take a PNG or JPEG file") from None
+        raise UserError(f"{name} is no picture that can be read: take a PNG or JPEG file") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{flag} {path}: {getattr(error, 'strerror', None) or error}") from error
+        raise UserError(f"{name}: {getattr(error, 'strerror', None) or error}") from error
 
 
 @dataclass(frozen=True)

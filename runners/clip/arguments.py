@@ -36,7 +36,7 @@ def parse_arguments(program: str, description: str | None, arguments: Sequence[s
     return args
 
 
-def add_model_arguments(parser: ArgumentParser) -> None:
+def add_model_arguments(parser: ArgumentParser, batch_size: int = 4) -> None:
     add = parser.add_argument_group("model").add_argument
     add(
         "--model",
@@ -54,7 +54,13 @@ def add_model_arguments(parser: ArgumentParser) -> None:
     add("--device", default="auto", metavar="NAME", help=f"{', '.join(DEVICES)}, or one of several as npu:1 (auto)")
     add("--fp16", action="store_true", help="compute in float16 on an NPU or a GPU")
     add("--dtype", choices=DTYPES, help="in which to compute (float32)")
-    add("--batch-size", type=positive_int, default=4, metavar="N", help="pictures in a forward (4)")
+    add(
+        "--batch-size",
+        type=positive_int,
+        default=batch_size,
+        metavar="N",
+        help=f"pictures in a forward ({batch_size})",
+    )
     add("--FA", action="store_true", help="attend by the device's fused kernels")
     add("--dynamo", action="store_true", help="make graphs of the towers")
 

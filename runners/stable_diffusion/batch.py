@@ -14,7 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ascend.device import DEVICE_TYPES, find_device, get_all_devices
+from ascend.device import DEVICE_TYPES, find_device
 from runners.checkpoint import check_model
 from runners.cli import (
     FAILED,
@@ -32,6 +32,7 @@ from runners.cli import (
 from runners.devices import DTYPES, add_memory_arguments
 from runners.files import make_output_dir, remove_scratch
 from runners.model_dir import require_patched_diffusers
+from runners.ray_local import RAY_OPTIONS, RESOURCES, count_devices, quiet_ray, start_ray, worker_environment
 from runners.report import Report, versions
 from runners.stable_diffusion.arguments import (
     DEMO_MODEL,
@@ -55,11 +56,7 @@ from runners.stable_diffusion.batch_rows import (
 from runners.stable_diffusion.painter import Painter
 from runners.stable_diffusion.prompts import check_prompts
 
-PACKAGES = Path(__file__).resolve().parents[2]  # where a worker finds them, too
-RESOURCES = {"npu": "NPU", "cuda": "GPU", "cpu": "CPU"}  # as Ray calls them
 MAX_BLOCKS = 2000  # tasks that Ray keeps track of; with more pictures, some share a task
-OBJECT_STORE_BYTES = 200 * 2**20  # of prompts and outcomes; the pictures go to disk
-RAY_OPTIONS: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
 MAX_LISTED = 20  # failures in the terminal; report.json has all
 
 
@@ -156,21 +153,13 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def import_ray() -> Any:
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else each start of a worker is announced as an error
+    quiet_ray()
     try:
         import ray
         import ray.data
     except ImportError as error:
         raise not_installed("Ray Data", error) from error
     return ray
-
-
-def worker_environment() -> dict[str, str]:
-    """What Python needs in a worker's environment: it has to find the modules that this script comes with."""
-    paths = [str(PACKAGES), os.environ.get("PYTHONPATH")]
-    inherited = {name: os.environ[name] for name in ("TORCH_DEVICE_BACKEND_AUTOLOAD", "THP_MEM_ALLOC_ENABLE")}
-    return {"PYTHONPATH": os.pathsep.join(filter(None, paths)), **inherited}
 
 
 def find_workers(ray: Any, args: argparse.Namespace) -> tuple[str, int]:
@@ -196,25 +185,6 @@ def choose_workers(args: argparse.Namespace, resources: dict[str, float]) -> tup
     if not args.workers and not devices:
         raise UserError(f"--device {kind}: the cluster has none now; with --workers N the run waits for them")
     return kind, args.workers or devices
-
-
-def count_devices(kind: str) -> int:
-    return [device.type for device in get_all_devices()].count(kind)
-
-
-def start_ray(ray: Any, args: argparse.Namespace, kind: str, workers: int) -> None:
-    """Start a cluster of this machine alone. It ends with this process, even when that is killed."""
-    logging.getLogger("ray._private.accelerators.npu").setLevel(logging.CRITICAL)  # misses CANN's acl with a traceback
-    os.environ.update(worker_environment())
-    ray.init(
-        "local",
-        num_cpus=workers * args.threads,
-        num_gpus=count_devices(kind) if kind == "cuda" else 0,
-        resources={"NPU": count_devices(kind)} if kind == "npu" else {},
-        object_store_memory=OBJECT_STORE_BYTES,
-        include_dashboard=False,
-        **RAY_OPTIONS,
-    )
 
 
 def draw_on_workers(
@@ -297,7 +267,7 @@ def run(args: argparse.Namespace) -> None:
             names = {picture.name for picture in complete_ones}
             waiting = [picture for picture in pictures if picture.name not in names]
             if waiting and not args.address:
-                start_ray(ray, args, kind, workers)
+                start_ray(ray, kind, workers * args.threads)
             start = time.perf_counter()
             with sigterm_raises():  # once more: Ray has taken the signal over
                 lost, warnings = draw_all(ray, waiting, len(names), args, kind, workers)
