@@ -23,7 +23,8 @@ esac
 
 
 PROMPTS = "requirements-prompts.txt"
-REQUIREMENTS = ("requirements.txt", PROMPTS, "requirements-batch.txt", "requirements-dev.txt")
+EXTRAS = tuple(f"requirements-{name}.txt" for name in ("batch", "onnx", "serve", "dev"))
+REQUIREMENTS = ("requirements.txt", PROMPTS, *EXTRAS)
 
 
 @pytest.fixture

@@ -113,7 +113,7 @@ def run(args: argparse.Namespace) -> None:
         import ray
         from ray import serve
     except ImportError as error:
-        raise UserError(f"Ray Serve is not installed ({error}): pip install -r requirements-clip.txt") from error
+        raise UserError(f"Ray Serve is not installed ({error}): pip install -r requirements-serve.txt") from error
     import uvicorn
 
     from runners.clip.serving.gateway import Gateway
