@@ -200,6 +200,9 @@ def convert_clip(
             "versions": versions(PACKAGES),
         }
         config = write_config(stage, exported, about)
+        if converter is None:  # what an earlier conversion left is no longer of these
+            for export in exports:
+                (output_dir / f"{export.name}.{OM}").unlink(missing_ok=True)
     paths = {kind: {e.name: str(output_dir / f"{e.name}.{kind}") for e in exports} for kind in (ONNX, OM)}
     return {
         "success": True,
