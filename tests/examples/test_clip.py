@@ -1,100 +1,14 @@
-"""CLIP's programs, from their command lines to their files and exit codes, and the table of what they have to take."""
+"""CLIP's programs, from their command lines to their files and exit codes."""
 
-import inspect
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from PIL import Image
 
-from runners.clip import CLIPInferenceService, benchmark_run, run
-from runners.clip.arguments import parse_arguments
-from runners.clip.benchmark import PerformanceBenchmark
+from runners.clip import run
 from runners.offline import run as convert_run
-from runners.offline.converter import ModelConverter
 from tests.tiny_clip import save_tiny_clip
-
-MODEL = "openai/clip-vit-base-patch32"
-CATS = ["a photo of a cat", "a photo of a dog"]
-# The system to match: names, arguments and defaults of its classes. None: ours finds out what it wants there.
-METHODS: list[tuple[Callable[..., Any], dict[str, Any]]] = [
-    (CLIPInferenceService.__init__, {"model_path": ..., "device": "auto", "use_fp16": False}),
-    (CLIPInferenceService.predict, {"image": ..., "texts": ...}),
-    (CLIPInferenceService.extract_image_features, {"images": ..., "normalize": True}),
-    (CLIPInferenceService.extract_text_features, {"texts": ..., "normalize": True}),
-    (CLIPInferenceService.batch_predict, {"images": ..., "texts": ..., "batch_size": 4}),
-    (CLIPInferenceService.benchmark, {"image": ..., "texts": ..., "num_runs": 100, "warmup_runs": 10}),
-    (ModelConverter.__init__, {"soc_version": None}),
-    (
-        ModelConverter.convert_onnx_to_om,
-        {"onnx_path": ..., "output_path": ..., "input_shape": None, "dynamic_dims": None},
-    ),
-    (
-        ModelConverter.convert_pytorch_to_onnx,
-        {
-            "model": ...,
-            "dummy_input": ...,
-            "output_path": ...,
-            "input_names": ...,
-            "output_names": ...,
-            "dynamic_axes": None,
-            "opset_version": 18,
-        },
-    ),
-    (
-        ModelConverter.convert_clip_model,
-        {
-            "model_path": ...,
-            "output_dir": ...,
-            "batch_size": 1,
-            "image_size": None,
-            "text_length": None,
-            "dynamic_batch": False,
-        },
-    ),
-    (PerformanceBenchmark.__init__, {"model_path": MODEL}),
-    (
-        PerformanceBenchmark.benchmark_device,
-        {"device": ..., "image_path": ..., "texts": ..., "num_runs": 100, "warmup_runs": 10, "use_fp16": False},
-    ),
-    (
-        PerformanceBenchmark.run_comparison,
-        {"image_path": ..., "texts": ..., "devices": None, "num_runs": 100, "test_fp16": True},
-    ),
-    (PerformanceBenchmark.print_comparison_table, {}),
-    (PerformanceBenchmark.save_results, {"path": ...}),
-]
-FLAGS: list[tuple[Callable[..., Any], list[str], dict[str, Any]]] = [
-    (
-        parse_arguments,
-        ["--image", "a.png"],
-        {"model": MODEL, "texts": CATS, "device": "auto", "fp16": False, "benchmark": False},
-    ),
-    (
-        convert_run.parse_arguments,
-        ["clip", "--output-dir", "out"],
-        {"model": MODEL, "batch_size": 1, "image_size": None, "text_length": None, "dynamic_batch": False},
-    ),
-    (
-        convert_run.parse_arguments,
-        ["onnx", "--model", "a.onnx", "--output", "a.om"],
-        {"input_shape": None, "dynamic_dims": None, "soc_version": None},
-    ),
-    (
-        benchmark_run.parse_arguments,
-        ["--image", "{picture}"],
-        {
-            "model": MODEL,
-            "texts": CATS,
-            "devices": None,
-            "num_runs": 100,
-            "no_fp16": False,
-            "output": Path("benchmark_results.json"),
-        },
-    ),
-]
 
 
 @pytest.fixture(scope="module")
@@ -106,21 +20,6 @@ def clip_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def picture(tmp_path: Path) -> Path:
     Image.new("RGB", (40, 30), "red").save(tmp_path / "picture.png")
     return tmp_path / "picture.png"
-
-
-@pytest.mark.parametrize("method, expected", METHODS, ids=lambda value: getattr(value, "__qualname__", ""))
-def test_names_and_defaults(method: Callable[..., Any], expected: dict[str, Any]) -> None:
-    parameters = dict(list(inspect.signature(method).parameters.items())[1 : len(expected) + 1])
-    defaults = {name: ... if p.default is p.empty else p.default for name, p in parameters.items()}
-    assert defaults == expected
-
-
-@pytest.mark.parametrize("parse, given, expected", FLAGS)
-def test_flags_and_defaults(
-    parse: Callable[..., Any], given: list[str], expected: dict[str, Any], picture: Path
-) -> None:
-    args = vars(parse("program", "", [each.format(picture=picture) for each in given]))
-    assert {name: args[name] for name in expected} == expected
 
 
 def look(*arguments: object) -> int:

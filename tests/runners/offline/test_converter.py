@@ -112,7 +112,8 @@ def test_files_hold_what_cann_reads(exported: Exported) -> None:
     for tower, shape in (("image_tower", [3, 32, 32]), ("text_tower", [77])):
         model = onnx.load(exported.folder / f"{tower}.onnx")
         assert [(o.domain, o.version) for o in model.opset_import if o.domain == ""] == [("", 18)]
-        (given,) = model.graph.input
+        (given,), (result,) = model.graph.input, model.graph.output  # and no hidden states of every layer
+        assert result.name == tower.replace("tower", "features")
         assert [d.dim_value for d in given.type.tensor_type.shape.dim][1:] == shape
         assert given.type.tensor_type.shape.dim[0].dim_param
         # its parser overlooks start and end, and the guard of torch's fused attention is for masks that CLIP lacks
