@@ -76,6 +76,8 @@ NOT_APPLICABLE: tuple[tuple[str, str], ...] = (
     (r"(a power of whole numbers .+|a scatter that reduces .+|split_with_sizes expects)", "refused: {}"),
     (r"fmod=0", "refused: a Mod of the second operand's sign, which CANN does not read"),
     (r"am(?:ax|in)\(\): Expected", "refused: the extreme of nothing"),
+    (r"Pad_7\): the values of paddings must be known", "refused: a shape that is computed from an input"),
+    (r"(padding by \w+ is not emulated)", "refused: {}"),
     (r"has an unlimited shape", "an empty tensor, which offline models do not take"),
 )
 PRODUCTS = {"Conv", "Gemm", "MatMul"}  # operands are rounded: to float16 on 310P, to HF32 in convolutions elsewhere
@@ -142,11 +144,13 @@ def convert(model: onnx.ModelProto, scratch: Path, soc: str) -> Path:
     return next(scratch.glob("model*.om"))
 
 
-def compare(case: TestCase, results: list[np.ndarray], expected: list[np.ndarray]) -> None:
+def compare(case: TestCase, results: list[np.ndarray], expected: list[np.ndarray], soc: str) -> None:
     rounded = any(node.op_type in PRODUCTS for node in case.model.graph.node)
     for result, wanted in zip(results, expected, strict=True):
         if (result.dtype, result.shape) != (wanted.dtype, wanted.shape):
             raise RuntimeError(f"{result.dtype} {result.shape} instead of {wanted.dtype} {wanted.shape}")
+        if soc.startswith("Ascend310P") and wanted.dtype == np.float16 and not np.isfinite(wanted).all():
+            raise NotApplicable("infinity or NaN in float16, which 310P does not have")
         largest = float(np.max(np.abs(wanted.astype(np.float64)), initial=0, where=np.isfinite(wanted)))
         atol = max(case.atol, ROUNDED * largest) if rounded and wanted.dtype.kind == "f" else case.atol
         np.testing.assert_allclose(result, wanted, case.rtol, atol)
@@ -160,7 +164,7 @@ def run_case(case: TestCase, scratch: Path, soc: str) -> None:
         expected = tensors(outputs)
         model = with_constants(restate(case.model), feeds)
         with OmSession(convert(model, scratch, soc)) as session:
-            compare(case, list(session.run(feeds).values()), expected)
+            compare(case, list(session.run(feeds).values()), expected, soc)
 
 
 def judge(reason: str) -> dict[str, str]:
@@ -213,11 +217,11 @@ def main() -> int:
     CASES.extend(case for case in all_cases if any(fnmatchcase(case.name, pattern) for pattern in arguments.only))
     if not CASES:
         raise ForkError(f"--only {' '.join(arguments.only)}: no test fits")
-    tests: Outcomes = dict(
-        sorted(tqdm(run_all(arguments.soc_version, arguments.jobs), total=len(CASES), unit="test"))
-    )
+    tests: Outcomes = dict(sorted(tqdm(run_all(arguments.soc_version, arguments.jobs), total=len(CASES), unit="test")))
     counts = count(tests)
-    write_json(arguments.output, {"chip": arguments.soc_version, "onnx": onnx.__version__, "counts": counts, "tests": tests})
+    write_json(
+        arguments.output, {"chip": arguments.soc_version, "onnx": onnx.__version__, "counts": counts, "tests": tests}
+    )
     for reason, number in Counter(reason for _, reason in names_of(tests, "not applicable")).most_common():
         print(f"not applicable ({number}): {reason}")
     for name, reason in names_of(tests, "failed"):
