@@ -12,14 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ascend.om import OmSession
+
 onnx = pytest.importorskip("onnx")
+ReferenceEvaluator = pytest.importorskip("onnx.reference").ReferenceEvaluator
+helper, TensorProto = onnx.helper, onnx.TensorProto
 if "CANN_EMULATOR_SOC" not in os.environ:
     pytest.skip("these are the emulator's own", allow_module_level=True)
-
-from onnx import TensorProto, helper
-from onnx.reference import ReferenceEvaluator
-
-from ascend.om import OmSession
 
 SOC = os.environ["CANN_EMULATOR_SOC"]
 Convert = Callable[..., tuple[int, str]]
@@ -130,8 +129,8 @@ OPERATORS = {
     "Slice from outside": (
         17,
         """(float[2,9] x) => (float[2,5] y)
-        <int64[1] b = {100}, int64[1] e = {0}, int64[1] a = {1}, int64[1] s = {-2}, int64[1] f = {1}> { t = Slice(x, b, e, a, s)
-        z = Slice(x, e, f, a) y = Concat<axis=1>(t, z) }""",
+        <int64[1] b = {100}, int64[1] e = {0}, int64[1] a = {1}, int64[1] s = {-2}, int64[1] f = {1}>
+        { t = Slice(x, b, e, a, s) z = Slice(x, e, f, a) y = Concat<axis=1>(t, z) }""",
     ),
     "Gemm": (
         17,
@@ -236,7 +235,8 @@ REFUSED = {
     "a graph in a node": (
         17,
         """(float[2] x, bool c) => (float[2] y)
-        { y = If (c) <then_branch = a () => (float[2] z) { z = Abs(x) }, else_branch = b () => (float[2] w) { w = Neg(x) }> }""",
+        { y = If (c) <then_branch = a () => (float[2] z) { z = Abs(x) },
+                      else_branch = b () => (float[2] w) { w = Neg(x) }> }""",
         "E10055.*a graph within a node is not emulated",
     ),
     "two nodes of a name": (
