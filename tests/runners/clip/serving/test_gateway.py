@@ -20,7 +20,7 @@ from ray.exceptions import ActorDiedError
 from runners.clip.checkpoint import SOFTMAX, Scoring
 from runners.clip.serving import gateway
 from runners.clip.serving.gateway import Gateway
-from runners.clip.serving.replica import About, Features
+from runners.clip.serving.replica import About
 from runners.clip.serving.settings import Settings
 from tests.runners.clip.serving.test_protocol import RED
 
@@ -35,7 +35,7 @@ SETTINGS: dict[str, Any] = {
     "replicas": 1,
     "threads": 1,
     "batch_size": 4,
-    "wait_seconds": 0.0,
+    "wait_seconds": 0.05,
     "pending": 4,
     "inputs": 8,
     "body_bytes": 4000,
@@ -60,19 +60,19 @@ class Handle:
     def __init__(self) -> None:
         self.lost, self.calls, self.free = 0, 0, asyncio.Event()
         self.free.set()
-        self.about, self.texts, self.pictures = Method(self._about), Method(self._feature), Method(self._feature)
+        self.about, self.texts, self.pictures = Method(self._about), Method(self._features), Method(self._features)
 
     async def _about(self) -> About:
         return About("cpu", 77, False, Scoring(SOFTMAX, 10.0, 0.0))
 
-    async def _feature(self, content: Any) -> Features:
+    async def _features(self, batch: Any) -> np.ndarray:
         self.calls += 1
         if self.lost:
             self.lost -= 1
             raise ActorDiedError
         await self.free.wait()
-        angle = float(len(content))
-        return Features(np.array([np.cos(angle), np.sin(angle)], np.float32), 2)
+        angles = [float(len(each)) for each in batch]
+        return np.array([[np.cos(angle), np.sin(angle)] for angle in angles], np.float32)
 
 
 async def ask(app: Any, path: str, body: Any = None, headers: dict[str, str] | None = None) -> tuple[int, Any]:
@@ -114,7 +114,7 @@ def make(clip_dir: Path) -> Callable[..., tuple[Any, Handle]]:
 
 
 async def test_features_of_texts_and_pictures(make: Callable[..., tuple[Any, Handle]]) -> None:
-    app, _ = make()
+    app, handle = make()
     status, content = await ask(app, "/v1/embeddings", {"input": ["a", {"image": RED}, "long " * 100]})
     assert status == 200 and len(content["data"]) == 3 and content["truncated_inputs"] == [2]
     np.testing.assert_allclose(content["data"][0]["embedding"], [np.cos(1), np.sin(1)], rtol=1e-6)
@@ -129,7 +129,10 @@ async def test_features_of_texts_and_pictures(make: Callable[..., tuple[Any, Han
     )
     _, metrics = await ask(app, "/metrics")
     assert 'clip_requests_total{endpoint="embeddings",status="200"} 1.0' in metrics
-    assert "clip_batch_inputs_sum 12.0" in metrics  # six inputs, each computed with another
+    assert "clip_batch_inputs_sum 6.0" in metrics and "clip_batch_inputs_count 4.0" in metrics  # of both kinds
+    assert handle.calls == 4
+    await ask(app, "/v1/embeddings", {"input": ["a", "one"]})
+    assert handle.calls == 4, "known texts"
 
 
 async def test_a_lost_replica_takes_no_request_with_it(
@@ -141,7 +144,7 @@ async def test_a_lost_replica_takes_no_request_with_it(
     status, _ = await ask(app, "/v1/embeddings", {"input": "a"})
     assert status == 200 and handle.calls == gateway.ATTEMPTS
     handle.lost = gateway.ATTEMPTS
-    status, content = await ask(app, "/v1/embeddings", {"input": "a"})
+    status, content = await ask(app, "/v1/embeddings", {"input": "b"})
     assert status == 500 and content["error"]["code"] == "internal"
     assert "clip_retries_total 8.0" in (await ask(app, "/metrics"))[1]
 
