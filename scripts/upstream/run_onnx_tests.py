@@ -71,6 +71,7 @@ NOT_APPLICABLE: tuple[tuple[str, str], ...] = (
     (r"E11010: (.+?) \(ONNX node", "CANN refuses it: {}"),
     (r"E10055: .*?Reason: (\w[^\n]*?) \(ONNX node", "refused: {}"),
     (r"E16001: (.+)", "CANN refuses it: {}"),
+    (r"E19999: (CANN takes no .+?) \(ONNX node", "CANN refuses it: {}"),
     (r"the (?:input|tensor) .+ emulated", "refused: no tensor of a dtype that torch has"),
     (r"attributes than `value`", "refused: a Constant that is no `value`, which CANN does not read"),
     (r"nearest_mode \w+ (would change the result)", "refused: a nearest_mode that CANN does not read {}"),
