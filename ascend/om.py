@@ -366,7 +366,7 @@ class OmSession:
         )
         if not fits:
             raise OmError(f"the input {tensor.name} has the shape {array.shape}, and the model takes {tensor.shape}")
-        return np.ascontiguousarray(array)
+        return np.asarray(array, order="C")  # ascontiguousarray would make a vector of a scalar
 
     def _read(self) -> dict[str, np.ndarray]:
         outputs = {}

@@ -63,7 +63,7 @@ def one_line_errors() -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        fail("out of memory: fewer --num_images, a smaller --height and --width or --dtype float16 need less", FAILED)
+        fail("out of memory: smaller pictures, fewer at a time, --dtype float16 or --memory stream need less", FAILED)
     except OSError as error:
         if error.strerror is None:  # raised by a library for reasons of its own, not by the operating system
             raise

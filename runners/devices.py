@@ -34,8 +34,8 @@ def add_memory_arguments(add: Callable[..., object]) -> None:
         "--memory",
         choices=tuple(MODES),
         default="auto",
-        help="where the weights of the UNet are: on the device (resident), or with the host (stream) or on disk and "
-        "brought block by block; auto is what fits and is fastest (auto)",
+        help="where the weights of what denoises are: on the device (resident), or with the host (stream) or on disk "
+        "and brought block by block; auto is what fits and is fastest (auto)",
     )
     add("--memory_limit", type=byte_size, metavar="SIZE", help="as 12GiB, of the device (what is free there)")
 

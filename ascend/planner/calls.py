@@ -18,13 +18,17 @@ CLIP_TOKENS, HIDREAM_TOKENS = 77, 128  # to which pipelines pad prompts; the lat
 
 
 class Request(NamedTuple):
-    """What is drawn: pixels, pictures at a time, whether guidance doubles them, whether it begins with an image."""
+    """What is drawn: pixels, pictures at a time, whether guidance doubles them, whether it begins with an image.
+
+    `text_tokens` are those that HiDream pads its texts to; None: what its pipelines do by default.
+    """
 
     height: int
     width: int
     batch: int = 1
     guidance: bool = True
     image: bool = False
+    text_tokens: int | None = None
 
     @property
     def rows(self) -> int:
@@ -103,23 +107,23 @@ def _latents(models: dict[str, nn.Module], request: Request) -> tuple[int, int]:
     return request.height // scale, request.width // scale
 
 
-def _tokens(models: dict[str, nn.Module]) -> int:
+def _tokens(models: dict[str, nn.Module], request: Request) -> int:
     is_hidream = any(type(model).__name__ == HIDREAM for model in models.values())
-    return HIDREAM_TOKENS if is_hidream else CLIP_TOKENS
+    return (request.text_tokens or HIDREAM_TOKENS) if is_hidream else CLIP_TOKENS
 
 
 def _text(model: Any, models: dict[str, nn.Module], request: Request, dtype: torch.dtype) -> list[Call]:
-    length = min(getattr(model.config, "max_position_embeddings", CLIP_TOKENS), _tokens(models))
+    length = min(getattr(model.config, "max_position_embeddings", CLIP_TOKENS), _tokens(models, request))
     return [Call("encode", {"input_ids": _meta(1, length, dtype=torch.int64), "output_hidden_states": True})]
 
 
 def _t5(model: Any, models: dict[str, nn.Module], request: Request, dtype: torch.dtype) -> list[Call]:
-    ids = _meta(1, HIDREAM_TOKENS, dtype=torch.int64)
+    ids = _meta(1, request.text_tokens or HIDREAM_TOKENS, dtype=torch.int64)
     return [Call("encode", {"input_ids": ids})]  # of a mask, which is little, transformers looks at the values
 
 
 def _llama(model: Any, models: dict[str, nn.Module], request: Request, dtype: torch.dtype) -> list[Call]:
-    ids = _meta(1, HIDREAM_TOKENS, dtype=torch.int64)
+    ids = _meta(1, request.text_tokens or HIDREAM_TOKENS, dtype=torch.int64)
     # HiDream's pipeline asks for both.
     return [Call("encode", {"input_ids": ids, "output_hidden_states": True, "output_attentions": True})]
 
@@ -184,12 +188,12 @@ def _hidream(model: Any, models: dict[str, nn.Module], request: Request, dtype: 
     # Who edits with a model that draws raises what its configuration says, as HiDream-E1's scripts do.
     model.max_seq = max(model.max_seq, height * width // config.patch_size**2)
     t5, llama = config.caption_channels
-    layers = max(config.llama_layers) + 1
+    layers, tokens = max(config.llama_layers) + 1, _tokens(models, request)
     inputs = {
         "hidden_states": _meta(rows, config.in_channels, height, width, dtype=dtype),
         "timesteps": _meta(rows, dtype=torch.int64),
-        "encoder_hidden_states_t5": _meta(rows, HIDREAM_TOKENS, t5, dtype=dtype),
-        "encoder_hidden_states_llama3": _meta(layers, rows, HIDREAM_TOKENS, llama, dtype=dtype),
+        "encoder_hidden_states_t5": _meta(rows, tokens, t5, dtype=dtype),
+        "encoder_hidden_states_llama3": _meta(layers, rows, tokens, llama, dtype=dtype),
         "pooled_embeds": _meta(rows, config.text_emb_dim, dtype=dtype),
         "return_dict": False,
     }

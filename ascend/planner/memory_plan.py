@@ -22,8 +22,8 @@ from ascend.memory import read_memory
 from ascend.planner.activations import record_call, tensors_in
 from ascend.planner.activity import FROM_DISK, LENT, RESIDENT, STREAMED, Part, Run, Weights, total
 from ascend.planner.allocator import Event
-from ascend.planner.calls import Call, Request, UnknownCallError, as_called, calls_of
-from ascend.planner.models import cast_floats, class_of, load_on_meta, to_meta
+from ascend.planner.calls import HIDREAM_TOKENS, Call, Request, UnknownCallError, as_called, calls_of
+from ascend.planner.models import cast_floats, class_of, load_on_meta, longest_text, to_meta
 from ascend.planner.plan import MemoryPlan, PlanError, choose_plan
 from ascend.planner.speed import measure_speed
 from ascend.streaming import Buffers, find_blocks, lend_module, stream_module
@@ -79,6 +79,8 @@ def plan_memory(
         raise ValueError(f"{request} is no picture: sides are multiples of 8, and there is at least one")
     folder = source if isinstance(source, Path) else None
     request = as_called(class_of(source) if isinstance(source, Path) else type(source).__name__, request)
+    if request.text_tokens is None:
+        request = request._replace(text_tokens=min(longest_text(source), HIDREAM_TOKENS))
     models = load_on_meta(source, dtype) if isinstance(source, Path) else modules_of(source)
     if fused_attention is None:
         fused_attention = device.type != "npu" or has_operator(get_chip(device), TORCH_ATTENTION)

@@ -6,6 +6,7 @@ import copy
 import importlib
 import importlib.util
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,16 @@ def load_on_meta(folder: Path, dtype: torch.dtype) -> dict[str, nn.Module]:
 def class_of(folder: Path) -> str:
     """The name of the pipeline's class in `folder`. Raises as `load_on_meta`."""
     return str(_read_index(folder).get("_class_name"))
+
+
+def longest_text(source: Path | Any) -> int:
+    """Tokens of the longest text that any tokenizer of a folder or a pipeline takes; a large number if none says."""
+    if isinstance(source, Path):
+        files = sorted(source.glob("tokenizer*/tokenizer_config.json"))
+        found = [json.loads(file.read_text(encoding="utf-8")).get("model_max_length") for file in files]
+    else:
+        found = [getattr(part, "model_max_length", None) for part in source.components.values()]
+    return max((int(length) for length in found if length), default=sys.maxsize)
 
 
 def _read_index(folder: Path) -> dict[str, Any]:

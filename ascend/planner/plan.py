@@ -156,7 +156,8 @@ def choose_plan(
     raise PlanError(
         f"no placement fits: the smallest takes {gib(_required(parts, choice, plan))} of the device's {gib(limit)} "
         f"({', '.join(f'{p.name} {p.where}' for p in plan.placements)}) and {gib(plan.host)} of the "
-        f"host's {gib(host)}; take smaller pictures, fewer at a time, or a chip with more memory"
+        f"host's {gib(host)}; take smaller pictures, fewer at a time, a higher limit if there is one, or a chip with "
+        "more memory"
     )
 
 

@@ -2,6 +2,7 @@
 
     python examples/hidream_e1/inference_e1_1_npu.py
     python examples/hidream_e1/inference_e1_1_npu.py --image photo.jpg --instruction "make the sky red" \\
+        --target_description "a lighthouse under a red sky" \\
         --model_path HiDream-E1-1 --refiner_path HiDream-I1-Full/transformer --llama_path Llama-3.1-8B-Instruct
 
 Without arguments it edits the demo's picture by the demo model, which knows coloured shapes in four corners. Each

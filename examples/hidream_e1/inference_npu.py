@@ -2,8 +2,10 @@
 
     python examples/hidream_e1/inference_npu.py
     python examples/hidream_e1/inference_npu.py --image photo.jpg --instruction "make the sky red" \\
+        --target_description "a lighthouse under a red sky" \\
         --model_path HiDream-E1-Full --refiner_path HiDream-I1-Full/transformer --llama_path Llama-3.1-8B-Instruct
     python examples/hidream_e1/inference_npu.py --image photo.jpg --instruction "make the sky red" \\
+        --target_description "a lighthouse under a red sky" \\
         --model_path HiDream-I1-Full --edit_lora HiDream-E1-Full.safetensors --llama_path Llama-3.1-8B-Instruct
 
 The last edits with the 0.26 GB of an adapter, and refines by the same transformer while that is off.

@@ -173,7 +173,7 @@ def load_editor(
     _place(pipe, refiner, plan, manager.device, args.model_path)
     if on_host:
         pipe.text_encoder_3 = keep_on_host(t5)
-        report.warn("T5 reads texts with the host, where its largest values are not clipped: --t5 device, if it fits")
+        print("T5 reads texts with the host: float16 on this chip would clip its largest values (--t5)", flush=True)
     if from_disk:  # whose weights have the names that they have in the files
         load_adapters(pipe, args)
     return Editor(pipe, refiner, args.side)

@@ -51,7 +51,8 @@ def run(args: argparse.Namespace, family: Family) -> None:
             )
     elif args.refine_strength > 0 and not all(edit.target_description for edit in edits):
         report.warn(
-            "without --target_description refining goes towards the instruction, as if that described a picture"
+            "without --target_description refining goes towards the instruction, as if that described a picture, and "
+            "may spoil the result: describe it, or leave refining out (--no-refine)"
         )
     if args.lora and args.refine_strength > 0:
         report.warn("refining goes without the adapters of --lora, which are of what edits")

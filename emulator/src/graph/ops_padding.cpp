@@ -30,7 +30,10 @@ Ints padded_sizes(const Tensor& x, const Ints& pairs) {
 }
 
 Tensor padded_by(Tensor x, const Ints& pairs, const std::string& mode) {
-    if (x.is_meta()) return shaped(padded_sizes(x, pairs), x.scalar_type());
+    if (x.is_meta()) {
+        repeated(at::arange(1), 1, mode);  // refuses a mode that there is not
+        return shaped(padded_sizes(x, pairs), x.scalar_type());
+    }
     for (int64_t dim = 0; dim < x.dim(); ++dim) {
         const int64_t before = pairs.at(2 * dim), after = pairs.at(2 * dim + 1), size = x.size(dim);
         if (before == 0 && after == 0) continue;

@@ -74,9 +74,6 @@ private:
         for (size_t i = 0; i < node.outputs.size(); ++i) names_[node.outputs[i]] = node.name + ":" + std::to_string(i);
         if (node.type == "Constant" && node.domain == "ai.onnx") return add_constant_node(node);
         const OnnxOperator& found = find_onnx_operator(node.domain, opset->second, node.type);
-        if (!node.subgraph.empty()) {
-            throw unsupported("the node " + node.name + " (" + node.type + ") holds a graph, which is not emulated");
-        }
         Translation translation(node, opset->second, values_, result_.nodes);
         found.translate(translation);
         translation.check_attributes();

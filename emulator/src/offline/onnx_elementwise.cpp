@@ -106,6 +106,7 @@ ONNX(IsNaN, 9, 18, unary(x, "IsNan"))
 ONNX(IsInf, 10, 18, is_infinite(x))
 ONNX(BitwiseNot, 18, 18, unary(x, "Invert"))
 ONNX(Identity, 8, 18, unary(x, "Identity"))
+ONNX(If, 8, 18, x.refuse("a graph within a node is not emulated"))
 ONNX(Dropout, 8, 18, dropout(x))
 
 ONNX(Add, 8, 18, binary(x, "Add"))

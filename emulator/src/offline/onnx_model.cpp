@@ -59,7 +59,6 @@ void read_attribute(std::string_view bytes, const std::string& directory, OnnxNo
     Ints integers;
     std::vector<double> reals;
     std::vector<std::string> texts;
-    bool is_subgraph = false;
     for (Message message(bytes); message.read();) {
         switch (message.field()) {
             case 1: name = message.text(); break;
@@ -67,8 +66,6 @@ void read_attribute(std::string_view bytes, const std::string& directory, OnnxNo
             case 3: value = message.integer(); break;
             case 4: value = message.text(); break;
             case 5: value = read_tensor(message.bytes(), directory).value; break;
-            case 6:
-            case 11: is_subgraph = true; break;
             case 7: message.append_to(reals); break;
             case 8: message.append_to(integers); break;
             case 9: texts.push_back(message.text()); break;
@@ -79,7 +76,6 @@ void read_attribute(std::string_view bytes, const std::string& directory, OnnxNo
     if (!integers.empty()) value = integers;
     if (!reals.empty()) value = reals;
     if (!texts.empty()) value = texts;
-    if (is_subgraph) node.subgraph = name;
     node.attributes[name] = value ? *value : assumed(type);
 }
 

@@ -15,8 +15,7 @@ struct OnnxValue {
 struct OnnxNode {
     std::string name, type, domain;
     std::vector<std::string> inputs, outputs;  // names of values; empty: not given
-    graph::Attributes attributes;
-    std::string subgraph;  // the attribute that holds one
+    graph::Attributes attributes;  // those that hold graphs are empty
 };
 
 struct OnnxInitializer {

@@ -6,6 +6,7 @@ import asyncio
 import hmac
 import logging
 import time
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableE
 
 from runners.clip.checkpoint import load_processor
 from runners.clip.inputs import prepare_pictures, prepare_texts
+from runners.clip.serving.batches import Batches
 from runners.clip.serving.protocol import (
     EmbeddingsRequest,
     Refusal,
@@ -30,12 +32,14 @@ from runners.clip.serving.protocol import (
     parse,
     zero_shot_answer,
 )
-from runners.clip.serving.replica import About, Features
+from runners.clip.serving.replica import About
 from runners.clip.serving.settings import Settings
 
 logger = logging.getLogger(__name__)
 LOST = (RayActorError, ReplicaUnavailableError, DeploymentUnavailableError)  # a replica that is no more
-ATTEMPTS = 5  # for one input: a replica that is lost takes nothing with it
+ATTEMPTS = 5  # for a batch: a replica that is lost takes nothing with it
+BATCHES = 2  # of each replica
+KEPT_TEXTS = 10_000
 RETRY_SECONDS = 0.5
 
 
@@ -49,12 +53,14 @@ class Metrics:
         self.seconds = Histogram("clip_request_seconds", "From a request's head to its answer.", ["endpoint"], **into)
         self.pending = Gauge("clip_pending_inputs", "Texts and pictures that wait or are computed.", **into)
         sizes = [1, 2, 4, 8, 16, 32, 64, 128, 256]
-        self.batch = Histogram("clip_batch_inputs", "With how many an input was computed.", buckets=sizes, **into)
-        self.retries = Counter("clip_retries", "Inputs that were computed again, as a replica was lost.", **into)
+        self.batch = Histogram("clip_batch_inputs", "Inputs of a forward.", buckets=sizes, **into)
+        self.retries = Counter("clip_retries", "Batches that were computed again, as a replica was lost.", **into)
 
 
 class Gateway:
-    """One for all replicas. It prepares pictures in threads, so that devices only compute.
+    """One for all replicas. It prepares pictures in threads, and puts what comes at a time together for one forward.
+
+    While the replicas compute, the next batches fill: each replica has two, one that it computes and one that waits.
 
     Args:
         model: Ray Serve's handle of the replicas.
@@ -66,6 +72,10 @@ class Gateway:
         self.processor = load_processor(settings.model)
         self.about: About | None = None
         self.pending = 0
+        self.known: OrderedDict[str, np.ndarray] = OrderedDict()  # features of texts: labels come again and again
+        how = settings.batch_size, settings.wait_seconds, BATCHES * settings.replicas
+        self._texts: Batches[str, np.ndarray] = Batches(self._compute_texts, *how)
+        self._pictures: Batches[np.ndarray, np.ndarray] = Batches(self._compute_pictures, *how)
 
     def app(self) -> FastAPI:
         app = FastAPI(title="CLIP", redoc_url=None)
@@ -195,23 +205,30 @@ class Gateway:
             self.pending -= number
 
     async def _feature(self, given: str | Image.Image, about: About) -> np.ndarray:
-        if isinstance(given, str):
-            features = await self._ask("texts", given)
-        else:
+        """`[width]` float32, of length 1."""
+        if not isinstance(given, str):
             values = await asyncio.to_thread(prepare_pictures, self.processor, [given], about.takes_bytes)
-            features = await self._ask("pictures", values[0].numpy())
-        if features.batch:
-            self.metrics.batch.observe(features.batch)
-        return features.row
+            return await self._pictures(values[0].numpy())
+        if given not in self.known:
+            self.known[given] = await self._texts(given)
+        self.known.move_to_end(given)
+        row = self.known[given]
+        while len(self.known) > KEPT_TEXTS:
+            self.known.popitem(last=False)
+        return row
 
-    async def _ask(self, method: str, content: Any) -> Features:
-        for attempt in range(ATTEMPTS):
+    async def _compute_texts(self, texts: list[str]) -> list[np.ndarray]:
+        return await self._compute("texts", texts)
+
+    async def _compute_pictures(self, values: list[np.ndarray]) -> list[np.ndarray]:
+        return await self._compute("pictures", np.stack(values))
+
+    async def _compute(self, method: str, batch: Any) -> list[np.ndarray]:
+        self.metrics.batch.observe(len(batch))
+        for _ in range(ATTEMPTS - 1):
             try:
-                features: Features = await getattr(self.model, method).remote(content)
-                return features
+                return list(await getattr(self.model, method).remote(batch))
             except LOST:
-                if attempt == ATTEMPTS - 1:
-                    raise
                 self.metrics.retries.inc()
                 await asyncio.sleep(RETRY_SECONDS)
-        raise AssertionError("unreachable")
+        return list(await getattr(self.model, method).remote(batch))

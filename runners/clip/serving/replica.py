@@ -1,10 +1,8 @@
-"""The model on one device, which computes what many requests want in one forward."""
+"""The model on one device, which computes what the gateway has put together."""
 
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,15 +13,6 @@ from runners.clip.checkpoint import Scoring
 from runners.clip.service import CLIPInferenceService
 from runners.clip.serving.settings import Settings
 from runners.devices import DTYPES
-
-KEPT_TEXTS = 10_000  # whose features are remembered: labels come again and again
-
-
-class Features(NamedTuple):
-    """Of one input: `[width]` float32, of length 1; how many were computed together, 0 for a text that was known."""
-
-    row: np.ndarray
-    batch: int
 
 
 class About(NamedTuple):
@@ -36,7 +25,7 @@ class About(NamedTuple):
 
 
 class Replica:
-    """Loads the model. Inputs that come while a forward computes are those of the next one."""
+    """Loads the model, and computes in a thread, beside which its process hears the next calls."""
 
     def __init__(self, settings: Settings) -> None:
         if settings.kind == "cpu":
@@ -49,37 +38,22 @@ class Replica:
             kernels=settings.kernels,
             compiled=settings.compiled,
         )
-        self.known: OrderedDict[str, np.ndarray] = OrderedDict()
-        batched: tuple[Any, ...] = (self.pictures, self.texts)
-        for method in batched:
-            method.set_max_batch_size(settings.batch_size)
-            method.set_batch_wait_timeout_s(settings.wait_seconds if settings.batch_size > 1 else 0.0)
 
     def about(self) -> About:
         backend = self.service.backend
         return About(backend.device, backend.text_length, backend.takes_bytes, backend.scoring)
 
-    @serve.batch
-    async def pictures(self, values: list[np.ndarray]) -> list[Features]:
-        """Of pixel values `[3, height, width]`, as the model's processor makes them."""
-        rows = await asyncio.to_thread(self._pictures, values)
-        return [Features(row, len(values)) for row in rows]
+    async def pictures(self, values: np.ndarray) -> np.ndarray:
+        """`[count, width]` float32 of length 1, of pixel values as the model's processor makes them."""
+        return await asyncio.to_thread(self._pictures, values)
 
-    def _pictures(self, values: Sequence[np.ndarray]) -> np.ndarray:
-        features = self.service.backend.image_features(torch.from_numpy(np.stack(values)))
+    def _pictures(self, values: np.ndarray) -> np.ndarray:
+        features = self.service.backend.image_features(torch.from_numpy(values))
         return torch.nn.functional.normalize(features, dim=-1).cpu().numpy()
 
-    @serve.batch
-    async def texts(self, texts: list[str]) -> list[Features]:
-        new = [text for text in dict.fromkeys(texts) if text not in self.known]
-        if new:
-            self.known.update(zip(new, await asyncio.to_thread(self._texts, new), strict=True))
-        for text in texts:
-            self.known.move_to_end(text)
-        results = [Features(self.known[text], len(new) if text in new else 0) for text in texts]
-        while len(self.known) > KEPT_TEXTS:
-            self.known.popitem(last=False)
-        return results
+    async def texts(self, texts: list[str]) -> np.ndarray:
+        """As `pictures`."""
+        return await asyncio.to_thread(self._texts, texts)
 
     def _texts(self, texts: list[str]) -> np.ndarray:
         return self.service.extract_text_features(texts).cpu().numpy()
@@ -97,7 +71,7 @@ def deployment(settings: Settings) -> Any:
         name="model",
         num_replicas=settings.replicas,
         ray_actor_options=resources[settings.kind],
-        max_ongoing_requests=settings.pending,  # the gateway counts; Serve would try again at growing intervals
+        max_ongoing_requests=settings.pending,  # never reached: the gateway sends two batches a replica
         health_check_period_s=2,
         health_check_timeout_s=30,
     )

@@ -1,0 +1,97 @@
+"""What requests may look like, and what answers do."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytest.importorskip("pydantic")
+
+from runners.clip.serving.protocol import (
+    EmbeddingsRequest,
+    Refusal,
+    ZeroShotRequest,
+    decode,
+    embeddings_answer,
+    parse,
+    zero_shot_answer,
+)
+
+
+def encoded(image: Image.Image, kind: str = "png") -> str:
+    data = io.BytesIO()
+    image.save(data, kind)
+    return base64.b64encode(data.getvalue()).decode()
+
+
+RED = encoded(Image.new("RGB", (4, 3), "red"))
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [("a", ["a"]), (["a", "b"], ["a", "b"]), ({"text": "a"}, ["a"]), ([{"text": "a"}, "b"], ["a", "b"])],
+)
+def test_texts_come_alone_or_together_bare_or_named(given: object, expected: list[str]) -> None:
+    assert parse(EmbeddingsRequest, json.dumps({"input": given}).encode()).contents() == expected
+
+
+@pytest.mark.parametrize("prefix", ["", "data:image/png;base64,"])
+def test_pictures_come_in_base64(prefix: str) -> None:
+    (image,) = parse(EmbeddingsRequest, json.dumps({"input": {"image": prefix + RED}}).encode()).contents()
+    assert isinstance(image, Image.Image) and image.size == (4, 3)
+    asked = {"inputs": prefix + RED, "parameters": {"candidate_labels": ["cat"], "hypothesis_template": "a {}, {}"}}
+    request = parse(ZeroShotRequest, json.dumps(asked).encode())
+    assert request.picture().size == (4, 3) and request.texts() == ["a cat, cat"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "message"),
+    [
+        (EmbeddingsRequest, b"{", "Invalid JSON"),
+        (EmbeddingsRequest, b'{"input": []}', "input: List should have at least 1 item"),
+        (EmbeddingsRequest, b'{"input": ["a", " "]}', "input.1.text: String should match"),
+        (EmbeddingsRequest, b'{"input": "a", "dimensions": 3}', "dimensions: Extra inputs"),
+        (EmbeddingsRequest, b'{"input": {}}', "wants either a text or an image"),
+        (EmbeddingsRequest, b'{"input": "a", "encoding_format": "hex"}', "encoding_format: Input should be 'float'"),
+        (ZeroShotRequest, b'{"inputs": "x"}', "parameters: Field required"),
+        (ZeroShotRequest, b'{"inputs": "x", "parameters": {"candidate_labels": []}}', "candidate_labels: List should"),
+    ],
+)
+def test_what_is_wrong_is_named(kind: type, body: bytes, message: str) -> None:
+    with pytest.raises(Refusal, match=message) as caught:
+        parse(kind, body)
+    assert caught.value.status == 400
+    assert caught.value.body()["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("no picture", "input 0 is no base64"),
+        (base64.b64encode(b"no picture").decode(), "input 0 is no picture that can be read"),
+        (RED[: len(RED) // 8 * 4], "input 0"),
+        ("https://example.org/a.png", "nothing is fetched"),
+        ("data:image/png;base64", "a data URL without a comma"),
+    ],
+)
+def test_a_picture_that_cannot_be_read_is_refused(text: str, message: str) -> None:
+    with pytest.raises(Refusal, match=message):
+        decode(text, "input 0")
+
+
+def test_answers_have_the_form_that_clients_know() -> None:
+    rows = [np.array([0.6, 0.8], np.float32), np.array([1, 0], np.float32)]
+    asked = parse(EmbeddingsRequest, b'{"input": ["a", "b"], "encoding_format": "base64"}')
+    answer = embeddings_answer(rows, asked, "clip", [1])
+    assert answer["object"] == "list" and answer["model"] == "clip" and answer["truncated_inputs"] == [1]
+    assert [each["index"] for each in answer["data"]] == [0, 1]
+    assert np.array_equal(np.frombuffer(base64.b64decode(answer["data"][0]["embedding"]), "<f4"), rows[0])
+    assert zero_shot_answer(["a", "b"], [0.25, 0.75]) == [
+        {"label": "b", "score": 0.75},
+        {"label": "a", "score": 0.25},
+    ]
