@@ -7,5 +7,4 @@ set -euo pipefail
 
 root=$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/../..
 python=$(bash "$root/scripts/setup_env.sh" --onnx)
-export TORCH_DEVICE_BACKEND_AUTOLOAD=${TORCH_DEVICE_BACKEND_AUTOLOAD:-0} # without CANN it would end in a traceback
 exec "$python" "$root/scripts/demo_clip/deploy.py" "$@"

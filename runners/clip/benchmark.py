@@ -220,15 +220,15 @@ class PerformanceBenchmark:
         try:
             row = measure_configuration(configuration, task, self.reference(task))
         except DeviceError as error:
-            self._skip(configuration, str(error))
+            self._skip(configuration.name, str(error))
             return None
         self.task = task
         self.results[configuration.name] = row
         return row
 
-    def _skip(self, configuration: Configuration, reason: str) -> None:
-        self.skipped[configuration.name] = reason
-        print(f"warning: {configuration.name} is left out: {reason}", file=sys.stderr)
+    def _skip(self, name: str, reason: str) -> None:
+        self.skipped[name] = reason
+        print(f"warning: {name} is left out: {reason}", file=sys.stderr)
 
     def run_comparison(
         self,
@@ -253,7 +253,8 @@ class PerformanceBenchmark:
         found = list(dict.fromkeys(device.type for device in get_all_devices()))
         for device in found if devices is None else devices:
             if device not in found:
-                self._skip(Configuration(device, "float32", TORCH, self.model_path), f"there is no {device} here")
+                absent = Configuration(device, "float32", TORCH, self.model_path)
+                self._skip(absent.name, f"there is no {device} here")
                 continue
             for configuration in self.configurations(device, test_fp16, test_bf16):
                 self._measure_apart(configuration, task)
@@ -285,13 +286,13 @@ class PerformanceBenchmark:
             done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
             if done.returncode or not answer.exists():
                 last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-                self._skip(configuration, last.removeprefix("error: "))
+                self._skip(configuration.name, last.removeprefix("error: "))
                 return
             content = json.loads(answer.read_text(encoding="utf-8"))
         self.task = task
         self.results |= content["results"]
         for name, reason in content["skipped"].items():
-            self.skipped[name] = reason
+            self._skip(name, reason)
 
     def print_comparison_table(self) -> None:
         """The fastest first; `relative` is its time as a share of each."""

@@ -179,6 +179,7 @@ class Deployment:
         picture.save(image)
         benchmark = PerformanceBenchmark(self.args.model, str(self.args.output_dir))
         rows = benchmark.run_comparison(image, self.pairs.captions[:TEXTS], num_runs=self.args.num_runs)
+        self.report.warnings += [f"{name} is not measured: {why}" for name, why in benchmark.skipped.items()]
         self.benchmark_table = comparison_table(rows)
         print(self.benchmark_table, flush=True)
         benchmark.save_results(self.args.output_dir / RESULTS)

@@ -10,7 +10,7 @@ import pytest
 
 from runners.clip.deploy import GATE
 from runners.clip.gate import LIMITS, Limits
-from scripts.demo_clip.deploy import main
+from scripts.demo_clip.deployment import main
 from tests.programs import ROOT
 from tests.tiny_clip import save_tiny_clip
 
@@ -51,7 +51,7 @@ def test_without_atc_it_ends_at_onnx_files_and_says_so(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "deployed_models").mkdir()
     (tmp_path / "deployed_models/text_tower.om").write_text("of an earlier run")
-    main([*FEW, "--no-benchmark"])
+    main("deploy.sh", "", [*FEW, "--no-benchmark"])
     content, markdown = report(tmp_path / "deployed_models")  # the default, where it was called
     assert content["result"] == "deployed" and "benchmark" not in content
     assert "ONNX files only: atc is not on PATH" in content["warnings"][0] and content["warnings"][0] in markdown
@@ -65,7 +65,7 @@ def test_without_atc_it_ends_at_onnx_files_and_says_so(
 @pytest.mark.slow
 def test_it_measures_what_it_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hide_atc(monkeypatch)
-    main([*FEW, "--output-dir", str(tmp_path), "--batch-size", "2"])
+    main("deploy.sh", "", [*FEW, "--output-dir", str(tmp_path), "--batch-size", "2"])
     content, markdown = report(tmp_path)
     assert content["conversion"]["config"]["batch_size"] == 2
     assert {"cpu_fp32", "cpu_onnx"} <= content["benchmark"].keys() and "## Speed" in markdown
@@ -79,7 +79,7 @@ def test_files_that_answer_otherwise_end_it(
     hide_atc(monkeypatch)
     monkeypatch.setitem(LIMITS, "float32", Limits(changed=0.0, cosine=1.1))
     with pytest.raises(SystemExit) as end:
-        main([*FEW, "--model", str(save_tiny_clip(tmp_path / "clip")), "--output-dir", str(tmp_path)])
+        main("deploy.sh", "", [*FEW, "--model", str(save_tiny_clip(tmp_path / "clip")), "--output-dir", str(tmp_path)])
     assert end.value.code == 1
     content, markdown = report(tmp_path)
     assert content["result"] == "failed in accuracy: cpu_onnx beyond what may differ from torch's float32 on the CPU"
@@ -118,7 +118,7 @@ def test_it_ends_at_the_first_failure(
     if atc:
         put_atc(tmp_path / "bin", atc, monkeypatch)
     with pytest.raises(SystemExit) as end:
-        main([*FEW, "--output-dir", str(tmp_path / "out"), *arguments])
+        main("deploy.sh", "", [*FEW, "--output-dir", str(tmp_path / "out"), *arguments])
     assert end.value.code == code
     assert message in capsys.readouterr().err.splitlines()[-1].replace("\n", " ")
     assert not list(tmp_path.glob("out/*.om")) and not (tmp_path / "out/benchmark_results.json").exists()

@@ -10,7 +10,7 @@ import pytest
 
 from runners.clip import CLIPInferenceService
 from runners.offline.converter import ModelConverter
-from scripts.demo_clip.deploy import main, scene_pairs
+from scripts.demo_clip.deployment import main, scene_pairs
 from scripts.demo_clip.train import DEMO_CLIP
 from tests.on_npu.offline_models import SOC
 
@@ -19,7 +19,7 @@ LOGITS = 0.1  # of up to 30, in float16
 
 def test_deployed_with_profiles(tmp_path: Path) -> None:
     """65 pictures and captions: eight times the profile of 8, and that of 1, of both towers."""
-    main(["--output-dir", str(tmp_path), "--dynamic-batch", "--scenes", "65", "--no-benchmark"])
+    main("deploy.sh", "", ["--output-dir", str(tmp_path), "--dynamic-batch", "--scenes", "65", "--no-benchmark"])
     report = json.loads((tmp_path / "deploy_report.json").read_text())
     assert report["result"] == "deployed" and not report["warnings"]
     config = report["conversion"]["config"]
