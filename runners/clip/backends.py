@@ -144,8 +144,10 @@ class OnnxSession:
         options = {} if device.type == "cpu" else {"device_id": str(device.number)}
         if device.type == "npu":
             options |= CANN_OPTIONS
+        settings = onnxruntime.SessionOptions()
+        settings.intra_op_num_threads = torch.get_num_threads()  # as a replica was told to have, and as torch's own
         try:
-            self.session = onnxruntime.InferenceSession(path, providers=[(provider, options)])
+            self.session = onnxruntime.InferenceSession(path, settings, providers=[(provider, options)])
         except Exception as error:  # its errors have no common class
             raise UserError(f"onnxruntime cannot load {path}: {first_line(error)}") from error
         if self.session.get_providers()[0] != provider:  # it falls back to the CPU with a message alone
