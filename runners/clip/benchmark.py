@@ -34,6 +34,7 @@ from runners.report import format_table, versions
 ROOT = Path(__file__).resolve().parents[2]
 SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 COLUMNS = 80
+EMULATOR = "CANN_EMULATOR_SOC"  # which `python -m emulator run` sets
 CHECKED = 16  # pictures that accuracy is counted over: the given one, and parts of it
 
 
@@ -170,6 +171,7 @@ def environment() -> dict[str, Any]:
         "processor": platform.processor() or platform.machine(),
         "system": platform.platform(),
         "threads": torch.get_num_threads(),
+        "emulated": EMULATOR in os.environ,  # then no time is a chip's
         "versions": versions(PACKAGES),
     }
 

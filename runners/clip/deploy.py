@@ -12,7 +12,7 @@ from PIL import Image
 from ascend.atc import AtcError, check_soc_version, find_atc
 from ascend.device import find_device, get_chip, inference_dtypes
 from runners.cli import FAILED, ArgumentParser, fail, file_path, positive_int, text
-from runners.clip.benchmark import Configuration, PerformanceBenchmark, comparison_table
+from runners.clip.benchmark import Configuration, PerformanceBenchmark, comparison_table, environment
 from runners.clip.gate import CHOICES, LIMITS, Pairs, ask, compare
 from runners.clip.service import TORCH, CLIPInferenceService
 from runners.devices import DTYPES
@@ -110,12 +110,9 @@ class Deployment:
         require_packages()
         target = self._target()
         self.converter = ModelConverter(target) if target else None
-        found = {
-            "device": str(self.device),
-            "chip": self.chip,
-            "offline models for": target,
-            "versions": versions(PACKAGES),
-        }
+        found = {"device": str(self.device), "chip": self.chip, "offline models for": target, **environment()}
+        if self.chip and found["emulated"]:
+            self.report.warn("the chip is emulated: nothing here ran on a card, and no time is a chip's")
         if target and not self.runs_offline_models:
             self.report.warn(
                 f"offline models are for {target}, and here is {self.chip or 'no NPU'}: they cannot be run"

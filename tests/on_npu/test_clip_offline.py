@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from runners.clip import CLIPInferenceService
 from runners.offline.converter import ModelConverter
@@ -21,9 +22,10 @@ def test_deployed_with_profiles(tmp_path: Path) -> None:
     """65 pictures and captions: eight times the profile of 8, and that of 1, of both towers."""
     main("deploy.sh", "", ["--output-dir", str(tmp_path), "--dynamic-batch", "--scenes", "65", "--no-benchmark"])
     report = json.loads((tmp_path / "deploy_report.json").read_text())
-    assert report["result"] == "deployed" and not report["warnings"]
+    assert report["result"] == "deployed"
+    assert [text.partition(":")[0] for text in report["warnings"]] == ["the chip is emulated"] * bool(SOC)
     config = report["conversion"]["config"]
-    assert config["soc_version"] == report["environment"]["chip"] == SOC
+    assert config["soc_version"] == report["environment"]["chip"] == torch.npu.get_device_name(0)
     assert config["text_tower"]["batch_sizes"] == config["image_tower"]["batch_sizes"] == [1, 2, 4, 8]
     accuracy = report["accuracy"]
     assert {"cpu_onnx", "npu_fp32", "npu_fp16", "npu_om"} == accuracy.keys()
