@@ -69,21 +69,38 @@ class Mesh:
         """Compare what decides the pictures with rank 0.
 
         Raises:
-            ParallelError: on rank 0, naming the ranks and settings that differ.
+            ParallelError: on every rank, so that none waits for one that has ended, naming what differs.
         """
-        everywhere = self.gather(settings) or []
-        for rank, others in enumerate(everywhere):
-            mine = everywhere[0]
-            different = [name for name in mine if others.get(name) != mine[name]]
-            if different:
-                raise ParallelError(
-                    f"rank {rank} was started with other settings than rank 0: "
-                    + ", ".join(f"{name} is {others.get(name)!r} instead of {mine[name]!r}" for name in different)
-                )
+        everywhere = self.gather(settings)
+        differs = self._told_by_rank_0(_first_difference(everywhere) if everywhere else "")
+        if differs:
+            raise ParallelError(differs)
+
+    def _told_by_rank_0(self, text: str) -> str:
+        """What rank 0 has as `text`, on every rank."""
+        if self.world_size == 1:
+            return text
+        store = dist.distributed_c10d._get_default_store()
+        key = f"diffusers_npu/{self.gathered}/told"
+        if self.rank == 0:
+            store.set(key, text)
+        store.wait([key], TIMEOUT)
+        return str(store.get(key).decode())
 
     def share(self, count: int) -> range:
         """Which of `count` prompts this rank's group draws."""
         return range(self.data, count, self.data_size)
+
+
+def _first_difference(settings: list[dict[str, Any]]) -> str:
+    """Of the first rank whose settings are not those of rank 0; empty where all are the same."""
+    mine = settings[0]
+    for rank, others in enumerate(settings):
+        different = [name for name in mine if others.get(name) != mine[name]]
+        if different:
+            changes = (f"{name} is {others.get(name)!r} instead of {mine[name]!r}" for name in different)
+            return f"rank {rank} was started with other settings than rank 0: {', '.join(changes)}"
+    return ""
 
 
 def world_size() -> int:
