@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from ctypes import POINTER, byref, c_char, c_char_p, c_int, c_int32, c_int64, c_size_t, c_uint32, c_uint64, c_void_p
@@ -214,7 +215,7 @@ class OmRun:
 class OmSession:
     """One offline model on one device, with memory for its inputs and outputs there.
 
-    A session has one run at a time; load the file again for runs beside each other. Threads may take turns.
+    A session has one run at a time, for which threads wait; load the file again for runs beside each other.
 
     Attributes:
         inputs, outputs: what the model takes and gives. Outputs are called as in the ONNX model ("embeds" of CANN's
@@ -232,6 +233,8 @@ class OmSession:
         self._acl = _acl()
         self._closing = ExitStack()
         self._pending: OmRun | None = None
+        self._turn = threading.RLock()  # its memory is that of one run
+        self._is_closed = False
         previous = self._acl.context()
         try:
             self._acl.aclrtSetDevice(device_id)
@@ -295,14 +298,17 @@ class OmSession:
 
     @contextmanager
     def _in_context(self) -> Iterator[None]:
-        """The calling thread's context is the model's, and its own again."""
-        previous = self._acl.context()
-        self._acl.aclrtSetCurrentContext(self._context)
-        try:
-            yield
-        finally:
-            if previous is not None:
-                self._acl.aclrtSetCurrentContext(previous)
+        """It is the calling thread's turn, whose context is the model's, and its own again afterwards."""
+        with self._turn:
+            if self._is_closed:
+                raise OmError("the session is closed")
+            previous = self._acl.context()
+            self._acl.aclrtSetCurrentContext(self._context)
+            try:
+                yield
+            finally:
+                if previous is not None:
+                    self._acl.aclrtSetCurrentContext(previous)
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Runs the model and waits for it.
@@ -330,14 +336,14 @@ class OmSession:
         with self._in_context():
             self._write(feeds)
             self._acl.aclmdlExecuteAsync(self._model, self._feeds, self._results, stream)
-            self._pending = OmRun(self, stream)
-            return self._pending
+            self._pending = run = OmRun(self, stream)
+            return run
 
     def _finish(self, run: OmRun, stream: int) -> dict[str, np.ndarray]:
-        if run is not self._pending:
-            raise OmError("this run's result has been fetched already")
-        self._pending = None
         with self._in_context():
+            if run is not self._pending:
+                raise OmError("this run's result has been fetched already")
+            self._pending = None
             self._acl.aclrtSynchronizeStream(stream)
             return self._read()
 
@@ -380,9 +386,16 @@ class OmSession:
         return outputs
 
     def close(self) -> None:
-        """Frees what the session has on the device; it cannot run afterwards. Closing twice is closing once."""
-        with self._in_context():
-            self._closing.close()
+        """Frees what the session has on the device, when a run that was launched is done. Twice is once."""
+        with self._turn:
+            if self._is_closed:
+                return
+            with self._in_context():
+                if self._pending is not None:
+                    self._acl.aclrtSynchronizeStream(self._pending._stream)
+                    self._pending = None
+                self._closing.close()
+            self._is_closed = True
 
     def __enter__(self) -> OmSession:
         return self

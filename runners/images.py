@@ -43,16 +43,21 @@ def decode_picture(name: str, source: Path | BinaryIO) -> Image.Image:
     """
     try:
         with Image.open(source) as file:
-            picture = ImageOps.exif_transpose(file)
-            if picture.mode.startswith("I;16"):  # which Pillow would clip at 255
-                return picture.point(lambda value: value / 257, "L")
-            if picture.mode in ("I", "F"):
-                raise UserError(f"{name} has values of 32 bits, which have no known range: save it with 8 or 16")
-            return picture
+            return upright(name, file)
     except UnidentifiedImageError:
         raise UserError(f"{name} is no picture that can be read: take a PNG or JPEG file") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{name}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def upright(name: str, image: Image.Image) -> Image.Image:
+    """`image` the right way up, in a mode of 8 bits. Raises UserError: it is of 32 bits."""
+    picture = ImageOps.exif_transpose(image)
+    if picture.mode.startswith("I;16"):  # which Pillow would clip at 255
+        return picture.point(lambda value: value / 257, "L")
+    if picture.mode in ("I", "F"):
+        raise UserError(f"{name} has values of 32 bits, which have no known range: save it with 8 or 16")
+    return picture
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Which text describes a picture best, by CLIP or SigLIP, on an Ascend NPU, a GPU or the CPU.
 
     python examples/clip/pytorch_npu_inference.py --model examples/clip/demo_model --image examples/clip/shapes.png \\
-        --texts "a large red circle in the centre, white background" "a small blue cross on the left, white background"
+        --texts "a large red circle on the left and a small blue cross on the right, white background" \\
+        "a small blue cross in the centre, white background"
     python examples/clip/pytorch_npu_inference.py --image photos --texts "a photo of a cat" "a photo of a dog" --json
     python examples/clip/pytorch_npu_inference.py --input rows.jsonl --output results.jsonl --fp16 --FA
 

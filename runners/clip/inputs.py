@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from runners.images import read_picture
+from runners.images import read_picture, upright
 
 Picture = str | Path | Image.Image
 WIDEST = 16  # times the shorter side; beyond it the middle is cut out before the shorter side is brought to size
@@ -21,9 +21,12 @@ def open_rgb(picture: Picture) -> Image.Image:
     """`picture`, or what is in the file of that name, the right way up and on white where it is transparent.
 
     Raises:
-        UserError: the file holds no picture that can be read.
+        UserError: the file holds no picture that can be read, or has values of 32 bits.
     """
-    image = picture if isinstance(picture, Image.Image) else read_picture("picture", Path(picture))
+    if isinstance(picture, Image.Image):
+        image = upright("a picture", picture)
+    else:
+        image = read_picture("picture", Path(picture))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

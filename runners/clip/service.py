@@ -172,6 +172,8 @@ class CLIPInferenceService:
         """
         if len(images) != len(texts):
             raise ValueError(f"{len(images)} images and {len(texts)} texts are no pairs")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be 1 or more, not {batch_size}")
         scores: list[float] = []
         for first in range(0, len(images), batch_size):
             part = slice(first, first + batch_size)

@@ -80,7 +80,7 @@ class ModelConverter:
             FileNotFoundError: there is no `onnx_path`.
             AtcError: atc failed.
         """
-        model, output = Path(onnx_path), Path(output_path).with_suffix(f".{OM}")
+        model, output = Path(onnx_path), om_path(Path(output_path))
         if not model.is_file():
             raise FileNotFoundError(2, os.strerror(2), str(model))
         make_output_dir(output.parent)
@@ -279,6 +279,13 @@ def staged(target: Path) -> Iterator[Path]:
         # The configuration last: it says that the rest is there.
         for path in sorted(folder.iterdir(), key=lambda path: path.name == CONFIG):
             path.replace(target / path.name)
+
+
+def om_path(path: Path) -> Path:
+    """`path` with the ending of offline models, which atc adds, too. Raises UserError: it names no file."""
+    if path.is_dir() or not path.name or path.name == "..":
+        raise UserError(f"--output {path} is a folder: name the file, as {path / 'model.om'}")
+    return path if path.suffix == f".{OM}" else path.with_name(f"{path.name}.{OM}")
 
 
 def parse_shapes(text: str | None) -> dict[str, list[int]]:

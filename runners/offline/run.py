@@ -11,7 +11,7 @@ from ascend.atc import AtcError
 from runners.cli import FAILED, ArgumentParser, fail, file_path, image_size, one_line_errors, positive_int, text
 from runners.clip.arguments import MODEL
 from runners.files import write_json
-from runners.offline.converter import PROFILES, ModelConverter, convert_clip, staged, write_om, write_onnx
+from runners.offline.converter import PROFILES, ModelConverter, convert_clip, om_path, staged, write_om, write_onnx
 from runners.offline.export import OPSETS, PACKAGES, require_packages
 from runners.offline.folder import CONFIG
 from runners.offline.models import Export, text_encoder_export, vae_decoder_export
@@ -91,7 +91,7 @@ def make_converter(args: argparse.Namespace) -> ModelConverter:
 
 def convert_file(args: argparse.Namespace) -> None:
     make_converter(args).convert_onnx_to_om(args.model, args.output, args.input_shape, args.dynamic_dims)
-    print(args.output.with_suffix(".om"))
+    print(om_path(args.output))
 
 
 def convert_clip_folder(args: argparse.Namespace) -> None:

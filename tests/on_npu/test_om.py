@@ -242,6 +242,38 @@ def test_two_sessions_and_two_threads(fixed: tuple[Path, Path]) -> None:
         np.testing.assert_allclose(y, linear(model, x), atol=HALF)
 
 
+def test_threads_take_turns_and_each_gets_its_own_result(batches: tuple[Path, Path]) -> None:
+    """One session has one memory for inputs and outputs."""
+    model, om = batches
+    wrong: list[int] = []
+
+    def work(session: OmSession, batch: int) -> None:
+        x = random(batch, FEATURES)
+        expected = linear(model, x)
+        for _ in range(20):
+            y = session.run({"x": x})["y"]
+            if y.shape != expected.shape or np.abs(y - expected).max() > HALF:
+                wrong.append(batch)
+
+    with OmSession(om) as session:
+        threads = [threading.Thread(target=work, args=(session, batch)) for batch in (1, 2, 4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not wrong
+
+
+def test_a_session_that_is_closed_says_so(fixed: tuple[Path, Path]) -> None:
+    session, stream = OmSession(fixed[1]), torch.npu.Stream()
+    run = session.submit({"x": random(2, FEATURES)}, stream.npu_stream)
+    session.close()
+    for use in (run.result, lambda: session.run({"x": random(2, FEATURES)})):
+        with pytest.raises(OmError, match="the session is closed"):
+            use()
+    session.close()
+
+
 def test_beside_torch_on_a_stream(fixed: tuple[Path, Path]) -> None:
     model, om = fixed
     x = random(2, FEATURES)

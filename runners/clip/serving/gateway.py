@@ -90,6 +90,7 @@ class Gateway:
         async def answer() -> Any:
             asked = parse(EmbeddingsRequest, await self._body(request))
             self._check_model(asked.model)
+            self._check_number(len(asked.input))
             inputs = await asyncio.to_thread(asked.contents)
             about = await self._about()
             rows = await self._features(inputs, about)
@@ -101,6 +102,7 @@ class Gateway:
         async def answer() -> Any:
             asked = parse(ZeroShotRequest, await self._body(request))
             self._check_model(asked.model)
+            self._check_number(1 + len(asked.parameters.candidate_labels))
             inputs: list[str | Image.Image] = [await asyncio.to_thread(asked.picture), *asked.texts()]
             about = await self._about()
             picture, *texts = (torch.from_numpy(row) for row in await self._features(inputs, about))
@@ -130,16 +132,17 @@ class Gateway:
 
     async def _answered(self, endpoint: str, request: Request, answer: Callable[[], Awaitable[Any]]) -> Response:
         start = time.perf_counter()
-        status, content = 200, None
+        status, content = 500, None  # of what nobody expects
         try:
             self._check_token(request)
             content = await asyncio.wait_for(answer(), self.settings.timeout_seconds)
+            status = 200
         except Refusal as refusal:
             status, content = refusal.status, refusal.body()
         except TimeoutError:
             late = Refusal(504, "timeout", f"not done within {self.settings.timeout_seconds:g} s")
             status, content = late.status, late.body()
-        except RayError as error:
+        except (RayError, *LOST) as error:
             logger.exception("a request failed")
             broken = Refusal(500, "internal", f"the model failed: {type(error).__name__}; the service's log has more")
             status, content = broken.status, broken.body()
@@ -159,6 +162,11 @@ class Gateway:
     def _check_model(self, name: str | None) -> None:
         if name not in (None, self.name):
             raise Refusal(404, "model_not_found", f"there is no model '{name}' here, but '{self.name}'")
+
+    def _check_number(self, inputs: int) -> None:
+        """Before pictures are decoded."""
+        if inputs > self.settings.inputs:
+            raise Refusal(413, "too_many", f"a request has at most {self.settings.inputs} inputs, not {inputs}")
 
     async def _body(self, request: Request) -> bytes:
         limit, body = self.settings.body_bytes, bytearray()
@@ -183,8 +191,6 @@ class Gateway:
         return [place for place, each in enumerate(inputs) if isinstance(each, str) and each in truncated]
 
     async def _features(self, inputs: Sequence[str | Image.Image], about: About) -> list[np.ndarray]:
-        if len(inputs) > self.settings.inputs:
-            raise Refusal(413, "too_many", f"a request has at most {self.settings.inputs} inputs, not {len(inputs)}")
         async with self._admitted(len(inputs)):
             tasks = [asyncio.ensure_future(self._feature(each, about)) for each in inputs]
             try:

@@ -94,7 +94,7 @@ class EmbeddingsRequest(Strict):
 
 class ZeroShotParameters(Strict):
     candidate_labels: Annotated[list[Text], Field(min_length=1)]
-    hypothesis_template: Annotated[str, StringConstraints(pattern=r"\{\}")] = "{}"
+    hypothesis_template: Annotated[str, StringConstraints(max_length=1000, pattern=r"^[^{}]*\{\}[^{}]*$")] = "{}"
 
 
 class ZeroShotRequest(Strict):

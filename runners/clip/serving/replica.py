@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,11 +27,12 @@ class About(NamedTuple):
 
 
 class Replica:
-    """Loads the model, and computes in a thread, beside which its process hears the next calls."""
+    """Loads the model, and computes in one thread, beside which its process hears the next calls."""
 
     def __init__(self, settings: Settings) -> None:
         if settings.kind == "cpu":
             torch.set_num_threads(settings.threads)
+        self.thread = ThreadPoolExecutor(1)  # a device, a tokenizer and a session compute one thing at a time
         self.service = CLIPInferenceService(
             settings.model,
             settings.kind,
@@ -39,13 +42,16 @@ class Replica:
             compiled=settings.compiled,
         )
 
+    async def _in_turn(self, compute: Callable[[Any], np.ndarray], batch: Any) -> np.ndarray:
+        return await asyncio.get_running_loop().run_in_executor(self.thread, compute, batch)
+
     def about(self) -> About:
         backend = self.service.backend
         return About(backend.device, backend.text_length, backend.takes_bytes, backend.scoring)
 
     async def pictures(self, values: np.ndarray) -> np.ndarray:
         """`[count, width]` float32 of length 1, of pixel values as the model's processor makes them."""
-        return await asyncio.to_thread(self._pictures, values)
+        return await self._in_turn(self._pictures, values)
 
     def _pictures(self, values: np.ndarray) -> np.ndarray:
         features = self.service.backend.image_features(torch.from_numpy(values))
@@ -53,7 +59,7 @@ class Replica:
 
     async def texts(self, texts: list[str]) -> np.ndarray:
         """As `pictures`."""
-        return await asyncio.to_thread(self._texts, texts)
+        return await self._in_turn(self._texts, texts)
 
     def _texts(self, texts: list[str]) -> np.ndarray:
         return self.service.extract_text_features(texts).cpu().numpy()

@@ -82,3 +82,17 @@ def test_bytes_are_what_is_normalised(clip_dir: Path) -> None:
         torch.tensor(getattr(processor.image_processor, name)).view(3, 1, 1) for name in ("image_mean", "image_std")
     )
     torch.testing.assert_close((plain / 255 - mean) / std, values)
+
+
+def test_an_open_picture_is_read_as_its_file(tmp_path: Path) -> None:
+    deep = Image.fromarray((np.arange(12, dtype=np.uint16) * 5000).reshape(3, 4))
+    deep.save(tmp_path / "deep.png")
+    turned = Image.new("RGB", (4, 2), "red")
+    exif = turned.getexif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    turned.save(tmp_path / "turned.png", exif=exif)
+    for name in ("deep.png", "turned.png"):
+        with Image.open(tmp_path / name) as image:
+            assert np.array_equal(np.asarray(open_rgb(image)), np.asarray(open_rgb(tmp_path / name)))
+    with pytest.raises(UserError, match="values of 32 bits"):
+        open_rgb(Image.new("F", (2, 2)))
