@@ -45,6 +45,7 @@ from runners.cli import ArgumentParser, UserError, file_path, one_line_errors, p
 
 MODEL = ROOT / "examples/clip/demo_model"
 START_SECONDS = 300  # of a busy machine
+PICTURES = 20
 LOST_SECONDS = 120  # a replica is started anew
 MALFORMED = ('{"input', '{"input": []}', '{"input": [{"image": "no picture"}]}', '{"inputs": "a text"}')
 # wrk calls request() for each: a counter makes texts that were never seen.
@@ -164,17 +165,20 @@ class Losses:
         self.answers: Counter[tuple[str, object]] = Counter()
         self.rows: dict[str, list[np.ndarray]] = {}
         self.random = random.Random(0)
+        self.pictures = [picture(seed) for seed in range(PICTURES)]
 
     async def send(self, session: Any, number: int) -> None:
         malformed = number % 10 == 0
-        text = f"a circle, {number % 500}"
-        body = self.random.choice(MALFORMED) if malformed else json.dumps({"input": [text]})
+        # Texts are remembered, so each is another; pictures are computed each time.
+        name = f"a circle, {number}" if number % 2 else f"picture {number % len(self.pictures)}"
+        given = name if number % 2 else {"image": self.pictures[number % len(self.pictures)]}
+        body = self.random.choice(MALFORMED) if malformed else json.dumps({"input": [given]})
         kind = "malformed" if malformed else "good"
         async with session.post(self.url, data=body) as response:
             content = json.loads(await response.read())
             self.answers[kind, response.status] += 1
         if response.status == 200:
-            self.rows.setdefault(text, []).append(np.array(content["data"][0]["embedding"]))
+            self.rows.setdefault(name, []).append(np.array(content["data"][0]["embedding"]))
 
     async def all(self) -> None:
         import aiohttp
@@ -197,7 +201,7 @@ class Losses:
         allowed = {("good", 200), ("malformed", 400)}
         wrong = {key: count for key, count in self.answers.items() if key not in allowed}
         spread = max(float(np.abs(np.stack(rows) - rows[0]).max()) for rows in self.rows.values())
-        print(f"{dict(self.answers)}; equal texts differ by at most {spread:.1e}")
+        print(f"{dict(self.answers)}; equal pictures differ by at most {spread:.1e}")
         if wrong or self.answers.total() != self.args.requests or spread > 1e-4:
             raise UserError(f"{self.args.requests} requests, {self.answers.total()} answers, of them wrong: {wrong}")
 
