@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 LOST = (RayActorError, ReplicaUnavailableError, DeploymentUnavailableError)  # a replica that is no more
 ATTEMPTS = 5  # for a batch: a replica that is lost takes nothing with it
 BATCHES = 2  # of each replica
+HEALTH_SECONDS = 5.0
 KEPT_TEXTS = 10_000
 RETRY_SECONDS = 0.5
 
@@ -126,9 +127,13 @@ class Gateway:
         return Response(generate_latest(self.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     async def health(self) -> Response:
-        """Needs no token."""
-        about = await self._about()
-        return JSONResponse({"status": "ok", "model": self.name, "device": about.device, "pending": self.pending})
+        """200 if a replica answers, 503 otherwise. Needs no token."""
+        state = {"model": self.name, "pending": self.pending}
+        try:
+            about: About = await asyncio.wait_for(self.model.about.remote(), HEALTH_SECONDS)
+        except (TimeoutError, RayError, *LOST):
+            return JSONResponse({"status": "no replica answers", **state}, 503)
+        return JSONResponse({"status": "ok", "device": about.device, **state})
 
     async def _answered(self, endpoint: str, request: Request, answer: Callable[[], Awaitable[Any]]) -> Response:
         start = time.perf_counter()

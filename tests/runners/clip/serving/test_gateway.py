@@ -194,6 +194,19 @@ async def test_a_token_lets_in(make: Callable[..., tuple[Any, Handle]]) -> None:
     assert (await ask(app, "/health"))[0] == 200
 
 
+async def test_health_is_that_of_the_replicas(make: Callable[..., tuple[Any, Handle]]) -> None:
+    app, handle = make()
+    status, content = await ask(app, "/health")
+    assert status == 200 and content["status"] == "ok" and content["device"] == "cpu"
+
+    async def dies() -> About:
+        raise ActorDiedError
+
+    handle.about = Method(dies)
+    status, content = await ask(app, "/health")
+    assert status == 503 and content["status"] == "no replica answers"
+
+
 async def test_what_takes_too_long_is_ended(make: Callable[..., tuple[Any, Handle]]) -> None:
     app, handle = make(timeout_seconds=0.01)
     handle.free.clear()
