@@ -110,11 +110,7 @@ class Part:
         names = list(self.weights.blocks)
         shares = [place * number // len(names) for place in range(len(names) + 1)]
         kept = tuple(name for name, (before, after) in zip(names, pairwise(shares), strict=True) if after > before)
-        runs = tuple(
-            replace(run, streamed={name: size for name, size in run.streamed.items() if name not in kept})
-            for run in self.runs
-        )
-        return replace(self, weights=replace(self.weights, kept=kept), runs=runs)
+        return replace(self, weights=replace(self.weights, kept=kept))
 
     def may_keep(self, where: str) -> bool:
         """Whether blocks may fill the memory that is left: not where it is not known what a call takes of that."""

@@ -276,7 +276,8 @@ def seconds_under_way(part: Part, where: str, steps: int, speed: Speed) -> float
     moved = 0
     for run in part.runs:
         times = steps if run.phase == "denoise" else 1
-        moved += times * (total(run.loan) if where == LENT else sum(run.streamed.values()))
+        blocks = sum(size for name, size in run.streamed.items() if name not in part.weights.kept)
+        moved += times * (total(run.loan) if where == LENT else blocks)
     return moved / bandwidth
 
 

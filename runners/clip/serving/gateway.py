@@ -139,22 +139,26 @@ class Gateway:
         start = time.perf_counter()
         status, content = 500, None  # of what nobody expects
         try:
-            self._check_token(request)
-            content = await asyncio.wait_for(answer(), self.settings.timeout_seconds)
+            content = await self._in_time(request, answer)
             status = 200
         except Refusal as refusal:
             status, content = refusal.status, refusal.body()
-        except TimeoutError:
-            late = Refusal(504, "timeout", f"not done within {self.settings.timeout_seconds:g} s")
-            status, content = late.status, late.body()
-        except (RayError, *LOST) as error:
-            logger.exception("a request failed")
-            broken = Refusal(500, "internal", f"the model failed: {type(error).__name__}; the service's log has more")
-            status, content = broken.status, broken.body()
         finally:
             self.metrics.requests.labels(endpoint, status).inc()
             self.metrics.seconds.labels(endpoint).observe(time.perf_counter() - start)
         return JSONResponse(content, status, {"Retry-After": "1"} if status == 429 else None)
+
+    async def _in_time(self, request: Request, answer: Callable[[], Awaitable[Any]]) -> Any:
+        """Raises Refusal: also where it takes too long, or the model fails."""
+        self._check_token(request)
+        try:
+            return await asyncio.wait_for(answer(), self.settings.timeout_seconds)
+        except TimeoutError as error:
+            raise Refusal(504, "timeout", f"not done within {self.settings.timeout_seconds:g} s") from error
+        except (RayError, *LOST) as error:
+            logger.exception("a request failed")
+            reason = f"the model failed: {type(error).__name__}; the service's log has more"
+            raise Refusal(500, "internal", reason) from error
 
     def _check_token(self, request: Request) -> None:
         token = self.settings.token
