@@ -1,0 +1,1 @@
+"""Fine-tuning of Stable Diffusion: data, objective, checkpoints, loop."""

@@ -1,0 +1,158 @@
+"""Pictures with captions, from a folder or from Parquet files, one by one; what cannot be used is listed, not fatal.
+
+A folder follows the imagefolder convention of the datasets library: `metadata.jsonl` with a row for each picture,
+`{"file_name": "a.png", "text": "a caption"}`, in the folder or those below it; or a `.txt` file beside each picture.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from runners.cli import UserError
+from runners.images import PICTURES, decode_picture
+from runners.weight_files import first_line
+
+METADATA = "metadata.jsonl"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture's file, unread, and what it shows."""
+
+    name: str
+    caption: str
+    data: bytes
+
+    def decode(self) -> Image.Image:
+        """The picture the right way up, RGB, transparency on white. Raises UserError: it cannot be read."""
+        picture = decode_picture(self.name, io.BytesIO(self.data))
+        if "A" in picture.getbands() or "transparency" in picture.info:
+            picture = picture.convert("RGBA")
+            white = Image.new("RGBA", picture.size, "white")
+            picture = Image.alpha_composite(white, picture)
+        return picture.convert("RGB")
+
+
+@dataclass
+class Skipped:
+    """What is left out, and why, by the name of the picture."""
+
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    def add(self, name: str, reason: str) -> None:
+        self.reasons[name] = reason
+
+
+def read_pictures(source: Path, image_column: str, caption_column: str, skipped: Skipped) -> Iterator[Picture]:
+    """The pictures of a folder or of a Parquet file, or of a folder of Parquet files, in the order of their names.
+
+    Args:
+        image_column: of Parquet files; rows hold bytes, or `{"bytes": ..., "path": ...}` as datasets writes them.
+        caption_column: of Parquet files and of METADATA.
+        skipped: gets what is missing, has no caption or cannot be read.
+
+    Raises:
+        UserError: there is no such folder or file, it holds no picture, or METADATA is no JSON lines.
+    """
+    if not source.exists():
+        raise UserError(f"--data {source} does not exist")
+    parquet = sorted(source.rglob("*.parquet")) if source.is_dir() else [source]
+    if source.is_file() and source.suffix != ".parquet":
+        raise UserError(f"--data {source} is neither a folder nor a .parquet file")
+    if parquet:
+        yield from _from_parquet(parquet, image_column, caption_column, skipped)
+    else:
+        yield from _from_folder(source, caption_column, skipped)
+
+
+def _from_folder(folder: Path, caption_column: str, skipped: Skipped) -> Iterator[Picture]:
+    captions = _captions_of_metadata(folder, caption_column, skipped)
+    files = {path for path in folder.rglob("*") if path.suffix.lower() in PICTURES and not path.name.startswith(".")}
+    if not files and not captions:
+        raise UserError(f"--data {folder} holds no picture ({', '.join(PICTURES)}) and no .parquet file")
+    for path in sorted(files | set(captions)):
+        name = str(path.relative_to(folder)) if path.is_relative_to(folder) else str(path)
+        caption = captions.get(path)
+        if caption is None:
+            caption = _caption_beside(path)
+        if caption is None:
+            skipped.add(name, f"no caption: no row in {METADATA} and no {path.with_suffix('.txt').name}")
+            continue
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            skipped.add(name, f"cannot be read: {error.strerror}")
+            continue
+        yield Picture(name, caption, data)
+
+
+def _captions_of_metadata(folder: Path, column: str, skipped: Skipped) -> dict[Path, str]:
+    captions: dict[Path, str] = {}
+    for table in sorted(folder.rglob(METADATA)):
+        for number, line in enumerate(table.read_text(encoding="utf-8").splitlines(), start=1):
+            if not line.strip():
+                continue
+            where = f"{table.relative_to(folder)}:{number}"
+            try:
+                row = json.loads(line)
+                path = table.parent / row["file_name"]
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise UserError(
+                    f'{table}:{number} is no row such as {{"file_name": "a.png", "{column}": "a caption"}}: '
+                    f"{type(error).__name__}: {first_line(error)}"
+                ) from error
+            caption = row.get(column)
+            if isinstance(caption, str) and caption.strip():
+                captions[path] = caption.strip()
+            else:
+                skipped.add(where, f"no caption in {column!r} for {row['file_name']}")
+    return captions
+
+
+def _caption_beside(path: Path) -> str | None:
+    try:
+        return path.with_suffix(".txt").read_text(encoding="utf-8").strip() or None
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def _from_parquet(files: list[Path], image_column: str, caption_column: str, skipped: Skipped) -> Iterator[Picture]:
+    """Row group by row group: the whole need not fit in memory, and no copy of it is made on disk."""
+    from pyarrow import ArrowInvalid
+    from pyarrow.parquet import ParquetFile
+
+    for path in files:
+        try:
+            table = ParquetFile(path)
+        except (ArrowInvalid, OSError) as error:
+            raise UserError(f"--data {path} is no Parquet file: {first_line(error)}") from error
+        lacking = {image_column, caption_column} - set(table.schema_arrow.names)
+        if lacking:
+            raise UserError(
+                f"--data {path} has the columns {', '.join(table.schema_arrow.names)} and no "
+                f"{' and no '.join(sorted(lacking))}: see --image_column and --caption_column"
+            )
+        number = 0
+        for batch in table.iter_batches(batch_size=64, columns=[image_column, caption_column]):
+            for row in batch.to_pylist():
+                name = f"{path.name}:{number}"
+                number += 1
+                data, caption = _bytes_of(row[image_column]), row[caption_column]
+                if data is None:
+                    skipped.add(name, f"no bytes of a picture in {image_column!r}")
+                elif not isinstance(caption, str) or not caption.strip():
+                    skipped.add(name, f"no caption in {caption_column!r}")
+                else:
+                    yield Picture(name, caption.strip(), data)
+
+
+def _bytes_of(cell: Any) -> bytes | None:
+    data = cell.get("bytes") if isinstance(cell, dict) else cell
+    return data if isinstance(data, bytes) else None
