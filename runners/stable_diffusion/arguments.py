@@ -45,14 +45,7 @@ def parse_arguments(description: str | None, folder: Path, arguments: Sequence[s
     add("--image", type=file_path, metavar="FILE", help="change this picture instead of drawing from noise")
     add("--mask", type=file_path, metavar="FILE", help="of --image only what is white here; the rest stays")
     add("--strength", type=strength, metavar="S", help="how much of --image goes, up to 1 (0.8, with --mask 1)")
-    add(
-        "--lora",
-        type=lora,
-        action="append",
-        default=[],
-        metavar="FILE[:SCALE]",
-        help="an adapter in .safetensors; repeat it for several (scale 1)",
-    )
+    add_lora_argument(add)
     add("--num_images", type=positive_int, default=1, metavar="N", help="pictures of each prompt, made together (1)")
     add("--seed", type=non_negative_int, default=0, metavar="N", help="of the first picture, the next has N+1 ... (0)")
 
@@ -113,6 +106,19 @@ def lora(argument: str) -> Lora:
     if not name or argument.endswith(".safetensors"):
         return Lora(file_path(argument), 1.0)
     return Lora(file_path(name), finite_float(scale))
+
+
+def add_lora_argument(add: Callable[..., object], dest: str = "lora") -> None:
+    add(
+        "--lora",
+        type=lora,
+        action="append",
+        default=[],
+        dest=dest,
+        metavar="FILE[:SCALE]",
+        help="an adapter in .safetensors; repeat it for several (scale 1)"
+        + ("" if dest == "lora" else "; of rows that name none"),
+    )
 
 
 def add_model_argument(add: Callable[..., object], default: Path) -> None:

@@ -34,9 +34,11 @@ from runners.files import make_output_dir, remove_scratch
 from runners.model_dir import require_patched_diffusers
 from runners.ray_local import RAY_OPTIONS, RESOURCES, count_devices, quiet_ray, start_ray, worker_environment
 from runners.report import Report, versions
+from runners.stable_diffusion.adapters import check_loras
 from runners.stable_diffusion.arguments import (
     DEMO_MODEL,
     add_acceleration_arguments,
+    add_lora_argument,
     add_model_argument,
     add_step_and_size_arguments,
     complete,
@@ -77,6 +79,7 @@ def parse_arguments(description: str | None, folder: Path, arguments: Sequence[s
         help="what pictures should not show, where a row says nothing",
     )
     add_step_and_size_arguments(add)
+    add_lora_argument(add, dest="row_lora")
     add(
         "--seed",
         type=non_negative_int,
@@ -124,6 +127,8 @@ def parse_arguments(description: str | None, folder: Path, arguments: Sequence[s
 
     args = parser.parse_args(arguments)
     complete(args)
+    check_loras(args.row_lora)
+    args.row_lora = [f"{path.absolute()}:{scale}" for path, scale in args.row_lora]
     args.num_images, args.warmup = 1, 0  # which run_sd's functions ask for
     args.model_path, args.output_dir = args.model_path.absolute(), args.output_dir.absolute()
     args.config = args.config and args.config.absolute()

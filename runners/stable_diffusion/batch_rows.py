@@ -117,9 +117,10 @@ def make_picture(
         raise BadRow(f"seed must be a whole number from 0 to {MAX_SEED}, not {seed!r}")
     content = {"prompt": prompt, "negative_prompt": negative_prompt, "seed": seed} | appearance
     lora = ""
-    if record.get("lora") is not None:
+    adapters = args.row_lora if record.get("lora") is None else record["lora"]
+    if adapters is not None:
         try:
-            lora = files.read(record["lora"])
+            lora = files.read(adapters)
         except ValueError as error:
             raise BadRow(str(error)) from error
     if lora:

@@ -23,7 +23,7 @@ from runners.files import make_output_dir
 from runners.model_dir import Model, load_pipeline
 from runners.report import Report
 from runners.schedulers import check_steps, make_scheduler
-from runners.stable_diffusion.adapters import check_loras, load_loras
+from runners.stable_diffusion.adapters import check_loras, fuse_loras
 from runners.stable_diffusion.inputs import pipeline_class, read_inputs, steps_drawn
 
 SETTINGS = ("negative_prompt", "steps", "guidance_scale", "height", "width", "num_images", "seed", "warmup")
@@ -70,7 +70,7 @@ def make_pipeline(
     """The pipeline where it is to be, without accelerations."""
     memory_plan = plan(args, model, manager.device, dtype, report)
     pipe = load_pipeline(pipeline_class(args), args.model_path, dtype, model, scheduler=scheduler)
-    load_loras(pipe, args.lora)
+    fuse_loras(pipe, args.lora)
     if memory_plan is None or memory_plan.is_resident:
         pipe.to(manager.device, silence_dtype_warnings=True)  # choose_dtype says what float16 means on the CPU
         return pipe

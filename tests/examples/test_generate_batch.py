@@ -245,6 +245,10 @@ def test_each_row_is_drawn_with_its_adapters(
     ]
     pictures, failures = plan(parse(*flags), *({"prompt": "a red circle", "seed": 0} | row for row in rows))
     assert not failures and len({picture.digest for picture in pictures}) == 3
+    assert (
+        plan(parse(*flags, "--lora", f"{ink}:0.5"), {"prompt": "a red circle", "seed": 0, "id": "ink"})[0]
+        == pictures[:1]
+    )
     painter = batch.Painter(parse(*flags), "cpu")
     for picture in pictures:
         assert painter(batch.asdict(picture))["error"] == ""
@@ -253,7 +257,8 @@ def test_each_row_is_drawn_with_its_adapters(
     for name, loras in options.items():
         assert run_sd("--prompt", "a red circle", *flags, *loras).code == 0
         [path] = (tmp_path / "out").glob("*.png")
-        assert np.array_equal(np.asarray(Image.open(path)), drawn[name])
+        # run_sd.py adds an adapter to the weights, which rounds otherwise than beside them.
+        assert np.abs(np.asarray(Image.open(path)).astype(int) - drawn[name]).max() <= 1
         path.unlink()
     assert np.array_equal(drawn["ink"], drawn["ink-again"]) and not np.array_equal(drawn["ink"], drawn["none"])
     assert json.loads((painter.folder / "ink.json").read_text())["settings"]["lora"] == {str(ink): 0.5}

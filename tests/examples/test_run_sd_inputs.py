@@ -140,6 +140,7 @@ def test_adapters_change_the_picture_by_their_scale(run_sd: Callable, tmp_path: 
         (["--lora", __file__], "must be a .safetensors file"),
         (["--lora", "OTHER"], "does not fit this model"),
         (["--lora", "FLUX"], "flux.safetensors does not fit this model: none of its weights"),
+        (["--lora", "PARTLY"], "no place of their shape for unet.mid_block.absent.lora_A.weight, "),
     ],
 )
 def test_what_cannot_be_drawn_is_one_line(
@@ -148,10 +149,15 @@ def test_what_cannot_be_drawn_is_one_line(
     Image.new("L", (72, 64)).save(tmp_path / "black.png")
     adapter = {f"transformer.x.lora_{side}.weight": torch.ones(4, 4) for side in "AB"}
     save_file(adapter, tmp_path / "flux.safetensors")
+    query = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    partly = {f"{query}.lora_A.weight": torch.ones(4, 64), f"{query}.lora_B.weight": torch.ones(64, 4)}
+    partly |= {f"unet.mid_block.absent.lora_{side}.weight": torch.ones(4, 4) for side in "AB"}
+    save_file(partly, tmp_path / "partly.safetensors")
     paths = {
         "PICTURE": picture,
         "BLACK": tmp_path / "black.png",
         "FLUX": tmp_path / "flux.safetensors",
+        "PARTLY": tmp_path / "partly.safetensors",
         "OTHER": tiny_sd_dir / "vae/diffusion_pytorch_model.safetensors",
     }
     outcome = run_sd(*PROMPT, *(paths.get(argument, argument) for argument in arguments))

@@ -1,0 +1,113 @@
+"""Where pictures and captions come from, what is left out of them, and what is kept of them on disk."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+
+from runners.cli import UserError
+from runners.training.cache import Sizes
+from runners.training.pictures import Picture, Skipped, read_pictures
+from tests.training_work import losses, train, write_pictures
+
+
+def found(source: Path, skipped: Skipped) -> dict[str, str]:
+    return {picture.name: picture.caption for picture in read_pictures(source, "image", "text", skipped)}
+
+
+def test_captions_of_metadata_and_beside_pictures(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "sub", 2)
+    Image.new("RGB", (8, 8)).save(tmp_path / "alone.jpg")
+    (tmp_path / "alone.txt").write_text("beside\n")
+    Image.new("RGB", (8, 8)).save(tmp_path / "silent.png")
+    with (tmp_path / "sub/metadata.jsonl").open("a") as metadata:
+        metadata.write(json.dumps({"file_name": "gone.png", "text": "not there"}) + "\n\n")
+        metadata.write(json.dumps({"file_name": "1.png", "other": "x"}) + "\n")
+    skipped = Skipped()
+    assert found(tmp_path, skipped) == {"alone.jpg": "beside", "sub/0.png": "picture 0", "sub/1.png": "picture 1"}
+    assert skipped.reasons.keys() == {"silent.png", "sub/gone.png", "sub/metadata.jsonl:5"}
+
+
+def test_rows_of_parquet(tmp_path: Path) -> None:
+    data = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(data, "png")
+    rows = [
+        {"image": {"bytes": data.getvalue(), "path": None}, "text": "one"},
+        {"image": {"bytes": None, "path": "elsewhere.png"}, "text": "two"},
+        {"image": {"bytes": data.getvalue(), "path": None}, "text": None},
+    ]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    skipped = Skipped()
+    assert found(tmp_path, skipped) == {"rows.parquet:0": "one"}
+    assert skipped.reasons.keys() == {"rows.parquet:1", "rows.parquet:2"}
+    with pytest.raises(UserError, match=r"no words: see --image_column and --caption_column"):
+        list(read_pictures(tmp_path / "rows.parquet", "image", "words", skipped))
+    (tmp_path / "bad.parquet").write_bytes(b"no table")
+    with pytest.raises(UserError, match="is no Parquet file"):
+        found(tmp_path / "bad.parquet", skipped)
+
+
+def test_metadata_that_is_none_names_the_line(tmp_path: Path) -> None:
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "x"}\nnothing\n')
+    with pytest.raises(UserError, match=r"metadata\.jsonl:2 is no row such as"):
+        found(tmp_path, Skipped())
+
+
+def test_broken_pictures_are_left_out(tmp_path: Path, small_sd_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_pictures(tmp_path / "data", 4)
+    whole = (data / "3.png").read_bytes()
+    (data / "3.png").write_bytes(whole[: len(whole) // 2])
+    made = train(data, small_sd_dir, tmp_path / "made", steps=1)
+    skipped = json.loads((made / "skipped.json").read_text())
+    assert skipped.keys() == {"3.png"}
+    assert "1 pictures are left out, as 3.png" in capsys.readouterr().err
+    assert len(losses(made)) == 1
+
+
+def test_transparency_is_white_and_other_modes_are_rgb() -> None:
+    for image in (Image.new("LA", (4, 4), (0, 0)), Image.new("RGBA", (4, 4), (255, 0, 0, 0))):
+        data = io.BytesIO()
+        image.save(data, "png")
+        assert Picture("a", "", data.getvalue()).decode().getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_buckets_keep_shapes(tmp_path: Path, small_sd_dir: Path) -> None:
+    sizes = Sizes.of(512, aspect_ratio_buckets=True)
+    assert sizes.of_picture(Image.new("RGB", (1600, 900))) == (384, 704)
+    assert Sizes.of(512, aspect_ratio_buckets=False).of_picture(Image.new("RGB", (1600, 900))) == (512, 512)
+    data = write_pictures(tmp_path / "data", 3)
+    Image.fromarray(np.zeros((64, 128, 3), dtype=np.uint8)).save(data / "2.png")
+    made = train(data, small_sd_dir, tmp_path / "made", "--aspect_ratio_buckets", "--resolution", 128, steps=4)
+    shapes = {load_file(file)["mean"].shape for file in (tmp_path / "cache/latents").rglob("*.safetensors")}
+    assert len(shapes) == 2
+    assert len(losses(made)) == 4
+
+
+def test_what_is_cached_is_named_by_what_it_depends_on(tmp_path: Path, small_sd_dir: Path, tiny_sd_dir: Path) -> None:
+    data = write_pictures(tmp_path / "data", 2)
+    first = train(data, small_sd_dir, tmp_path / "first", steps=1)
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.safetensors")}
+    assert len(files) == 2 + 2 + 1  # and the empty caption
+    again = train(data, small_sd_dir, tmp_path / "again", steps=1)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.safetensors")} == files
+    assert losses(first) == losses(again)
+    next(iter(files)).write_bytes(b"damaged")
+    assert losses(train(data, small_sd_dir, tmp_path / "third", steps=1)) == losses(first)
+    train(data, tiny_sd_dir, tmp_path / "other", steps=1)
+    assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 2 * len(files)
+
+
+def test_flips_are_learnt(tmp_path: Path, small_sd_dir: Path) -> None:
+    data = write_pictures(tmp_path / "data", 2)
+    plain = train(data, small_sd_dir, tmp_path / "plain", steps=4)
+    flipped = train(data, small_sd_dir, tmp_path / "flipped", "--random_flip", steps=4)
+    different = [a != b for a, b in zip(losses(plain), losses(flipped), strict=True)]
+    assert any(different)
