@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,6 +65,14 @@ SHAPES: dict[str, Sequence[tuple[float, float]]] = {  # outlines (x right, y dow
         (-_CROSS_ARM, _CROSS_ARM), (-1, _CROSS_ARM), (-1, -_CROSS_ARM), (-_CROSS_ARM, -_CROSS_ARM),
     ],
 }  # fmt: skip
+
+NEW_SHAPES: dict[str, Sequence[tuple[float, float]]] = {  # which the demo model never saw: see scripts/demo_lora
+    "star": [
+        (0.0, -1.0), (0.309, -0.342), (1.0, -0.236), (0.5, 0.276), (0.618, 1.0),
+        (0.0, 0.658), (-0.618, 1.0), (-0.5, 0.276), (-1.0, -0.236), (-0.309, -0.342),
+    ],
+}  # fmt: skip
+_OUTLINES = {**SHAPES, **NEW_SHAPES}
 
 HELD_OUT_ONE_IN = 5
 MAX_HELD_OUT = 2000  # a little less than there are, so that drawing different ones at random stays quick
@@ -125,7 +133,7 @@ class Scene:
 
 def draw_shape(draw: ImageDraw.ImageDraw, shape: Shape, x: float, y: float, radius: float) -> None:
     """Draw a shape around x, y [pixels] on a canvas that has SUPERSAMPLING times as many to a side."""
-    outline = [((x + u * radius) * SUPERSAMPLING, (y + v * radius) * SUPERSAMPLING) for u, v in SHAPES[shape.kind]]
+    outline = [((x + u * radius) * SUPERSAMPLING, (y + v * radius) * SUPERSAMPLING) for u, v in _OUTLINES[shape.kind]]
     draw.polygon(outline, fill=COLOURS[shape.colour])
 
 
@@ -170,14 +178,15 @@ def held_out_scenes(count: int, seed: int) -> list[Scene]:
     return list(scenes)
 
 
-def score_image(image: np.ndarray, scene: Scene) -> Score:
+def score_image(image: np.ndarray, scene: Scene, kinds: Collection[str] = tuple(SHAPES)) -> Score:
     """Judge a picture by image analysis alone.
 
     Args:
         image: uint8 [height, width, 3], RGB; any size, positions are read as shares of it.
         scene: what the picture should show.
+        kinds: the shapes that an object may be.
     """
-    found = find_shapes(image)
+    found = find_shapes(image, kinds)
     if len(found) != len(scene.shapes):
         return Score(False, False, False)
 
@@ -210,7 +219,7 @@ class FoundShape:
     area: float
 
 
-def find_shapes(image: np.ndarray) -> list[FoundShape]:
+def find_shapes(image: np.ndarray, kinds: Collection[str] = tuple(SHAPES)) -> list[FoundShape]:
     """The objects in a uint8 [height, width, 3] RGB picture: what differs from the colour of its border."""
     lab = rgb2lab(image)
     border = np.concatenate([lab[:3].reshape(-1, 3), lab[-3:].reshape(-1, 3), lab[:, :3].reshape(-1, 3)])
@@ -224,7 +233,7 @@ def find_shapes(image: np.ndarray) -> list[FoundShape]:
         centre = _middle(region.bbox, distance.shape)
         colour = _name_colour(np.median(lab[tuple(region.coords.T)], axis=0))
         area = float(mask.sum()) / distance.size
-        found.append(FoundShape(colour, _name_shape(mask), _name_position(centre), centre, area))
+        found.append(FoundShape(colour, _name_shape(mask, kinds), _name_position(centre), centre, area))
     return found
 
 
@@ -235,9 +244,9 @@ def _name_colour(lab: np.ndarray) -> str | None:
     return names[distances.argmin()] if distances.min() <= _MAX_COLOUR_DISTANCE else None
 
 
-def _name_shape(mask: np.ndarray) -> str | None:
+def _name_shape(mask: np.ndarray, kinds: Collection[str]) -> str | None:
     """The kind whose outline covers the mask best, of the same area and centroid: a blunt corner moves neither."""
-    overlaps = {kind: _overlap(mask, kind) for kind in SHAPES}
+    overlaps = {kind: _overlap(mask, kind) for kind in kinds}
     best = max(overlaps, key=overlaps.__getitem__)
     return best if overlaps[best] >= _MIN_OVERLAP else None
 
@@ -246,9 +255,9 @@ def _overlap(mask: np.ndarray, kind: str) -> float:
     """Intersection over union of a bool mask [height, width] with the outline of `kind` laid over it."""
     mask = np.pad(mask, max(mask.shape) // 2)  # room for corners that the mask lacks
     (row, column), area = centroid(mask), mask.sum()
-    x, y, outline_area = polygon_moments(np.array(SHAPES[kind]))
+    x, y, outline_area = polygon_moments(np.array(_OUTLINES[kind]))
     scale = (area / outline_area) ** 0.5
-    ideal = polygon2mask(mask.shape, [(row + (v - y) * scale, column + (u - x) * scale) for u, v in SHAPES[kind]])
+    ideal = polygon2mask(mask.shape, [(row + (v - y) * scale, column + (u - x) * scale) for u, v in _OUTLINES[kind]])
     return float((mask & ideal).sum() / (mask | ideal).sum())
 
 
