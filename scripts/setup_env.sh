@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Installs the requirements and the patched diffusers, and prints the interpreter that has them.
-# Usage: bash scripts/setup_env.sh [--batch] [--onnx] [--serve] [--dev] [--torch VERSION]
-#   --batch   Ray Data as well, for generate_batch.py
-#   --onnx    the exporter and onnxruntime, for convert_to_om.py and deploy.sh of examples/clip
-#   --serve   Ray Serve, for examples/clip/serve.py
-#   --dev     all of these, and the tools of the tests and checks
-#   --torch   2.10.0, for hosts whose CANN goes with torch_npu 2.10.0, or 2.13.0; it holds for later calls as well
+# Usage: bash scripts/setup_env.sh [--batch] [--onnx] [--serve] [--training] [--dev] [--torch VERSION]
+#   --batch     Ray Data as well, for generate_batch.py
+#   --onnx      the exporter and onnxruntime, for convert_to_om.py and deploy.sh of examples/clip
+#   --serve     Ray Serve, for examples/clip/serve.py
+#   --training  TensorBoard and Ray Train, for examples/training
+#   --dev       all of these, and the tools of the tests and checks
+#   --torch     2.10.0, for hosts whose CANN goes with torch_npu 2.10.0, or 2.13.0; it holds for later calls as well
 #
 # The environment is that of $PYTHON when it is set, else the active virtual environment, else .venv, made when needed.
 # What is installed already is left alone; then no network is needed. All messages go to stderr.
@@ -74,14 +75,15 @@ while (($#)); do
         --batch) extras+=(requirements-batch.txt) ;;
         --onnx) extras+=(requirements-onnx.txt) ;;
         --serve) extras+=(requirements-serve.txt) ;;
-        --dev) extras+=(requirements-{batch,onnx,serve,dev}.txt) ;;
+        --training) extras+=(requirements-training.txt) ;;
+        --dev) extras+=(requirements-{batch,onnx,serve,training,dev}.txt) ;;
         --torch | --torch=*)
             [[ $1 == *=* || $# -gt 1 ]] || fail "--torch needs a version: 2.13.0 or 2.10.0"
             torch=${1#--torch=}
             [[ $1 == *=* ]] || { torch=$2 && shift; }
             [[ $torch == 2.13.0 || $torch == 2.10.0 ]] || fail "--torch $torch: only 2.13.0 and 2.10.0 are tested"
             ;;
-        *) fail "unknown option '$1' (usage: bash scripts/setup_env.sh [--batch] [--onnx] [--serve] [--dev] [--torch VERSION])" ;;
+        *) fail "unknown option '$1' (usage: bash scripts/setup_env.sh [--batch] [--onnx] [--serve] [--training] [--dev] [--torch VERSION])" ;;
     esac
     shift
 done

@@ -36,16 +36,24 @@ SWITCHES = {
 
 
 def parse_arguments(description: str | None, folder: Path, arguments: Sequence[str] | None) -> Settings:
-    """The settings that the command line of a program in `examples/training` asks for."""
+    """The settings that the command line of train_text_to_image.py in `folder` asks for."""
+    parser = make_parser("train_text_to_image.py", description, folder)
+    return settings_of(vars(parser.parse_args(arguments)))
+
+
+def make_parser(program: str, description: str | None, folder: Path) -> ArgumentParser:
     parser = ArgumentParser(
-        prog="train_text_to_image.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=program, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    demo = folder.parent / "sd2.1" / DEMO_MODEL
-    add_data_arguments(parser, demo)
+    add_data_arguments(parser, folder.parent / "sd2.1" / DEMO_MODEL)
     add_training_arguments(parser)
     add_speed_arguments(parser)
     add_output_arguments(parser)
-    args = vars(parser.parse_args(arguments))
+    return parser
+
+
+def settings_of(args: dict[str, Any]) -> Settings:
+    """What `make_parser` read, with all that was left open decided. Raises UserError for what has no effect."""
     switches = choose_switches(args)
     if args["cache_dir"] is None:
         args["cache_dir"] = args["output_dir"] / "cache"

@@ -77,9 +77,7 @@ class Trainer:
         self.prediction = settings.prediction_type or noise_schedule.config.prediction_type
         self.alphas_cumprod = noise_schedule.alphas_cumprod
         self.batches = Batches(inputs.buckets(), settings.examples_a_step(accelerator.num_processes), settings.seed)
-        optimizer = torch.optim.AdamW(
-            trained(unet), lr=settings.learning_rate, weight_decay=settings.weight_decay, foreach=True
-        )
+        optimizer = torch.optim.AdamW(trained(unet), lr=settings.learning_rate, weight_decay=settings.weight_decay)
         self.unet, self.optimizer = accelerator.prepare(unet, optimizer)
         self.learning_rate = get_scheduler(
             settings.lr_schedule, self.optimizer.optimizer, None, settings.warmup_steps, settings.steps

@@ -19,7 +19,7 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 
 from ascend.chips import FUSION_ATTENTION, family_of, has_operator
-from ascend.device import DeviceManager, get_chip, get_device_info, inference_dtypes
+from ascend.device import DeviceManager, get_accelerator_type, get_chip, get_device_info, inference_dtypes
 from ascend.memory import keep_freed_memory
 from ascend.parallel import world_size
 from processors.presets.training import prepare_for_training
@@ -68,9 +68,9 @@ def train(settings: Settings) -> None:
 def training_device(name: str | None) -> torch.device:
     """Where this rank trains. Raises DeviceError, or UserError for a chip that is made for inference alone."""
     local_rank = os.environ.get("LOCAL_RANK")
-    if name is None and local_rank is not None:
-        kind = DeviceManager().device.type
-        name = kind if kind == "cpu" else f"{kind}:{local_rank}"
+    name = name or os.environ.get("PREFERRED_DEVICE") or get_accelerator_type()
+    if local_rank is not None and name in ("npu", "cuda"):
+        name = f"{name}:{local_rank}"
     device = DeviceManager(name).device
     chip = get_chip(device)
     if family_of(chip) is not None and not has_operator(chip, FUSION_ATTENTION):

@@ -46,6 +46,7 @@ from ascend.memory import keep_freed_memory
 from runners.cli import ArgumentParser, UserError, file_path, non_negative_int, one_line_errors, positive_int
 from runners.files import make_output_dir, write_json
 from runners.model_dir import DEFAULTS
+from runners.training.objective import add_noise, levels, weighted_error
 from scripts.demo_model.networks import (
     TEXT_LENGTH,
     SceneReader,
@@ -255,10 +256,10 @@ def run_unet(run: Run) -> None:
             text = text_encoder(tokenize(tokenizer, captions).to(run.device)).last_hidden_state
         noise = torch.randn(run.unet_batch, *latents.shape[1:])
         timesteps = torch.randint(0, noise_schedule.config.num_train_timesteps, (run.unet_batch,))
-        noisy = noise_schedule.add_noise(latents[chosen], noise, timesteps)
+        at = levels(noise_schedule.alphas_cumprod, timesteps, "epsilon", MIN_SNR_GAMMA)
+        noisy = add_noise(latents[chosen], noise, at)
         predicted = unet(noisy.to(run.device), timesteps.to(run.device), text).sample
-        errors = (predicted - noise.to(run.device)).square().mean(dim=(1, 2, 3))
-        return (errors * min_snr_weights(noise_schedule.alphas_cumprod[timesteps]).to(run.device)).mean()
+        return weighted_error(predicted, noise.to(run.device), at.weight.to(run.device))
 
     vae.register_to_config(scaling_factor=cache["scaling_factor"])
     pipeline = assemble(vae, text_encoder, tokenizer, unet)
@@ -272,12 +273,6 @@ def run_unet(run: Run) -> None:
         lambda step: preview(run, pipeline, step),
     )
     run.save(unet, "unet")
-
-
-def min_snr_weights(alphas_cumprod: Tensor) -> Tensor:
-    """Weights [count] of the noise errors that keep the nearly clean steps from drowning the ones that compose."""
-    signal_to_noise = alphas_cumprod / (1 - alphas_cumprod)
-    return signal_to_noise.clamp(max=MIN_SNR_GAMMA) / signal_to_noise
 
 
 def preview(run: Run, pipeline: StableDiffusionPipeline, step: int) -> None:
