@@ -94,7 +94,7 @@ class Trainer:
     def weights(self) -> dict[str, Tensor]:
         """The trained weights, whole and in host memory, on rank 0. All ranks have to call it."""
         weights: dict[str, Tensor] = get_model_state_dict(self.model, options=_WHOLE)  # type: ignore[assignment]
-        return weights
+        return {name: weight.clone() for name, weight in weights.items()}  # on the CPU they are the model's own
 
     def _new_average(self) -> EMAModel:
         return EMAModel(trained(self.model), decay=self.settings.ema_decay, use_ema_warmup=True, foreach=True)

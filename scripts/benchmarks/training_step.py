@@ -4,9 +4,9 @@
 
 FILE is examples/text_to_image/train_text_to_image_lora.py of diffusers; it needs the packages datasets and
 torchvision, which nothing here does. The model has random weights. Each round trains with that script and with ours,
-one after the other, at the same settings, in processes of their own. A step's seconds are the difference between a long
-and a short training, so that loading does not count, nor the encoding that ours does once and upstream's in each step.
-The memory is the process's peak with all of that. Ratios are medians over the rounds.
+one after the other, at the same settings, in processes of their own. A step's seconds are the difference between a
+long and a short training, so that loading does not count, nor the encoding that ours does once and upstream's in each
+step. The memory is the process's peak with all of that. Ratios are medians over the rounds.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from tests.programs import ROOT, environment
 from tests.training_work import PROGRAM, adapter, arguments, losses, same, train
 
 END_SECONDS = 4 * 30  # within which a killed rank has to end a run, on a machine four times slower
-STEPS = 40
+STEPS = 30
 
 
 def launch(words: list[str]) -> list[str]:

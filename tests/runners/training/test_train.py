@@ -61,6 +61,10 @@ def test_a_resumed_training_ends_at_the_same_bits(
     first, second = (Checkpoints(folder / "checkpoints", 3).load(6).state for folder in (whole, half))
     for part in ("weights", "average") if "average" in first else ("weights",):
         assert same(first[part], second[part])
+    if "average" in first:
+        assert not same(first["average"], first["weights"])
+    if "--full" not in more:
+        assert same(adapter(whole), adapter(half))
     assert losses(whole) == losses(half)
 
 
