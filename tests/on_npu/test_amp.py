@@ -88,9 +88,7 @@ def steps_of(scaler: torch.amp.GradScaler) -> list[tuple[bool, float]]:
 def test_a_step_that_overflows_is_skipped(name: str) -> None:
     scaler = SCALERS[name](init_scale=2.0**10, growth_interval=2)
     if SATURATES and name == "torch":
-        with pytest.raises(
-            RuntimeError, match="AmpUpdateScale on Ascend310P3: the operator has no kernel"
-        ):
+        with pytest.raises(RuntimeError, match="AmpUpdateScale on Ascend310P3: the operator has no kernel"):
             steps_of(scaler)
         return
     assert steps_of(scaler) == [(True, 2.0**10), (False, 2.0**9), (True, 2.0**9), (True, 2.0**10)]
