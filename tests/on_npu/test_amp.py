@@ -9,6 +9,8 @@ from functools import partial
 import pytest
 import torch
 import torch_npu
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from tests.on_npu.helpers import FLOATS, SATURATES
 from tests.on_npu.inputs import numbers
@@ -139,3 +141,33 @@ def test_a_scaler_goes_on_from_its_state() -> None:
     first.scale(torch.ones(1, device="npu"))
     second.load_state_dict(first.state_dict())
     assert second.scale(torch.ones(1, device="npu")).item() == 8
+
+
+@pytest.mark.parametrize("precision", ("no", "fp16", "bf16"))
+def test_accelerate(precision: str) -> None:
+    """As diffusers' trainers use it: two micro-batches a step, clipped, against float32 on the CPU."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        accelerator = Accelerator(mixed_precision=precision, gradient_accumulation_steps=2)
+        assert accelerator.device.type == "npu"
+        model, twin = Model(), Model()
+        optimizer, steps = (torch.optim.SGD(several.parameters(), lr=0.1) for several in (model, twin))
+        model, optimizer = accelerator.prepare(model, optimizer)
+        for micro_batch in range(4):
+            x = numbers((4, 8), torch.float32, 10 + micro_batch)
+            with accelerator.accumulate(model):
+                accelerator.backward(loss_of(model, x.to("npu")))
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), 0.1)
+                optimizer.step()
+                optimizer.zero_grad()
+            (loss_of(twin, x) / 2).backward()
+            if micro_batch % 2:
+                torch.nn.utils.clip_grad_norm_(twin.parameters(), 0.1)
+                steps.step()
+                steps.zero_grad()
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    exact = precision == "no" and not SATURATES
+    for one, other in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(one.detach().cpu(), other.detach(), rtol=0, atol=1e-6 if exact else 1e-3)

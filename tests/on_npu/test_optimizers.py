@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch_npu
+from diffusers.training_utils import EMAModel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from tests.on_npu.helpers import FLOATS, SATURATES
@@ -94,6 +95,14 @@ def test_fused_optimizers(name: str, dtype: torch.dtype) -> None:
     assert_near(train(make, {**options, "fused": True}, dtype, "npu"), expected, dtype)
 
 
+def test_steps_that_are_counted_on_the_chip() -> None:
+    make, options = OPTIMIZERS["AdamW"]
+    expected = train(make, options, torch.float32, "cpu")
+    for foreach in (False, True):
+        actual = train(make, {**options, "foreach": foreach, "capturable": True}, torch.float32, "npu")
+        assert_near(actual, expected, torch.float32)
+
+
 def test_a_fused_optimizer_goes_on_from_its_state() -> None:
     make, options = OPTIMIZERS["AdamW" if not SATURATES else "Adam"]
     weights = parameters(torch.float32, "npu")
@@ -178,6 +187,25 @@ def test_averages_of_weights() -> None:
                 torch._foreach_mul_(list(model), 1.0 + step)
         averages.append([weight.detach() for weight in average.module])
     assert_near(*averages, torch.float32)
+
+
+@pytest.mark.parametrize("foreach", (False, True), ids=("each", "lists"))
+def test_averages_of_diffusers(foreach: bool) -> None:
+    averages = []
+    for device in ("npu", "cpu"):
+        weights = parameters(torch.float32, device)
+        average = EMAModel(weights, decay=0.9, foreach=foreach)
+        for step in range(3):
+            with torch.no_grad():
+                torch._foreach_mul_(weights, 1.0 + step)
+            average.step(weights)
+        average.store(weights)
+        average.copy_to(weights)
+        averages.append([weight.detach().clone() for weight in weights])
+        average.restore(weights)
+        averages.append([weight.detach() for weight in weights])
+    assert_near(averages[0], averages[2], torch.float32)
+    assert_near(averages[1], averages[3], torch.float32)
 
 
 SCALARS = {"lr": 0.05, "beta1": 0.9, "beta2": 0.99, "epsilon": 1e-4}
