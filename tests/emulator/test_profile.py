@@ -29,9 +29,28 @@ def parameters_of_operators() -> dict[str, set[str]]:
     for name in ("Mm", "Matmul", "MatmulWeightNz", "BatchMatMul"):
         found[name] = set(KERNEL_FAMILIES["PRODUCT"])
     found["Foreach"] = set()  # all operators of graphs on lists of tensors
+    found |= parameters_on_lists()
     hccl = (SOURCES.parent / "hccl/hccl.cpp").read_text(encoding="utf-8")
     for name in re.findall(r"CANN_API HcclResult (\w+)\(", hccl):
         found[name] = HCCL_PARAMETERS
+    return found
+
+
+def parameters_on_lists() -> dict[str, set[str]]:
+    """The eager operators on lists of tensors, of the tables in foreach.h and the lines of foreach.cpp."""
+    declarations = (SOURCES / "foreach.cpp").read_text(encoding="utf-8").replace("\\\n", " ")
+    found = {
+        f"Foreach{name}": set(re.findall(r"(\w+)(?:,|$)", parameters)) | {"out"}
+        for name, parameters in re.findall(r"^FOREACH\((\w+), \((.*?)\)", declarations, re.MULTILINE)
+    }
+    tables = (SOURCES / "foreach.h").read_text(encoding="utf-8").replace("\\\n", " ")
+    for table, rows in re.findall(r"#define FOREACH_OF_(\w+)\(X\)(.*)", tables):
+        row_macro = re.search(rf"FOREACH_OF_{table}\((\w+)\)", declarations)
+        assert row_macro is not None, table
+        (body,) = re.findall(rf"#define {row_macro[1]}\(NAME, \.\.\.\)(.*)", declarations)
+        for suffix, parameters in re.findall(r"FOREACH\(NAME(?:##)?(\w*), \((.*?)\)", body):
+            for name in re.findall(r"X\((\w+),", rows):
+                found[f"Foreach{name}{suffix}"] = set(re.findall(r"(\w+)(?:,|$)", parameters)) | {"out"}
     return found
 
 

@@ -32,6 +32,7 @@ REDUCTIONS = {
 }
 
 Results = dict[tuple[str, str], Any]
+Program = Callable[[int, int], Results]  # of a rank, and of how many
 
 
 def values(rank: int, dtype: torch.dtype, count: int = COUNT) -> torch.Tensor:
@@ -273,20 +274,22 @@ def start(store: str, rank: int, size: int) -> None:
     dist.init_process_group("hccl", init_method=store, rank=rank, world_size=size)
 
 
-def run(program: str, rank: int, size: int, directory: Path) -> None:
-    if program == "one_each":  # as Ray and Kubernetes start them
+def run(program: Program, rank: int, size: int, directory: Path) -> None:
+    if program is one_each:  # as Ray and Kubernetes start them
         os.environ["ASCEND_RT_VISIBLE_DEVICES"] = str(rank)
     torch.npu.set_compile_mode(jit_compile=False)
     torch.npu.config.allow_internal_format = False
-    torch.npu.set_device(0 if program == "one_each" else rank)
+    torch.npu.set_device(0 if program is one_each else rank)
     start(f"file://{directory}/store", rank, size)
-    results = globals()[program](rank, size)
+    results = program(rank, size)
     torch.save(results, directory / f"{rank}.pt")
     os._exit(0)  # torch_npu ends a process whose communicator has failed, but not at a certain time
 
 
-def main() -> None:
-    program, size, directory = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
+def main(programs: Iterable[Program]) -> None:
+    """Runs that of `programs` whose name is the first argument, in a process for each rank."""
+    name, size, directory = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
+    (program,) = (program for program in programs if program.__name__ == name)
     for rank in range(size):
         if os.fork() == 0:
             run(program, rank, size, directory)
@@ -295,4 +298,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main((collectives, again, lost, late, same_device, one_each))

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +11,9 @@ import pytest
 import torch
 
 from tests.on_npu import hccl_ranks
-from tests.on_npu.hccl_ranks import COUNT, MOVED, MOVES, PATIENCE, REDUCED, REDUCING, REDUCTIONS, Results, values
+from tests.on_npu.hccl_ranks import COUNT, MOVED, MOVES, REDUCED, REDUCING, REDUCTIONS, Results, values
 from tests.on_npu.helpers import SATURATES, reference
+from tests.on_npu.ranks import run_ranks, whole
 
 EMULATED = "CANN_EMULATOR_SOC" in os.environ
 SIZE = 3
@@ -28,27 +26,7 @@ NOT_ON_310P = ("broadcast", "send_and_recv", "ring", "scatter")
 
 
 def run(program: str, size: int, directory: Path, **environment: str) -> list[Results | None]:
-    """What each rank got; None for one that did not come to its end."""
-    directory.mkdir(exist_ok=True)
-    root = Path(__file__).parents[2]
-    variables = {**os.environ, "TASK_QUEUE_ENABLE": "0", "CANN_EMULATOR_DEVICES": str(SIZE), **environment}
-    variables["PYTHONPATH"] = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
-    with (directory / "output").open("w") as output:
-        command = [sys.executable, hccl_ranks.__file__, program, str(size), str(directory)]
-        ranks = subprocess.Popen(command, env=variables, stdout=output, stderr=output, start_new_session=True)
-        try:
-            ranks.wait(timeout=PATIENCE)
-        finally:
-            if ranks.poll() is None:
-                os.killpg(ranks.pid, signal.SIGKILL)
-    files = [directory / f"{rank}.pt" for rank in range(size)]
-    return [torch.load(file) if file.exists() else None for file in files]
-
-
-def whole(results: list[Results | None], directory: Path) -> list[Results]:
-    found = [result for result in results if result is not None]
-    assert len(found) == len(results), (directory / "output").read_text()[-4000:]
-    return found
+    return run_ranks(hccl_ranks.__file__, program, size, directory, CANN_EMULATOR_DEVICES=str(SIZE), **environment)
 
 
 @pytest.fixture(scope="module")

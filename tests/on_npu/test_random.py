@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch_npu
 
-from tests.on_npu.helpers import FLOATS
+from tests.on_npu.helpers import FLOATS, assert_close, reference
+from tests.on_npu.inputs import numbers
 
 
 def _full(value: float, dtype: torch.dtype) -> torch.Tensor:
@@ -79,3 +80,62 @@ def test_dropout() -> None:
     assert set(kept.unique().tolist()) <= {0.0, 1 / 0.75} or torch.allclose(kept[kept > 0], torch.tensor(1 / 0.75))
     assert abs((kept > 0).float().mean().item() - 0.75) < 0.03
     assert torch.equal(torch.nn.functional.dropout(x, 0.25, training=False), x)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_the_gradient_of_dropout_has_its_mask(dtype: torch.dtype) -> None:
+    x = numbers((33, 70), dtype, low=1, high=2)  # no multiple of the mask's 128 bits
+    for drop in (torch.nn.Dropout(0.25), lambda x: torch.native_dropout(x, 0.25, True)[0]):
+        there = x.to("npu").requires_grad_()
+        torch.npu.manual_seed(5)
+        kept = drop(there)
+        kept.sum().backward()
+        assert there.grad is not None
+        factors = torch.where(kept.detach().cpu() == 0, 0.0, 1 / 0.75)
+        assert_close(there.grad, factors)
+        assert_close(kept.detach(), reference(x) * factors)
+        torch.npu.manual_seed(5)
+        assert torch.equal(drop(there), kept)
+        assert not torch.equal(drop(there), kept)
+
+
+def test_dropout_of_all_and_nothing() -> None:
+    x = numbers((4, 9), torch.float32).to("npu").requires_grad_()
+    for share, factor in ((0.0, 1.0), (1.0, 0.0)):
+        x.grad = None
+        kept = torch.nn.functional.dropout(x, share)
+        kept.sum().backward()
+        assert torch.equal(kept, x * factor) and x.grad is not None and torch.equal(x.grad, torch.full_like(x, factor))
+
+
+def test_the_state_of_a_device() -> None:
+    torch.npu.manual_seed_all(1)
+    states = torch.npu.get_rng_state_all()
+    assert len(states) == torch.npu.device_count()
+    first = [torch.randn(9, device="npu"), torch.nn.functional.dropout(torch.ones(99, device="npu"))]
+    with torch.random.fork_rng(devices=[0], device_type="npu"):
+        torch.randn(7, device="npu")
+    after = torch.randn(9, device="npu")
+    torch.npu.set_rng_state(states[0])
+    assert torch.equal(torch.npu.get_rng_state(), states[0])
+    for drawn in first:
+        again = (
+            torch.randn(9, device="npu")
+            if len(drawn) == 9
+            else torch.nn.functional.dropout(torch.ones(99, device="npu"))
+        )
+        assert torch.equal(again, drawn)
+    assert torch.equal(torch.randn(9, device="npu"), after)
+
+
+@pytest.mark.skipif(torch.npu.device_count() < 2, reason="needs two chips")
+def test_each_device_has_a_state_of_its_own() -> None:
+    torch.npu.manual_seed_all(1)
+    state = torch.npu.get_rng_state("npu:1")
+    torch.randn(9, device="npu:0")
+    assert torch.equal(torch.npu.get_rng_state("npu:1"), state)
+    drawn = torch.randn(9, device="npu:1")
+    torch.npu.set_rng_state(state, "npu:1")
+    assert torch.equal(torch.randn(9, device="npu:1"), drawn)
+    torch.npu.manual_seed_all(1)
+    assert torch.equal(torch.randn(9, device="npu:0").cpu(), drawn.cpu())

@@ -33,6 +33,12 @@ Tensor chosen(const Operands& x, const Tensor& condition, const Tensor& left, co
     return at::where(condition, left, right);
 }
 
+Tensor one_hot(const Operands& x) {
+    const Tensor classes = at::arange(x.integer("depth"), x[0].options());
+    const Tensor hot = at::eq(x[0].unsqueeze(-1), classes).movedim(-1, x.integer("axis", -1));
+    return chosen(x, hot, x[1], x[2]);
+}
+
 Tensor masked(const Operands& x) {
     if (x.compiling()) return shaped_by_all({x[0], x[1], x[2]}, x[0].scalar_type());
     return at::where(x[1], x[2].to(x[0].scalar_type()), x[0]);
@@ -154,6 +160,7 @@ GE(NanToNum, finite(x))
 GE_MOVES(SelectV2, chosen(x, x[0], x[1], x[2]))
 GE_MOVES(Select, chosen(x, x[0], x[1], x[2]))
 GE_MOVES(MaskedFill, masked(x))
+GE_MOVES(OneHotD, one_hot(x))
 GE_MOVES(ZerosLike, at::zeros_like(x[0]))
 GE_MOVES(OnesLike, at::ones_like(x[0]))
 GE_MOVES(TensorMove, x[0])

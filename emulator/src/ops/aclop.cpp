@@ -144,8 +144,10 @@ struct HostOperand : TensorArgument {
     std::vector<char> copy;
 };
 
-// torch_npu describes what it stores (sizes and format) and what that means (storage_dims of a private format).
+// torch_npu describes what it stores (sizes and format) and what that means (storage_dims of a private format). An
+// input that it leaves out has no type.
 std::shared_ptr<TensorArgument> describe(const aclTensorDesc& desc, const aclDataBuffer& buffer) {
+    if (desc.type == ACL_DT_UNDEFINED) return nullptr;
     const bool stored = is_private(desc.storage_format);
     std::shared_ptr<TensorArgument> argument;
     if (desc.placement == ACL_MEMTYPE_DEVICE) {
@@ -168,7 +170,7 @@ void execute(const graph::Operation& operation, const Arguments& from, const Arg
              const graph::Attributes& attributes) {
     std::vector<graph::Operands::Input> inputs;
     for (const auto& argument : from) {
-        const Tensor tensor = argument->read();
+        const Tensor tensor = argument ? argument->read() : Tensor();
         inputs.push_back({"", tensor, tensor});
     }
     const graph::Results results = operation.kernel(graph::Operands(std::move(inputs), attributes, to.size()));
@@ -196,7 +198,7 @@ CANN_API aclError aclopCompileAndExecute(const char* type, int input_count, cons
         Arguments from, from_device, to;
         for (int i = 0; i < input_count; ++i) {
             from.push_back(describe(*input_descs[i], *inputs[i]));
-            if (input_descs[i]->placement == ACL_MEMTYPE_DEVICE) from_device.push_back(from.back());
+            if (from.back() && input_descs[i]->placement == ACL_MEMTYPE_DEVICE) from_device.push_back(from.back());
         }
         for (int i = 0; i < output_count; ++i) to.push_back(describe(*output_descs[i], *outputs[i]));
         const bool assigns = operation->kind == graph::Kind::kAssigns;

@@ -43,6 +43,7 @@ ACLNN(SplitWithSize, (Tensor self, Ints sizes, int64_t dim, OutTensors out) {
     const auto parts = at::split_with_sizes(self, sizes, dim);
     for (size_t i = 0; i < parts.size(); ++i) move(out[i], parts[i]);
 })
+FUNCTION(ChunkCat, (Tensors tensors, int64_t dim, int64_t numChunks), at::_chunk_cat(tensors, dim, numChunks))
 MOVE(Flip, (Tensor self, Ints dims), at::flip(self, dims))
 MOVE(Roll, (Tensor x, Ints shifts, Ints dims), at::roll(x, shifts, dims))
 MOVE(Repeat, (Tensor self, Ints repeats), self.repeat(repeats))

@@ -27,6 +27,7 @@ using at::Tensor;
 using Ints = std::vector<int64_t>;
 using MaybeInts = std::optional<std::vector<int64_t>>;
 using MaybeScalar = std::optional<at::Scalar>;
+using Scalars = std::vector<at::Scalar>;
 using Tensors = std::vector<at::Tensor>;
 // A tensor that the kernel writes, whether it also reads it or not: the check for races must know.
 struct OutTensor : at::Tensor {};
@@ -183,6 +184,20 @@ struct Parameter<Scalar> {
     }
     static Scalar load(const Scalar& held) { return held; }
     static void describe(type scalar, Argument& argument) { Parameter<MaybeScalar>::describe(scalar, argument); }
+};
+
+template <>
+struct Parameter<Scalars> {
+    using type = const aclScalarList*;
+    static Scalars hold(type list) {
+        Scalars values;
+        for (const aclScalar* scalar : list->scalars) values.push_back(scalar->value);
+        return values;
+    }
+    static Scalars load(const Scalars& held) { return held; }
+    static void describe(type list, Argument& argument) {
+        for (const Scalar& value : hold(list)) argument.value += (argument.value.empty() ? "" : ",") + to_text(value);
+    }
 };
 
 template <>

@@ -132,6 +132,13 @@ bool relation_holds(const Call& call, const std::string& name) {
     if (name == "matrices_dense_or_transposed") {
         return is_dense_or_transposed(*call.tensor("x")) && is_dense_or_transposed(*call.tensor("weight"));
     }
+    if (name == "states_have_the_shape_of_the_parameter") {
+        const auto fits = [&](const char* other) {
+            const TensorArgument* tensor = call.tensor(other);
+            return tensor == nullptr || tensor->sizes == call.tensor("var")->sizes;
+        };
+        return fits("m") && fits("v") && fits("grad") && fits("maxGradNorm");
+    }
     die("the profile names the unknown relation %s", name.c_str());
 }
 
