@@ -110,6 +110,26 @@ def test_npu_geglu(approximate: int, left: bool, dtype: torch.dtype) -> None:
     assert_same_gradients(geglu, here, numbers((3, 5, 16), dtype))
 
 
+@not_310p
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("mode", ("half", "interleave"))
+def test_npu_rotary_mul(mode: str, dtype: torch.dtype) -> None:
+    x = numbers((2, 3, 5, 8), dtype)
+    cos, sin = (numbers((1, 1, 5, 8), dtype, seed) for seed in (1, 2))
+
+    def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        if mode == "half":
+            left, right = x.chunk(2, dim=-1)
+            return x * cos + torch.cat([-right, left], dim=-1) * sin
+        turned = torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2)
+        return x * cos + turned * sin
+
+    def there(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        return torch_npu.npu_rotary_mul(x, cos, sin, mode)
+
+    assert_same_gradients(there, rotated, x, cos, sin, factor=16)
+
+
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_npu_swiglu(dtype: torch.dtype) -> None:
     x = numbers((3, 5, 64), dtype)
@@ -232,10 +252,19 @@ RESIZINGS: dict[str, Function] = {
     "bilinear": lambda x: F.interpolate(x, size=(7, 11), mode="bilinear"),
     "bilinear aligned": lambda x: F.interpolate(x, size=(7, 11), mode="bilinear", align_corners=True),
     "average pool": lambda x: F.avg_pool2d(x, 2),
+    "adaptive average pool": lambda x: F.adaptive_avg_pool2d(x, (3, 5)),
+    "pad by reflection 1d": lambda x: F.pad(x[0], (3, 2), mode="reflect"),
+    "pad by reflection 2d": lambda x: F.pad(x, (3, 2, 1, 4), mode="reflect"),
+    "pad by reflection 3d": lambda x: F.pad(x, (3, 2, 1, 4, 1, 2), mode="reflect"),
+    "pad by replication 1d": lambda x: F.pad(x[0], (3, 2), mode="replicate"),
+    "pad by replication 2d": lambda x: F.pad(x, (3, 2, 1, 4), mode="replicate"),
+    "pad by replication 3d": lambda x: F.pad(x, (3, 2, 1, 4, 1, 2), mode="replicate"),
     "average pool with padding": lambda x: F.avg_pool2d(x, 3, 2, 1, count_include_pad=False),
 }
 RESIZINGS_OF_910B: dict[str, Function] = {
     "bicubic": lambda x: F.interpolate(x, scale_factor=2.0, mode="bicubic"),
+    "max pool": lambda x: F.max_pool2d(x, 2),
+    "max pool with padding": lambda x: F.max_pool2d(x, 3, 2, 1, dilation=2),
 }
 
 
@@ -299,10 +328,14 @@ MOVES: dict[str, Function] = {
 }
 
 
+MOVES_OF_910B: dict[str, Function] = {"unfold": lambda x: x.unfold(2, 3, 2) * 2}
+
+
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("name", MOVES)
+@pytest.mark.parametrize("name", (*MOVES, *(pytest.param(n, marks=not_310p) for n in MOVES_OF_910B)))
 def test_moves_reductions_and_arithmetic(name: str, dtype: torch.dtype) -> None:
-    assert_same_gradients(MOVES[name], MOVES[name], numbers((3, 4, 6), dtype), factor=16)
+    function = {**MOVES, **MOVES_OF_910B}[name]
+    assert_same_gradients(function, function, numbers((3, 4, 6), dtype), factor=16)
 
 
 @not_310p

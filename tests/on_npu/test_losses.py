@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+import torch_npu
 
 from tests.on_npu.helpers import FLOATS, SATURATES, assert_close, reference
 from tests.on_npu.inputs import numbers
@@ -87,5 +88,24 @@ def test_cross_entropy(reduction: str, shape: tuple[int, ...], weighted: bool, d
     def loss(x: torch.Tensor) -> torch.Tensor:
         of_classes = weight.to(x.device, x.dtype) if weighted else None
         return F.cross_entropy(x, target.to(x.device), of_classes, reduction=reduction)
+
+    compare(loss, x, factor=32)
+
+
+@not_310p
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("smoothing", (0.0, 0.2))
+@pytest.mark.parametrize("weighted", (False, True))
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_npu_cross_entropy_loss(reduction: str, weighted: bool, smoothing: float, dtype: torch.dtype) -> None:
+    x, weight = numbers((6, 5), dtype), numbers((5,), torch.float32, seed=1, low=0.5)
+    target = torch.tensor([0, 4, -100, 2, 2, 1])
+    arguments = {"reduction": reduction, "ignore_index": -100, "label_smoothing": smoothing}
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        of_classes = weight.to(x.device) if weighted else None
+        if x.device.type == "npu":
+            return torch_npu.npu_cross_entropy_loss(x, target.to(x.device), of_classes, **arguments)[0]
+        return F.cross_entropy(x, target, of_classes, **arguments).reshape(-1)
 
     compare(loss, x, factor=32)

@@ -1,4 +1,4 @@
-// Activations, normalisations, pooling and resizing. Statistics are float32.
+// Activations and normalisations. Statistics are float32.
 #include "ops/operator.h"
 #include "ops/shared.h"
 
@@ -85,7 +85,7 @@ BOTH(Threshold, (Tensor self, Scalar threshold, Scalar value), at::threshold(sel
 FUNCTION(Softplus, (Tensor self, Scalar beta, Scalar threshold), at::softplus(self, beta, threshold))
 FUNCTION(Softshrink, (Tensor self, Scalar lambda), at::softshrink(self, lambda))
 FUNCTION(Hardshrink, (Tensor self, Scalar lambda), at::hardshrink(self, lambda))
-FUNCTION(Prelu, (Tensor self, Tensor weight), at::prelu(up(self), up(weight)))
+FUNCTION(Prelu, (Tensor self, Tensor weight), at::prelu(up(self), up(weight).flatten()))
 ACLNN(LogSigmoidForward, (Tensor self, OutTensor out, OutTensor buffer) { put(out, at::log_sigmoid(up(self))); })
 FUNCTION(LogSigmoid, (Tensor self), at::log_sigmoid(up(self)))
 FUNCTION(Softmax, (Tensor self, int64_t dim), at::softmax(up(self), dim))
@@ -169,20 +169,4 @@ ACLNN(ApplyRotaryPosEmbV2, (OutTensor query, OutTensor key, Tensor cos, Tensor s
     const int64_t code = mode == "interleave" ? kInterleave : kHalf;
     put(query, rotary(query, cos, sin, code));
     put(key, rotary(key, cos, sin, code));
-})
-
-namespace cann {
-// A scale of 0 stands for one that was not given.
-static std::optional<double> given(double scale) { return scale > 0 ? std::optional(scale) : std::nullopt; }
-}  // namespace cann
-FUNCTION(UpsampleNearest2dV2, (Tensor self, Ints size, float scale_h, float scale_w),
-         at::upsample_nearest2d(self, size, given(scale_h), given(scale_w)))
-FUNCTION(UpsampleBilinear2d, (Tensor self, Ints size, bool align_corners, double scale_h, double scale_w),
-         at::upsample_bilinear2d(up(self), size, align_corners, given(scale_h), given(scale_w)))
-FUNCTION(UpsampleBicubic2d, (Tensor self, Ints size, bool align_corners, double scale_h, double scale_w),
-         at::upsample_bicubic2d(up(self), size, align_corners, given(scale_h), given(scale_w)))
-ACLNN(AvgPool2d, (Tensor self, Ints kernel, Ints strides, Ints paddings, bool ceil_mode, bool count_include_pad,
-                  int64_t divisor, int8_t cube_math_type, OutTensor out) {
-    put(out, at::avg_pool2d(up(self), kernel, strides, paddings, ceil_mode, count_include_pad,
-                            divisor == 0 ? std::nullopt : std::optional(divisor)));
 })

@@ -41,6 +41,24 @@ Tensor kl_div_target_backward(const Tensor& grad, const Tensor& self, const Tens
 
 Tensor classes(const Tensor& target) { return target.to(at::kLong); }
 
+int64_t reduction_of(const std::string& name) {
+    return name == "none" ? at::Reduction::None : name == "sum" ? at::Reduction::Sum : at::Reduction::Mean;
+}
+
+// From the logarithms of the shares, [samples, classes].
+Tensor cross_entropy_backward(const Tensor& grad, const Tensor& log_shares, const Tensor& target, const Tensor& weight,
+                              int64_t reduction, int64_t ignored, double smoothing) {
+    const int64_t count = log_shares.size(1);
+    const Tensor kept = at::ne(target, ignored), right = at::where(kept, classes(target), 0);
+    const Tensor weights = weight.defined() ? up(weight) : at::ones({count});
+    const Tensor of_right = weights.index_select(0, right) * kept;
+    Tensor each = up(grad).expand_as(of_right) * kept;
+    if (reduction == at::Reduction::Mean) each = each / of_right.sum();
+    const Tensor smooth = (each * (-smoothing / count)).unsqueeze(1) * weights;
+    const Tensor sharp = (each * (smoothing - 1) * of_right).unsqueeze(1);
+    return at::_log_softmax_backward_data(smooth.scatter_add(1, right.unsqueeze(1), sharp), log_shares, 1, at::kFloat);
+}
+
 }  // namespace
 }  // namespace cann
 
@@ -88,3 +106,18 @@ FUNCTION(KlDivTargetBackward, (Tensor gradOutput, Tensor self, Tensor target, in
              F##_backward(up(gradOutput), up(self), classes(target), given(weight), reduction, ignoreIndex, up(totalWeight)))
 NLL_LOSS(NLLLoss, at::nll_loss)
 NLL_LOSS(NLLLoss2d, at::nll_loss2d)
+
+// What the operators take of the z-loss has no effect, as their pages say.
+ACLNN(CrossEntropyLoss, (Tensor input, Tensor target, Tensor weightOptional, std::string reduction, int64_t ignoreIndex,
+                         double labelSmoothing, double lseSquareScaleForZloss, bool returnZloss, OutTensor lossOut,
+                         OutTensor logProbOut, OutTensor zlossOut, OutTensor lseForZlossOut) {
+    put(lossOut, at::cross_entropy_loss(up(input), classes(target), given(weightOptional), reduction_of(reduction), ignoreIndex,
+                                        labelSmoothing));
+    put(logProbOut, at::log_softmax(up(input), 1));
+})
+FUNCTION(CrossEntropyLossGrad,
+         (Tensor gradLoss, Tensor logProb, Tensor target, Tensor weightOptional, Tensor gradZlossOptional,
+          Tensor lseForZlossOptional, std::string reduction, int64_t ignoreIndex, double labelSmoothing,
+          double lseSquareScaleForZloss),
+         cross_entropy_backward(gradLoss, up(logProb), target, weightOptional, reduction_of(reduction), ignoreIndex,
+                                labelSmoothing))
