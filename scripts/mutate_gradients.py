@@ -3,8 +3,8 @@
     python scripts/mutate_gradients.py [--soc Ascend910B3] [--only 'FlashAttention*']
 
 A copy of the emulator gets a switch that negates one tensor of one operator. The tests of TESTS run once to see which
-operators each of them reaches, and then those that reach an operator run again for each tensor that it writes, until one
-fails. What no test reaches counts as unnoticed.
+operators each of them reaches, and then those that reach an operator run again for each tensor that it writes, until
+one fails. What no test reaches counts as unnoticed.
 
 Exit codes: 0 every wrong sign is noticed, 1 some are not or the tests fail as they are, 2 wrong usage.
 """
@@ -129,7 +129,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--soc", default="Ascend910B3", help="the chip (Ascend910B3)")
     parser.add_argument("--only", default="*", metavar="PATTERN", help="operators whose names fit, as 'Layer*'")
-    parser.add_argument("--library", type=Path, help=argparse.SUPPRESS)  # in the copy: what the operators are declared in
+    parser.add_argument("--library", type=Path, help=argparse.SUPPRESS)  # in the copy: what declares the operators
     arguments = parser.parse_args()
     if arguments.library is None:
         return run_in_copy(arguments.soc, arguments.only)

@@ -33,6 +33,12 @@ def assert_same_gradients(
             assert_close(actual, gradient, factor=factor)
 
 
+def assert_refused(function: Function, x: torch.Tensor, message: str = "no kernel for this chip") -> None:
+    result = function(x.to("npu").requires_grad_())
+    with pytest.raises(RuntimeError, match=message):
+        result.sum().backward()
+
+
 def fast_gelu(x: torch.Tensor) -> torch.Tensor:
     return x * torch.sigmoid(1.702 * x)
 
@@ -63,6 +69,7 @@ ACTIVATIONS: dict[str, Function | Pair] = {
     "log sigmoid": F.logsigmoid,
     "mish": F.mish,
     "softshrink": lambda x: F.softshrink(x, 0.75),
+    "logit": lambda x: torch.logit(x.sigmoid(), 0.1),
     "softmax": lambda x: x.softmax(1),
     "log softmax": lambda x: x.log_softmax(-1),
 }
@@ -71,7 +78,6 @@ ACTIVATIONS_OF_910B: dict[str, Function | Pair] = {
     "softplus": lambda x: F.softplus(x, 2.0, 1.5),
     "hardswish": F.hardswish,
     "hardshrink": lambda x: F.hardshrink(x, 0.75),
-    "logit": lambda x: torch.logit(x.sigmoid(), 0.1),
     "npu_fast_gelu": (torch_npu.npu_fast_gelu, fast_gelu),
 }
 
@@ -88,7 +94,8 @@ def test_activations(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_prelu(dtype: torch.dtype) -> None:
     for slopes in (1, 6):
-        assert_same_gradients(F.prelu, F.prelu, numbers((2, 6, 8), dtype), numbers((slopes,), dtype, seed=1), factor=16)
+        x, weight = numbers((2, 6, 8), dtype), numbers((slopes,), dtype, seed=1)
+        assert_same_gradients(F.prelu, F.prelu, x, weight, factor=16)
 
 
 def gated(activation: Function, activates_left: bool) -> Function:
@@ -106,8 +113,11 @@ def test_npu_geglu(approximate: int, left: bool, dtype: torch.dtype) -> None:
     def geglu(x: torch.Tensor) -> torch.Tensor:
         return torch_npu.npu_geglu(x, dim=-1, approximate=approximate, activate_left=left)[0]
 
-    here = gated(tanh_gelu if approximate else F.gelu, left)
-    assert_same_gradients(geglu, here, numbers((3, 5, 16), dtype))
+    x = numbers((3, 5, 16), dtype)
+    if SATURATES and not approximate:
+        assert_refused(geglu, x, "approximate must be 1")
+    else:
+        assert_same_gradients(geglu, gated(tanh_gelu if approximate else F.gelu, left), x)
 
 
 @not_310p
@@ -272,7 +282,11 @@ RESIZINGS_OF_910B: dict[str, Function] = {
 @pytest.mark.parametrize("name", (*RESIZINGS, *(pytest.param(n, marks=not_310p) for n in RESIZINGS_OF_910B)))
 def test_resizing(name: str, dtype: torch.dtype) -> None:
     function = {**RESIZINGS, **RESIZINGS_OF_910B}[name]
-    assert_same_gradients(function, function, numbers((2, 4, 6, 8), dtype), every_layout=True)
+    x = numbers((2, 4, 6, 8), dtype)
+    if SATURATES and name.startswith("nearest") and dtype != torch.float16:
+        assert_refused(function, x, "must be float16")
+    else:
+        assert_same_gradients(function, function, x, every_layout=True)
 
 
 MOVES: dict[str, Function] = {
@@ -302,6 +316,7 @@ MOVES: dict[str, Function] = {
     "masked fill": lambda x: x.masked_fill(x > 1, 5),
     "masked select": lambda x: x.masked_select(x > 0),
     "where": lambda x: torch.where(x > 0, 2 * x, x * x),
+    "unfold": lambda x: x.unfold(2, 3, 2) * 2,
     "sort": lambda x: x.sort(-1)[0],
     "topk": lambda x: x.topk(3, dim=-1)[0],
     "amax": lambda x: x.amax(-1),
@@ -328,14 +343,10 @@ MOVES: dict[str, Function] = {
 }
 
 
-MOVES_OF_910B: dict[str, Function] = {"unfold": lambda x: x.unfold(2, 3, 2) * 2}
-
-
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("name", (*MOVES, *(pytest.param(n, marks=not_310p) for n in MOVES_OF_910B)))
+@pytest.mark.parametrize("name", MOVES)
 def test_moves_reductions_and_arithmetic(name: str, dtype: torch.dtype) -> None:
-    function = {**MOVES, **MOVES_OF_910B}[name]
-    assert_same_gradients(function, function, numbers((3, 4, 6), dtype), factor=16)
+    assert_same_gradients(MOVES[name], MOVES[name], numbers((3, 4, 6), dtype), factor=16)
 
 
 @not_310p
@@ -367,3 +378,27 @@ def test_products(name: str, dtype: torch.dtype) -> None:
     x, y = numbers(left, dtype, low=-1, high=1), numbers(right, dtype, seed=1, low=-1, high=1)
     factor = 16 if dtype != torch.float32 or not SATURATES else 4000  # 310P rounds float32 operands to float16
     assert_same_gradients(function, function, x, y, factor=factor)
+
+
+REFUSED: dict[str, Function] = {
+    **{name: function for name, function in ACTIVATIONS_OF_910B.items() if callable(function)},
+    **RESIZINGS_OF_910B,
+    "prelu": lambda x: F.prelu(x, x.new_ones(1)),
+    "group norm": lambda x: F.group_norm(x, 2),
+    "batch norm": lambda x: F.batch_norm(x, None, None, training=True),
+    "cross entropy": lambda x: F.cross_entropy(x.flatten(1), index(x, 3, 8)),
+    "kl div": lambda x: F.kl_div(x.log_softmax(1), x.detach().softmax(1), reduction="batchmean"),
+    "soft margin": lambda x: F.soft_margin_loss(x, x.detach().sign()),
+}
+
+
+@pytest.mark.skipif(not SATURATES, reason="of 310P")
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_310p_refuses(name: str) -> None:
+    """What its operators' pages do not list for it: it computes the result, and sends nothing back."""
+    assert_refused(REFUSED[name], numbers((2, 4, 6, 8), torch.float32))
+
+
+@pytest.mark.skipif(not SATURATES, reason="of 310P")
+def test_310p_sends_nothing_back_to_an_embedding() -> None:
+    assert_refused(lambda weight: F.embedding(index(weight, 3, 0), weight), numbers((9, 6), torch.float32))
