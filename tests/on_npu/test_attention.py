@@ -268,7 +268,7 @@ def test_fusion_attention_with_a_bias_and_a_band(version: int, dtype: torch.dtyp
         *(3, "BNSD"),
         **{"scale": 0.25, "pse": bias.to("npu"), "atten_mask": mask.to("npu"), before: 5, after: 2},
     )
-    scores = q.float() @ k.float().transpose(-1, -2) * 0.25 + bias.float()
+    scores = (q.float() @ k.float().transpose(-1, -2) + bias.float()) * 0.25  # the default, pse_type 1: added first
     scores = scores.masked_fill((distance > 2) | (distance < -5), -math.inf)
     assert_close(out, scores.softmax(-1) @ v.float(), factor=8)
     peak = scores.amax(-1, keepdim=True)

@@ -59,17 +59,14 @@ Ints batch_heads_queries(const Tensor& query, const std::string& layout, int64_t
 
 Results flash_attention(const Operands& x) {
     refuse_any({x["padding_mask"], x["prefix"], x["actual_seq_qlen"], x["actual_seq_kvlen"]});
-    const int64_t heads = x.integer("head_num"), sparse_mode = x.integer("sparse_mode", 0);
-    const int64_t pre = x.integer("pre_tockens", INT32_MAX), next = x.integer("next_tockens", INT32_MAX);
-    const int64_t inner_precise = x.integer("inner_precise", 1);
-    const double scale = x.real("scale_value", 1), keep = x.real("keep_prob", 1);
-    const std::string layout = x.text("input_layout", "BSH");
+    const Training call{x.real("scale_value", 1), x.real("keep_prob", 1), x.integer("pre_tockens", INT32_MAX),
+                        x.integer("next_tockens", INT32_MAX), x.integer("head_num"), x.text("input_layout", "BSH"),
+                        x.integer("inner_precise", 1), x.integer("sparse_mode", 0), 1};
     const auto options = at::device(x[0].device()).dtype(at::kFloat);
-    const Tensor maximum = at::empty(batch_heads_queries(x[0], layout, heads), options), sum = at::empty_like(maximum);
+    const Tensor maximum = at::empty(batch_heads_queries(x[0], call.layout, call.heads), options), sum = at::empty_like(maximum);
     const Tensor out = at::empty(x[0].sizes(), options);
     if (!x.compiling()) {
-        training_attention(x[0], x[1], x[2], x["real_shift"], x["drop_mask"], x["atten_mask"], scale, keep, pre, next,
-                           heads, layout, inner_precise, sparse_mode, maximum, sum, out);
+        training_attention(x[0], x[1], x[2], x["real_shift"], x["drop_mask"], x["atten_mask"], call, maximum, sum, out);
     }
     return {as(at::kFloat, maximum), as(at::kFloat, sum), at::empty({0}, options), out};
 }

@@ -1,20 +1,14 @@
-// Fused attention. Layouts, masks and defaults are those of the operators: True in a mask drops a score.
+// Fused attention, and its operators for inference. Layouts, masks and defaults are those of the operators: True in a mask
+// drops a score.
+#include "ops/attention.h"
+
 #include <limits>
 
-#include "ops/operator.h"
 #include "ops/shared.h"
 #include "runtime/settings.h"
 
 namespace cann {
-namespace {
 
-constexpr int64_t kScoresAtOnce = 1 << 22;  // elements: keeps a block of scores within reach of the caches
-
-// Between [tokens, heads, head_dim] and [1, heads, tokens, head_dim], for one sequence.
-Tensor from_tnd(const Tensor& x) { return x.transpose(0, 1).unsqueeze(0); }
-Tensor to_tnd(const Tensor& x) { return x.squeeze(0).transpose(0, 1); }
-
-// [batch, heads, length, head_dim]
 Tensor to_bnsd(const Tensor& x, const std::string& layout, int64_t heads) {
     if (layout == "BSH") return x.unflatten(-1, {heads, -1}).transpose(1, 2);
     if (layout == "SBH") return x.unflatten(-1, {heads, -1}).permute({1, 2, 0, 3});
@@ -30,73 +24,73 @@ Tensor from_bnsd(const Tensor& x, const std::string& layout) {
     return x;
 }
 
-enum SparseMode { kDefault = 0, kAllMask = 1, kLeftUpCausal = 2, kRightDownCausal = 3, kBand = 4 };
-
-// Where scores are dropped, broadcastable to [batch, heads, queries, keys]; undefined when nowhere.
-Tensor dropped(const Tensor& mask, int64_t queries, int64_t keys, int64_t sparse_mode, int64_t pre, int64_t next) {
-    if (!mask.defined()) return {};  // without a mask the sparse mode and the band have no effect
+Tensor dropped_by_mode(int64_t queries, int64_t keys, int64_t sparse_mode, int64_t pre, int64_t next) {
     const Tensor distance = at::arange(keys) - at::arange(queries).unsqueeze(-1);
     const int64_t shift = keys - queries;
     switch (sparse_mode) {
+        case kDefault: return (distance > next).logical_or(distance < -pre);
+        case kAllMask: return {};
         case kLeftUpCausal: return distance > 0;
         case kRightDownCausal: return distance > shift;
         case kBand: return (distance > shift + next).logical_or(distance < shift - pre);
-        default: break;
+        default: TORCH_CHECK(false, "sparse_mode ", sparse_mode, " is not emulated");
     }
-    Tensor whole = mask.to(at::kBool);
-    if (whole.dim() == 3) whole = whole.unsqueeze(1);
-    if (sparse_mode == kAllMask) return whole;
-    TORCH_CHECK(sparse_mode == kDefault, "sparse_mode ", sparse_mode, " is not emulated");
-    return whole.logical_or(distance > next).logical_or(distance < -pre);
 }
 
-struct Attended {
-    Tensor out, maximum, sum;  // float32: [batch, heads, queries, head_dim] and twice [batch, heads, queries, 1]
-};
+Tensor dropped(const Tensor& mask, int64_t queries, int64_t keys, int64_t sparse_mode, int64_t pre, int64_t next) {
+    if (!mask.defined()) return {};  // without a mask the sparse mode and the band have no effect
+    const Tensor by_mode = dropped_by_mode(queries, keys, sparse_mode, pre, next);
+    if (sparse_mode != kDefault && sparse_mode != kAllMask) return by_mode;  // the mask is one triangle for all lengths
+    const Tensor by_mask = mask.dim() == 3 ? mask.to(at::kBool).unsqueeze(1) : mask.to(at::kBool);
+    return by_mode.defined() ? by_mask.logical_or(by_mode) : by_mask;
+}
 
-struct Options {
-    double scale;
-    Tensor dropped;         // bool
-    Tensor bias;            // added to the scores before the scale of the mask
-    bool zero_when_all_dropped = false;
-    bool scores_in_float16 = false;
-    Tensor dropout;         // what probabilities are multiplied with: 0, or 1 / keep_prob
-};
+Tensor rows_of(const Tensor& x, int64_t start, int64_t count, int64_t queries) {
+    return x.dim() >= 2 && x.size(-2) == queries ? x.narrow(-2, start, count) : x;
+}
 
-Attended attend(const Tensor& query, const Tensor& key, const Tensor& value, const Options& options) {
-    const int64_t groups = query.size(1) / std::max<int64_t>(key.size(1), 1);
-    const auto repeated = [groups](const Tensor& x) { return groups > 1 ? up(x).repeat_interleave(groups, 1) : up(x); };
-    const Tensor q = up(query), k = repeated(key).transpose(-1, -2), v = repeated(value);
-    const int64_t batch = q.size(0), heads = q.size(1), queries = q.size(2), keys = k.size(3);
+Tensor repeat_heads(const Tensor& x, int64_t heads) {
+    const int64_t groups = heads / std::max<int64_t>(x.size(1), 1);
+    return groups > 1 ? up(x).repeat_interleave(groups, 1) : up(x);
+}
+
+Tensor scores_of_rows(const Tensor& query, const Tensor& key, const AttentionOptions& options, int64_t start, int64_t count) {
+    const int64_t queries = query.size(2);
+    Tensor scores = at::matmul(query.narrow(2, start, count), key.transpose(-1, -2));
+    if (options.scores_in_float16) scores = scores.to(at::kHalf).mul_(options.scale).to(at::kFloat);
+    else scores.mul_(options.scale);
+    if (options.bias.defined()) scores.add_(rows_of(options.bias, start, count, queries));
+    if (!options.dropped.defined()) return scores;
+    const Tensor drop = rows_of(options.dropped, start, count, queries);
+    // 310P adds -10000 to a dropped score, so that a row without any score left is a softmax of the raw ones.
+    if (!chip().inf_nan) return scores.add_(drop.to(at::kFloat), -10000);
+    return scores.masked_fill_(drop, std::numeric_limits<float>::lowest());
+}
+
+int64_t rows_at_once(const Tensor& query, const Tensor& key) {
+    constexpr int64_t kScoresAtOnce = 1 << 22;  // elements: keeps a block of scores within reach of the caches
+    return std::max<int64_t>(1, kScoresAtOnce / (query.size(0) * query.size(1) * key.size(2)));
+}
+
+Attended attend(const Tensor& query, const Tensor& key, const Tensor& value, const AttentionOptions& options) {
+    const int64_t batch = query.size(0), heads = query.size(1), queries = query.size(2);
+    const Tensor q = up(query), k = repeat_heads(key, heads), v = repeat_heads(value, heads);
     Attended result{at::zeros({batch, heads, queries, v.size(3)}), at::zeros({batch, heads, queries, 1}),
                     at::zeros({batch, heads, queries, 1})};
-    if (keys == 0 || result.out.numel() == 0) return result;
-
-    // 310P adds -10000 to a dropped score, so that a row without any score left is a softmax of the raw ones.
-    const bool additive = !chip().inf_nan;
-    const int64_t rows = std::max<int64_t>(1, kScoresAtOnce / (batch * heads * keys));
-    const auto part = [&](const Tensor& x, int64_t start, int64_t count) {
-        return x.dim() >= 2 && x.size(-2) == queries ? x.narrow(-2, start, count) : x;
-    };
+    if (k.size(2) == 0 || result.out.numel() == 0) return result;
+    const int64_t rows = rows_at_once(q, k);
     for (int64_t start = 0; start < queries; start += rows) {
         const int64_t count = std::min(rows, queries - start);
-        Tensor scores = at::matmul(q.narrow(2, start, count), k);
-        if (options.scores_in_float16) scores = scores.to(at::kHalf).mul_(options.scale).to(at::kFloat);
-        else scores.mul_(options.scale);
-        if (options.bias.defined()) scores.add_(part(options.bias, start, count));
-        Tensor drop;
-        if (options.dropped.defined()) {
-            drop = part(options.dropped, start, count);
-            if (additive) scores.add_(drop.to(at::kFloat), -10000);
-            else scores.masked_fill_(drop, std::numeric_limits<float>::lowest());
-        }
+        Tensor scores = scores_of_rows(q, k, options, start, count);
         const Tensor maximum = scores.amax(-1, true);
         scores.sub_(maximum).exp_();
         const Tensor sum = scores.sum(-1, true);
-        if (options.dropout.defined()) scores.mul_(part(options.dropout, start, count));
+        if (options.dropout.defined()) scores.mul_(rows_of(options.dropout, start, count, queries));
         Tensor out = at::matmul(scores, v).div_(sum);
-        if (options.zero_when_all_dropped && drop.defined()) {
-            out.masked_fill_(drop.all(-1, true), 0);
+        if (options.zero_when_all_dropped && options.dropped.defined()) {
+            const Tensor empty = rows_of(options.dropped, start, count, queries).all(-1, true);
+            out.masked_fill_(empty, 0);
+            sum.masked_fill_(empty, std::numeric_limits<float>::max());  // whose probabilities are 0 on the way back
         }
         result.out.narrow(2, start, count).copy_(out);
         result.maximum.narrow(2, start, count).copy_(maximum);
@@ -104,6 +98,8 @@ Attended attend(const Tensor& query, const Tensor& key, const Tensor& value, con
     }
     return result;
 }
+
+namespace {
 
 bool corrects_dropped_rows(int64_t inner_precise) { return inner_precise & 2; }
 
@@ -120,74 +116,15 @@ Tensor beyond(const Ints& lengths, int64_t size) {
     return (at::arange(size) >= at::tensor(lengths, at::kLong).unsqueeze(-1)).unsqueeze(1).unsqueeze(1);
 }
 
-// The statistics that the backward pass reads: float32, eight equal values a row.
-void put_statistics(const Tensor& out, const Tensor& rows) { move(out, rows.repeat_interleave(out.size(-1), -1)); }
-
-Tensor as_bias(const Tensor& bias) { return bias.defined() ? up(bias) : bias; }
-
-// The factors of the probabilities from a bit for each, the lowest of a byte first; undefined without dropout.
-Tensor dropout(const Tensor& bits, double keep, at::IntArrayRef shape) {
-    if (!bits.defined()) return {};
-    return unpack_bits(bits, shape).to(at::kFloat).div_(keep);
-}
-
 }  // namespace
 
-void training_attention(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& bias, const Tensor& drop_mask,
-                        const Tensor& mask, double scale, double keep, int64_t pre, int64_t next, int64_t heads,
-                        const std::string& layout, int64_t inner_precise, int64_t sparse_mode, const Tensor& maximum,
-                        const Tensor& sum, const Tensor& out) {
-    if (query.numel() == 0) return;
-    const bool split = layout == "BSND" || layout == "BNSD";
-    const Tensor q = to_bnsd(query, layout, heads);
-    const int64_t key_heads = split ? (layout == "BNSD" ? key.size(1) : key.size(2)) : key.size(-1) / q.size(3);
-    const Tensor k = to_bnsd(key, layout, key_heads), v = to_bnsd(value, layout, key_heads);
-    const Options options{scale, dropped(mask, q.size(2), k.size(2), sparse_mode, pre, next), as_bias(bias),
-                          corrects_dropped_rows(inner_precise), keeps_scores_in_float16(inner_precise, query),
-                          dropout(drop_mask, keep, {q.size(0), q.size(1), q.size(2), k.size(2)})};
-    const Attended attended = attend(q, k, v, options);
-    put(out, from_bnsd(attended.out, layout));
-    put_statistics(maximum, attended.maximum);
-    put_statistics(sum, attended.sum);
-}
-
-namespace {
-
-// Sequences of different lengths, one after the other: [tokens, heads, head_dim] and cumulative lengths. The statistics
-// of a sequence are [heads, tokens, 8] in any case, unless `statistics_as_input`.
-void packed_attention(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& mask, const Ints& query_ends,
-                      const Ints& key_ends, double scale, int64_t pre, int64_t next, int64_t inner_precise, int64_t sparse_mode,
-                      bool statistics_as_input, const Tensor& maximum, const Tensor& sum, const Tensor& out) {
-    TORCH_CHECK(query_ends.size() == key_ends.size(), "there are ", query_ends.size(), " query lengths and ", key_ends.size(),
-                " key lengths");
-    int64_t query_start = 0, key_start = 0;
-    for (size_t i = 0; i < query_ends.size(); ++i) {
-        const auto sequence = [](const Tensor& x, int64_t start, int64_t end) {
-            return from_tnd(x.narrow(0, start, end - start));
-        };
-        const Tensor q = sequence(query, query_start, query_ends[i]);
-        const Tensor k = sequence(key, key_start, key_ends[i]), v = sequence(value, key_start, key_ends[i]);
-        const Options options{scale, dropped(mask, q.size(2), k.size(2), sparse_mode, pre, next), {},
-                              corrects_dropped_rows(inner_precise), keeps_scores_in_float16(inner_precise, query), {}};
-        const Attended attended = attend(q, k, v, options);
-        const auto part = [&](const Tensor& x) { return x.narrow(0, query_start, q.size(2)); };
-        put(part(out), to_tnd(attended.out));
-        const auto rows = [&](const Tensor& x) { return statistics_as_input ? to_tnd(x) : x.squeeze(0); };
-        put_statistics(part(maximum), rows(attended.maximum));
-        put_statistics(part(sum), rows(attended.sum));
-        query_start = query_ends[i];
-        key_start = key_ends[i];
-    }
-}
-
-}  // namespace
 std::pair<Tensor, Tensor> infer_attention(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& bias,
                                           const Tensor& mask, const Inference& call) {
     const int64_t key_heads = call.key_heads == 0 ? call.heads : call.key_heads;
     const Tensor q = to_bnsd(query, call.layout, call.heads);
     const Tensor k = to_bnsd(key, call.layout, key_heads), v = to_bnsd(value, call.layout, key_heads);
     const Tensor drop = dropped(mask, q.size(2), k.size(2), call.sparse_mode, call.pre, call.next);
-    const Options options{call.scale, either(drop, beyond(call.key_lengths, k.size(2))), bias,
+    const AttentionOptions options{call.scale, either(drop, beyond(call.key_lengths, k.size(2))), bias,
                           corrects_dropped_rows(call.inner_precise), keeps_scores_in_float16(call.inner_precise, query), {}};
     Attended attended = attend(q, k, v, options);
     const Tensor padding = beyond(call.query_lengths, q.size(2));
@@ -254,29 +191,3 @@ ACLNN(FusedInferAttentionScoreV4, (FUSED_INFER_TENSORS, Tensor queryRope, Tensor
     refuse_any({queryRope, keyRope, keyRopeAntiquantScale, dequantScaleQuery, learnableSink});
     FUSED_INFER;
 })
-
-#define FLASH_TENSORS \
-    Tensor query, Tensor key, Tensor value, Tensor realShift, Tensor dropMask, Tensor paddingMask, Tensor attenMask
-#define FLASH_NUMBERS                                                                                           \
-    double scaleValue, double keepProb, int64_t preTokens, int64_t nextTokens, int64_t headNum, std::string inputLayout, \
-        int64_t innerPrecise, int64_t sparseMode
-#define FLASH_RESULTS OutTensor softmaxMax, OutTensor softmaxSum, OutTensor softmaxOut, OutTensor attentionOut
-#define FLASH                                                                                                        \
-    training_attention(query, key, value, realShift, dropMask, attenMask, scaleValue, keepProb, preTokens, nextTokens, \
-                       headNum, inputLayout, innerPrecise, sparseMode, softmaxMax, softmaxSum, attentionOut)
-ACLNN(FlashAttentionScore, (FLASH_TENSORS, MaybeInts prefix, FLASH_NUMBERS, FLASH_RESULTS) { FLASH; })
-ACLNN(FlashAttentionScoreV2, (FLASH_TENSORS, MaybeInts prefix, MaybeInts qStartIdx, MaybeInts kvStartIdx, FLASH_NUMBERS,
-                              int64_t pseType, FLASH_RESULTS) {
-    constexpr int64_t kScaleThenAdd = 1;
-    TORCH_CHECK(!realShift.defined() || pseType == kScaleThenAdd, "pse_type ", pseType, " is not emulated");
-    FLASH;
-})
-#define PACKED(STATISTICS_AS_INPUT)                                                                                \
-    TORCH_CHECK(!realShift.defined() && !dropMask.defined() && keepProb == 1,                                      \
-                "a bias and dropout of packed sequences are not emulated");                                        \
-    packed_attention(query, key, value, attenMask, actualSeqQLen, actualSeqKvLen, scaleValue, preTokens, nextTokens, \
-                     innerPrecise, sparseMode, STATISTICS_AS_INPUT, softmaxMax, softmaxSum, attentionOut)
-ACLNN(FlashAttentionVarLenScore, (FLASH_TENSORS, MaybeInts prefix, Ints actualSeqQLen, Ints actualSeqKvLen, FLASH_NUMBERS,
-                                  FLASH_RESULTS) { PACKED(false); })
-ACLNN(FlashAttentionVarLenScoreV4, (FLASH_TENSORS, MaybeInts prefix, Ints actualSeqQLen, Ints actualSeqKvLen, FLASH_NUMBERS,
-                                    std::string softmaxOutLayout, FLASH_RESULTS) { PACKED(softmaxOutLayout == "same_as_input"); })

@@ -58,6 +58,11 @@ MOVE(ConstantPadNd, (Tensor self, Ints pad, Scalar value), at::constant_pad_nd(s
 MOVE(ChannelShuffle, (Tensor self, int64_t groups), at::channel_shuffle(self, groups))
 
 MOVE(Embedding, (Tensor weight, Tensor indices), at::embedding(weight, indices))
+FUNCTION(EmbeddingDenseBackward,
+         (Tensor grad, Tensor indices, int64_t numWeights, int64_t paddingIdx, bool scaleGradByFreq),
+         at::embedding_dense_backward(up(grad), indices.to(at::kLong), numWeights, paddingIdx, scaleGradByFreq))
+FUNCTION(UnfoldGrad, (Tensor gradOut, Ints inputSizes, int64_t dim, int64_t size, int64_t step),
+         at::unfold_backward(up(gradOut), inputSizes, dim, size, step))
 MOVE(Gather, (Tensor self, int64_t dim, Tensor index), at::gather(self, dim, index.to(at::kLong)))
 MOVE(Take, (Tensor self, Tensor index), at::take(self, index.to(at::kLong)))
 MOVE(IndexSelect, (Tensor self, int64_t dim, Tensor index), at::index_select(self, dim, index))

@@ -1,4 +1,4 @@
-// Activations, normalisations, pooling and resizing. Statistics are float32.
+// Activations and normalisations. Statistics are float32.
 #include "ops/operator.h"
 #include "ops/shared.h"
 
@@ -7,26 +7,12 @@ namespace {
 
 const char* gelu_form(int64_t approximate) { return approximate == 1 ? "tanh" : "none"; }
 
-void put_if_given(const Tensor& out, const Tensor& value) {
-    if (out.defined() && out.numel() > 0) put(out, value);
-}
-
 void layer_norm(const Tensor& input, const Ints& shape, const Tensor& weight, const Tensor& bias, double eps, const Tensor& out,
                 const Tensor& mean, const Tensor& rstd) {
     const auto [y, m, r] = at::native_layer_norm(up(input), shape, up(weight), up(bias), eps);
     put(out, y);
     put_if_given(mean, m);
     put_if_given(rstd, r);
-}
-
-Tensor rotate(const Tensor& x, int64_t mode) {
-    if (mode == kHalf) {
-        const auto parts = x.chunk(2, -1);
-        return at::cat({-parts[1], parts[0]}, -1);
-    }
-    TORCH_CHECK(mode == kInterleave, "rotary mode ", mode, " is not emulated");
-    const Tensor pairs = x.unflatten(-1, {-1, 2});
-    return at::stack({-pairs.select(-1, 1), pairs.select(-1, 0)}, -1).flatten(-2);
 }
 
 }  // namespace
@@ -50,6 +36,16 @@ std::pair<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& gamma, double 
     const Tensor wide = up(x);
     const Tensor rstd = at::rsqrt(wide.square().mean(dims, true) + epsilon);
     return {wide * rstd * up(gamma), rstd};
+}
+
+Tensor rotate(const Tensor& x, int64_t mode) {
+    if (mode == kHalf) {
+        const auto parts = x.chunk(2, -1);
+        return at::cat({-parts[1], parts[0]}, -1);
+    }
+    TORCH_CHECK(mode == kInterleave, "rotary mode ", mode, " is not emulated");
+    const Tensor pairs = x.unflatten(-1, {-1, 2});
+    return at::stack({-pairs.select(-1, 1), pairs.select(-1, 0)}, -1).flatten(-2);
 }
 
 Tensor rotary(const Tensor& x, const Tensor& cos, const Tensor& sin, int64_t mode) {
@@ -80,7 +76,18 @@ ACLNN(SwiGlu, (Tensor x, int64_t dim, OutTensor out) {
 FUNCTION(Glu, (Tensor self, int64_t dim), at::glu(up(self), dim))
 FUNCTION(LeakyRelu, (Tensor self, Scalar slope), at::leaky_relu(self, slope))
 FUNCTION(Logit, (Tensor self, double eps), at::logit(up(self), eps < 0 ? std::nullopt : std::optional(eps)))
-FUNCTION(ThresholdBackward, (Tensor grad, Tensor self, Scalar threshold), at::threshold_backward(up(grad), up(self), threshold))
+BOTH(Hardsigmoid, (Tensor self), at::hardsigmoid(self))
+BOTH(Hardswish, (Tensor self), at::hardswish(self))
+BOTH(Hardtanh, (Tensor self, Scalar min, Scalar max), at::hardtanh(self, min, max))
+BOTH(Elu, (Tensor self, Scalar alpha, Scalar scale, Scalar inputScale), at::elu(self, alpha, scale, inputScale))
+BOTH(Mish, (Tensor self), at::mish(self))
+BOTH(Threshold, (Tensor self, Scalar threshold, Scalar value), at::threshold(self, threshold, value))
+FUNCTION(Softplus, (Tensor self, Scalar beta, Scalar threshold), at::softplus(self, beta, threshold))
+FUNCTION(Softshrink, (Tensor self, Scalar lambda), at::softshrink(self, lambda))
+FUNCTION(Hardshrink, (Tensor self, Scalar lambda), at::hardshrink(self, lambda))
+FUNCTION(Prelu, (Tensor self, Tensor weight), at::prelu(up(self), up(weight).flatten()))
+ACLNN(LogSigmoidForward, (Tensor self, OutTensor out, OutTensor buffer) { put(out, at::log_sigmoid(up(self))); })
+FUNCTION(LogSigmoid, (Tensor self), at::log_sigmoid(up(self)))
 FUNCTION(Softmax, (Tensor self, int64_t dim), at::softmax(up(self), dim))
 FUNCTION(LogSoftmax, (Tensor self, int64_t dim), at::log_softmax(up(self), dim))
 ACLNN(ScaledMaskedSoftmax, (Tensor x, Tensor mask, double scale, bool fixed_triu, OutTensor y) {
@@ -113,6 +120,19 @@ ACLNN(GroupNormSwish, (Tensor self, Tensor gamma, Tensor beta, int64_t group, st
     put(out, activate ? result.y * at::sigmoid(result.y * scale) : result.y);
     put_if_given(mean, result.mean);
     put_if_given(rstd, result.rstd);
+})
+// The running statistics move towards those of the batch where it trains.
+ACLNN(BatchNorm, (Tensor input, Tensor weight, Tensor bias, OutTensor runningMean, OutTensor runningVar, bool training,
+                  double momentum, double eps, OutTensor output, OutTensor saveMean, OutTensor saveInvstd) {
+    const auto copy = [](const Tensor& x) { return x.defined() ? x.to(at::kFloat, false, true) : x; };
+    const Tensor running_mean = copy(runningMean), running_var = copy(runningVar);
+    const auto [y, mean, rstd] = at::native_batch_norm(up(input), up(weight), up(bias), running_mean, running_var, training, momentum, eps);
+    put(output, y);
+    if (!training) return;
+    put(saveMean, mean);
+    put(saveInvstd, rstd);
+    put_if_given(runningMean, running_mean);
+    put_if_given(runningVar, running_var);
 })
 ACLNN(RmsNorm, (Tensor x, Tensor gamma, double epsilon, OutTensor y, OutTensor rstd) {
     const auto [normed, scale] = rms_norm(x, gamma, epsilon);
@@ -149,20 +169,4 @@ ACLNN(ApplyRotaryPosEmbV2, (OutTensor query, OutTensor key, Tensor cos, Tensor s
     const int64_t code = mode == "interleave" ? kInterleave : kHalf;
     put(query, rotary(query, cos, sin, code));
     put(key, rotary(key, cos, sin, code));
-})
-
-namespace cann {
-// A scale of 0 stands for one that was not given.
-static std::optional<double> given(double scale) { return scale > 0 ? std::optional(scale) : std::nullopt; }
-}  // namespace cann
-FUNCTION(UpsampleNearest2dV2, (Tensor self, Ints size, float scale_h, float scale_w),
-         at::upsample_nearest2d(self, size, given(scale_h), given(scale_w)))
-FUNCTION(UpsampleBilinear2d, (Tensor self, Ints size, bool align_corners, double scale_h, double scale_w),
-         at::upsample_bilinear2d(up(self), size, align_corners, given(scale_h), given(scale_w)))
-FUNCTION(UpsampleBicubic2d, (Tensor self, Ints size, bool align_corners, double scale_h, double scale_w),
-         at::upsample_bicubic2d(up(self), size, align_corners, given(scale_h), given(scale_w)))
-ACLNN(AvgPool2d, (Tensor self, Ints kernel, Ints strides, Ints paddings, bool ceil_mode, bool count_include_pad,
-                  int64_t divisor, int8_t cube_math_type, OutTensor out) {
-    put(out, at::avg_pool2d(up(self), kernel, strides, paddings, ceil_mode, count_include_pad,
-                            divisor == 0 ? std::nullopt : std::optional(divisor)));
 })

@@ -1,5 +1,5 @@
 // The matrix unit: products and convolutions with float32 sums (numerics.h says what becomes of the operands).
-#include "ops/operator.h"
+#include "ops/gradients.h"
 #include "ops/shared.h"
 
 namespace cann {
@@ -22,6 +22,22 @@ Tensor baddbmm(const Tensor& self, const Tensor& batch1, const Tensor& batch2, c
     const Tensor left = cube(batch1, math), right = cube(batch2, math);
     if (left.scalar_type() == at::kFloat) return add_product(self, at::bmm(left, right), beta, alpha);
     return at::baddbmm(self, left, right, beta, alpha);
+}
+
+// The matrix unit makes the gradients of input and weight, the vector unit sums those of the bias.
+Gradients convolution_backward(const Tensor& grad, const Tensor& x, const Tensor& weight, const Ints& stride,
+                               const Ints& padding, const Ints& dilation, bool transposed, const Ints& output_padding,
+                               int64_t groups, const Asked& mask, int8_t math) {
+    const auto operand = [math](const Tensor& tensor) { return up(cube(tensor, math)); };
+    auto [of_x, of_weight, of_bias] = at::convolution_backward(operand(grad), operand(x), operand(weight), std::nullopt,
+                                                               stride, padding, dilation, transposed, output_padding,
+                                                               groups, {mask[0], mask[1], false});
+    if (mask[2]) {
+        Ints but_channels{0};
+        for (int64_t dim = 2; dim < grad.dim(); ++dim) but_channels.push_back(dim);
+        of_bias = up(grad).sum(but_channels);
+    }
+    return {of_x, of_weight, of_bias};
 }
 
 // A scale of [groups, N] for each row of a weight of [K, N]; of one group it spreads by itself.
@@ -99,4 +115,12 @@ ACLNN(Convolution, (Tensor input, Tensor weight, Tensor bias, Ints stride, Ints 
     const Tensor x = cube(input, cubeMathType), kernel = cube(weight, cubeMathType);
     const Tensor offset = bias.defined() ? bias.to(x.scalar_type()) : bias;
     put(output, at::convolution(x, kernel, offset, stride, padding, dilation, transposed, outputPadding, groups));
+})
+ACLNN(ConvolutionBackward, (Tensor gradOutput, Tensor input, Tensor weight, MaybeInts biasSizes, Ints stride,
+                            Ints padding, Ints dilation, bool transposed, Ints outputPadding, int groups,
+                            Bools outputMask, int8_t cubeMathType, OutTensor gradInput, OutTensor gradWeight,
+                            OutTensor gradBias) {
+    put_gradients(convolution_backward(gradOutput, input, weight, stride, padding, dilation, transposed, outputPadding,
+                                       groups, asked(outputMask), cubeMathType),
+                  gradInput, gradWeight, gradBias);
 })

@@ -63,6 +63,10 @@ void put(const at::Tensor& out, const at::Tensor& value) {
     move(out, may_overflow ? saturated(value) : value);
 }
 
+void put_if_given(const at::Tensor& out, const at::Tensor& value) {
+    if (out.defined() && out.numel() > 0) put(out, value);
+}
+
 void put_of_kind(const at::Tensor& out, const at::Tensor& value) {
     TORCH_CHECK(c10::canCast(value.scalar_type(), out.scalar_type()), "result type ", value.scalar_type(),
                 " can't be cast to the desired output type ", out.scalar_type());

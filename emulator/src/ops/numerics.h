@@ -17,6 +17,9 @@ at::Tensor cube(const at::Tensor& tensor, int8_t cube_math_type);
 // the range becomes +-65504, NaN becomes 0, and the overflow flag is raised.
 void put(const at::Tensor& out, const at::Tensor& value);
 
+// The same, of a result that the caller may not have asked for: `out` is undefined or empty then.
+void put_if_given(const at::Tensor& out, const at::Tensor& value);
+
 // The same; refuses to make an integer of a fraction, as torch does in `integers += fractions`.
 void put_of_kind(const at::Tensor& out, const at::Tensor& value);
 

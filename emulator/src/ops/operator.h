@@ -29,6 +29,7 @@ using MaybeInts = std::optional<std::vector<int64_t>>;
 using MaybeScalar = std::optional<at::Scalar>;
 using Scalars = std::vector<at::Scalar>;
 using Tensors = std::vector<at::Tensor>;
+using Bools = std::vector<bool>;
 // A tensor that the kernel writes, whether it also reads it or not: the check for races must know.
 struct OutTensor : at::Tensor {};
 struct OutTensors : Tensors {};
@@ -215,6 +216,16 @@ struct Parameter<Ints> {
     static Ints hold(type array) { return array ? array->values : Ints(); }
     static Ints load(const Ints& held) { return held; }
     static void describe(type array, Argument& argument) { Parameter<MaybeInts>::describe(array, argument); }
+};
+
+template <>
+struct Parameter<Bools> {
+    using type = const aclBoolArray*;
+    static Bools hold(type array) { return array ? array->values : Bools(); }
+    static Bools load(const Bools& held) { return held; }
+    static void describe(type array, Argument& argument) {
+        if (array) argument.value = to_text(Ints(array->values.begin(), array->values.end()));
+    }
 };
 
 template <>

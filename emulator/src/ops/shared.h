@@ -22,10 +22,16 @@ struct Inference {
 std::pair<at::Tensor, at::Tensor> infer_attention(const at::Tensor& query, const at::Tensor& key,
                                                   const at::Tensor& value, const at::Tensor& bias,
                                                   const at::Tensor& mask, const Inference& call);
+struct Training {
+    double scale, keep;
+    int64_t pre, next, heads;
+    std::string layout;
+    int64_t inner_precise, sparse_mode;
+    int64_t bias_type;  // 1: added before the scale, 0: after it
+};
 // Writes the result, and the statistics that the backward pass reads.
 void training_attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const at::Tensor& bias,
-                        const at::Tensor& drop_mask, const at::Tensor& mask, double scale, double keep, int64_t pre,
-                        int64_t next, int64_t heads, const std::string& layout, int64_t inner_precise, int64_t sparse_mode,
+                        const at::Tensor& drop_mask, const at::Tensor& mask, const Training& call,
                         const at::Tensor& maximum, const at::Tensor& sum, const at::Tensor& out);
 // For what the operators take and the emulator does not: quantisation, paging, shared prefixes, separate rotary parts.
 void refuse_any(const std::vector<at::Tensor>& tensors);
@@ -72,7 +78,16 @@ GroupNormResult group_norm(const at::Tensor& x, const at::Tensor& gamma, const a
 // y and 1 / rms over the trailing dimensions that gamma has.
 std::pair<at::Tensor, at::Tensor> rms_norm(const at::Tensor& x, const at::Tensor& gamma, double epsilon);
 enum RotaryMode { kHalf = 0, kInterleave = 1 };
+// A quarter turn of the pairs that a position embedding turns. It is its own inverse but for the sign, as is its
+// transpose.
+at::Tensor rotate(const at::Tensor& x, int64_t mode);
 at::Tensor rotary(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin, int64_t mode);
+struct RotaryGradients {
+    at::Tensor x, cos, sin;
+};
+// Those of cos and sin are undefined without x.
+RotaryGradients rotary_backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& cos,
+                                const at::Tensor& sin, int64_t mode);
 // The two halves of a dimension.
 std::pair<at::Tensor, at::Tensor> halves(const at::Tensor& x, int64_t dim);
 

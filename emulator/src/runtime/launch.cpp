@@ -44,7 +44,14 @@ int64_t count_flops(const Call& call) {
         if (query == nullptr || key == nullptr || product(query->sizes) == 0) return 0;
         const bool sequence_is_second = call.find("inputLayout") && call.find("inputLayout")->value.rfind("BS", 0) == 0;
         const int64_t keys = sequence_is_second ? key->sizes[1] : last(key, 2);
-        return 4 * product(query->sizes) * keys;
+        const bool way_back = name.find("Grad") != std::string::npos;  // five products for two, the scores' once more
+        return (way_back ? 10 : 4) * product(query->sizes) * keys;
+    }
+    if (name == "ConvolutionBackward") {
+        const auto* weight = call.tensor("weight");
+        const auto* dense = call.tensor(call.number("transposed", 0) != 0 ? "input" : "gradOutput");
+        const int64_t products = (call.tensor("gradInput") != nullptr) + (call.tensor("gradWeight") != nullptr);
+        return 2 * products * product(dense->sizes) * (product(weight->sizes) / std::max<int64_t>(weight->sizes[0], 1));
     }
     if (name == "Convolution") {
         const auto* weight = call.tensor("weight");
