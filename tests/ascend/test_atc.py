@@ -95,7 +95,9 @@ def test_what_atc_would_refuse(changes: dict[str, Any], message: str) -> None:
         call(**{"input_shapes": IMAGES, **changes}).command()
 
 
-@pytest.mark.parametrize("name", ["my models/a.onnx", "a,b.onnx", "a;b.onnx", "modèles/a.onnx", "~/a.onnx", "a\\b.onnx"])
+@pytest.mark.parametrize(
+    "name", ["my models/a.onnx", "a,b.onnx", "a;b.onnx", "modèles/a.onnx", "~/a.onnx", "a\\b.onnx"]
+)
 @pytest.mark.parametrize("field", ["model", "output", "insert_op_conf"])
 def test_paths_that_atc_does_not_take(field: str, name: str) -> None:
     with pytest.raises(AtcError, match="atc does not take the path '.*, which has '[ ,;è~\\\\]'"):
