@@ -1,5 +1,7 @@
 """CLIP and SigLIP models of transformers on our attention kernels and with the exact GELU."""
 
+from typing import TypeAlias
+
 import torch
 import torch.nn.functional as F
 from transformers.activations import GELUActivation
@@ -12,7 +14,7 @@ from processors.kernels.attention import attention
 
 IMPLEMENTATION = "diffusers_npu"
 ATTENTIONS = (CLIPAttention, SiglipAttention)
-Model = CLIPPreTrainedModel | SiglipPreTrainedModel
+Model: TypeAlias = CLIPPreTrainedModel | SiglipPreTrainedModel
 
 
 def clip_attention(

@@ -13,6 +13,11 @@ from onnx import TensorProto, helper, numpy_helper
 
 SOC = os.environ.get("CANN_EMULATOR_SOC", "")
 FEATURES, RESULTS, WORDS = 16, 8, 32
+HALF = 4e-3  # of values around 1: some operations in float16
+
+
+def random(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
 
 
 def _initializer(name: str, *shape: int) -> TensorProto:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
+import gc
 import os
-import re
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,12 +18,11 @@ from onnx import TensorProto
 
 from ascend.om import OmError, OmSession
 from tests.on_npu import offline_models
-from tests.on_npu.offline_models import FEATURES, RESULTS, WORDS, linear, weights_of
+from tests.on_npu.offline_models import FEATURES, HALF, RESULTS, WORDS, linear, random, weights_of
 from tests.programs import ROOT
 
 ON_EMULATOR = "CANN_EMULATOR_SOC" in os.environ
 OTHER = {"Ascend310P3": "Ascend910B3", "Ascend910B3": "Ascend310P3"}
-HALF = 4e-3  # of values around 1: some operations in float16
 PROFILES = ("--input_shape=x:-1,16", "--dynamic_batch_size=1,2,4")
 
 
@@ -54,10 +53,6 @@ def fixed(make: Callable[..., tuple[Path, Path]]) -> tuple[Path, Path]:
 @pytest.fixture(scope="module")
 def batches(make: Callable[..., tuple[Path, Path]]) -> tuple[Path, Path]:
     return make("batches", offline_models.save_linear, *PROFILES)
-
-
-def random(*shape: int) -> np.ndarray:
-    return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
 
 
 def test_inputs_and_outputs_are_described(fixed: tuple[Path, Path]) -> None:
@@ -189,6 +184,15 @@ def test_output_type_and_half_inputs(tmp_path: Path, soc: str) -> None:
     np.testing.assert_allclose(y, linear(model, x), atol=HALF)
 
 
+def test_a_float16_model_keeps_its_dtype(tmp_path: Path, soc: str) -> None:
+    model = offline_models.save_linear(tmp_path / "m.onnx", batch=2, dtype=TensorProto.FLOAT16)
+    x = random(2, FEATURES).astype(np.float16)
+    with OmSession(offline_models.convert(model, soc)) as session:
+        y = session.run({"x": x})["y"]
+    assert y.dtype == np.float16
+    np.testing.assert_allclose(y, linear(model, x), atol=HALF)
+
+
 AIPP = """aipp_op {
     aipp_mode: static
     input_format: RGB888_U8   # a comment
@@ -221,6 +225,83 @@ def test_aipp(tmp_path: Path, soc: str) -> None:
     image = (cropped - [100, 0, 0] - [0, 5, 0]) * [1 / 128, 1 / 64, 1 / 256]
     filters = weights_of(model)["filters"][:, :, 0, 0]
     np.testing.assert_allclose(features, np.einsum("oc,nhwc->nohw", filters, image), atol=2 * HALF)
+
+
+YUV = """aipp_op {
+    aipp_mode: static
+    input_format: YUV420SP_U8
+    csc_switch: true
+    src_image_size_w: 8
+    src_image_size_h: 6
+    crop: true
+    load_start_pos_w: 2
+    load_start_pos_h: 2
+    var_reci_chn_0: 0.0078125
+    var_reci_chn_1: 0.015625
+    var_reci_chn_2: 0.00390625
+"""
+# CSC_config.md of the same: YUV to RGB of a JPEG, and RGB to YUV of BT-601 NARROW
+JPEG_TO_RGB = [[256, 0, 359], [256, -88, -183], [256, 454, 0]]
+TO_BGR = [[298, 516, 0], [298, -100, -208], [298, 0, 409]]  # the defaults, of BT-601 NARROW
+TO_YUV = [[66, 129, 25], [-38, -74, 112], [112, -94, -18]]
+
+
+def matrix_of(rows: list[list[int]]) -> str:
+    return "".join(f"matrix_r{r}c{c}: {number}\n" for r, row in enumerate(rows) for c, number in enumerate(row))
+
+
+def planes_of(picture: np.ndarray, height: int, width: int) -> np.ndarray:
+    """[3, height, width] of NV12: brightness above, and below it half as many rows with both colours in turn."""
+    below = picture[height:].reshape(height // 2, width // 2, 2)
+    return np.stack([picture[:height], *np.kron(np.moveaxis(below, 2, 0), np.ones((2, 2), np.uint8))]).astype(int)
+
+
+@pytest.mark.parametrize(
+    "more, order, rows, bias",
+    [
+        ("", [0, 1, 2], TO_BGR, [16, 128, 128]),
+        ("rbuv_swap_switch: true", [0, 2, 1], TO_BGR, [16, 128, 128]),
+        (f"{matrix_of(JPEG_TO_RGB)} input_bias_0: 0", [0, 1, 2], JPEG_TO_RGB, [0, 128, 128]),
+    ],
+    ids=["NV12 to BGR by defaults", "NV21 to BGR", "JPEG's NV12 to RGB"],
+)
+def test_aipp_of_yuv(
+    tmp_path: Path, soc: str, more: str, order: list[int], rows: list[list[int]], bias: list[int]
+) -> None:
+    """(matrix @ (YUV - bias)) >> 8, without another bias behind it: config_file_template.md."""
+    (tmp_path / "aipp.cfg").write_text(f"{YUV} {more} }}")
+    model = offline_models.save_image(tmp_path / "m.onnx", height=4, width=6)
+    om = offline_models.convert(model, soc, f"--insert_op_conf={tmp_path / 'aipp.cfg'}")
+    picture = np.random.default_rng(1).integers(0, 256, (1, 9, 8, 1), dtype=np.uint8)
+    picture[0, :6, :, 0], picture[0, 6:, ::2, 0], picture[0, 6:, 1::2, 0] = 81, 90, 240  # red, by BT-601 NARROW
+    picture[0, 2, 3:5, 0] = 0, 255  # and what has to be cut off at 0 and 255
+    with OmSession(om) as session:
+        assert session.inputs[0].shape == (1, 9, 8, 1)  # n, h * 1.5, w, 1: aclmdlGetInputDimsV2.md
+        features = session.run({"image": picture})["features"]
+    yuv = planes_of(picture[0, :, :, 0], 6, 8)[order][:, 2:6, 2:8] - np.reshape(bias, (3, 1, 1))
+    colours = np.clip(np.einsum("cd,dhw->chw", np.array(rows), yuv) >> 8, 0, 255)
+    if not more:
+        np.testing.assert_allclose(colours[:, 3, 0], [0, 0, 255], atol=2)
+    image = colours * np.reshape([1 / 128, 1 / 64, 1 / 256], (3, 1, 1))
+    filters = weights_of(model)["filters"][:, :, 0, 0]
+    np.testing.assert_allclose(features[0], np.einsum("oc,chw->ohw", filters, image), atol=2 * HALF)
+
+
+def test_aipp_makes_yuv_of_rgb(tmp_path: Path, soc: str) -> None:
+    """(matrix @ RGB) >> 8, and then the bias."""
+    content = "aipp_op { aipp_mode: static input_format: RGB888_U8 csc_switch: true"
+    (tmp_path / "aipp.cfg").write_text(content + "".join(f" var_reci_chn_{i}: 0.00390625" for i in range(3)) + " }")
+    model = offline_models.save_image(tmp_path / "m.onnx", height=4, width=6)
+    om = offline_models.convert(model, soc, f"--insert_op_conf={tmp_path / 'aipp.cfg'}")
+    picture = np.random.default_rng(1).integers(0, 256, (1, 4, 6, 3), dtype=np.uint8)
+    picture[0, 0, 0] = 255, 0, 0
+    with OmSession(om) as session:
+        features = session.run({"image": picture})["features"]
+    products = np.einsum("cd,hwd->chw", np.array(TO_YUV), picture[0].astype(int)) >> 8
+    yuv = np.clip(products + np.reshape([16, 128, 128], (3, 1, 1)), 0, 255)
+    np.testing.assert_allclose(yuv[:, 0, 0], [81, 90, 240], atol=1)
+    filters = weights_of(model)["filters"][:, :, 0, 0]
+    np.testing.assert_allclose(features[0], np.einsum("oc,chw->ohw", filters, yuv / 256), atol=2 * HALF)
 
 
 def test_two_sessions_and_two_threads(fixed: tuple[Path, Path]) -> None:
@@ -298,6 +379,38 @@ def test_a_closed_session_leaves_no_memory(batches: tuple[Path, Path]) -> None:
     assert torch.npu.mem_get_info()[0] == free
 
 
+@pytest.mark.parametrize("runs", [False, True], ids=["idle", "running"])
+def test_a_session_that_is_dropped_leaves_no_memory_and_says_so(batches: tuple[Path, Path], runs: bool) -> None:
+    """Also behind a run that nobody waited for, and from a thread that knows no context."""
+    free, stream = torch.npu.mem_get_info()[0], torch.npu.Stream()
+
+    def drop() -> None:
+        session = OmSession(batches[1])
+        assert torch.npu.mem_get_info()[0] < free
+        if runs:
+            session.submit({"x": random(2, FEATURES)}, stream.npu_stream)
+        del session
+        gc.collect()
+
+    for place in (drop, lambda: start_and_wait(drop)):
+        with pytest.warns(ResourceWarning, match=rf"the offline model {batches[1]} was not closed"):
+            place()
+        assert torch.npu.mem_get_info()[0] == free
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with OmSession(batches[1]) as session:
+            session.run({"x": random(2, FEATURES)})
+        del session
+        gc.collect()
+    assert torch.ones(3, device="npu").sum().item() == 3  # in its own context
+
+
+def start_and_wait(work: Callable[[], None]) -> None:
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+
+
 @pytest.mark.parametrize(
     "feeds, message",
     [
@@ -361,164 +474,30 @@ print("done")
 """
 
 
-def test_a_process_that_ends_without_closing(fixed: tuple[Path, Path]) -> None:
-    program = PROGRAM.replace("with OmSession(sys.argv[1]) as session:", "session = OmSession(sys.argv[1])\nif True:")
-    done = subprocess.run([sys.executable, "-c", program, str(fixed[1])], capture_output=True, text=True, cwd=ROOT)
+UNCLOSED = """
+import sys
+import numpy as np
+MORE
+from ascend.om import OmSession
+session = OmSession(sys.argv[1])
+feeds = {"x": np.ones((2, 16), np.float32)}
+assert session.run(feeds)["y"].shape == (2, 8)
+if "torch" in sys.modules:
+    session.submit(feeds, torch.npu.current_stream().npu_stream)
+    assert torch.ones(3, device="npu").sum().item() == 3
+print("done")
+"""
+
+
+@pytest.mark.parametrize("more", ["", "import torch, torch_npu"], ids=["alone", "beside torch"])
+@pytest.mark.parametrize("after", ["", "session.itself = session"], ids=["", "in a circle"])
+def test_a_process_that_ends_without_closing(fixed: tuple[Path, Path], more: str, after: str) -> None:
+    command = [sys.executable, "-W", "error::ResourceWarning", "-c", UNCLOSED.replace("MORE", more) + after]
+    done = subprocess.run([*command, fixed[1]], capture_output=True, text=True, cwd=ROOT)
     assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
+    assert "Exception" not in done.stderr and "ResourceWarning" not in done.stderr
 
 
 def test_a_process_without_torch(fixed: tuple[Path, Path]) -> None:
     done = subprocess.run([sys.executable, "-c", PROGRAM, str(fixed[1])], capture_output=True, text=True, cwd=ROOT)
     assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
-
-
-# ---- the C interface itself: what OmSession does not do ----
-
-
-@pytest.fixture
-def acl() -> ctypes.CDLL:
-    library = ctypes.CDLL("libascendcl.so")
-    for name in ("aclmdlCreateDesc", "aclmdlCreateDataset", "aclCreateDataBuffer"):
-        getattr(library, name).restype = ctypes.c_void_p
-    library.aclmdlGetInputSizeByIndex.restype = ctypes.c_size_t
-    library.aclGetRecentErrMsg.restype = ctypes.c_char_p
-    return library
-
-
-class Raw:
-    """A model by the C functions, with torch's memory."""
-
-    def __init__(self, acl: ctypes.CDLL, om: Path) -> None:
-        self.acl, self.id, self.tensors = acl, ctypes.c_uint32(), []
-        assert acl.aclmdlLoadFromFile(os.fsencode(om), ctypes.byref(self.id)) == 0
-        self.desc = ctypes.c_void_p(acl.aclmdlCreateDesc())
-        assert acl.aclmdlGetDesc(self.desc, self.id) == 0
-
-    def dataset(self, *tensors: torch.Tensor) -> ctypes.c_void_p:
-        self.tensors += tensors
-        dataset = ctypes.c_void_p(self.acl.aclmdlCreateDataset())
-        for tensor in tensors:
-            size = ctypes.c_size_t(tensor.nbytes)
-            buffer = self.acl.aclCreateDataBuffer(ctypes.c_void_p(tensor.data_ptr()), size)
-            assert self.acl.aclmdlAddDatasetBuffer(dataset, ctypes.c_void_p(buffer)) == 0
-        return dataset
-
-    def message(self) -> str:
-        return (self.acl.aclGetRecentErrMsg() or b"").decode()
-
-
-def test_without_a_choice_the_largest_profile_runs(acl: ctypes.CDLL, batches: tuple[Path, Path]) -> None:
-    model, om = batches
-    raw = Raw(acl, om)
-    assert acl.aclmdlGetNumInputs(raw.desc) == 2
-    index = ctypes.c_size_t()
-    assert acl.aclmdlGetInputIndexByName(raw.desc, b"ascend_mbatch_shape_data", ctypes.byref(index)) == 0
-    assert index.value == 1
-    assert acl.aclmdlGetInputSizeByIndex(raw.desc, ctypes.c_size_t(0)) == 4 * FEATURES * 4
-    x, y = torch.randn(4, FEATURES).npu(), torch.zeros(4, RESULTS, device="npu")
-    choice = torch.zeros(1, dtype=torch.int32, device="npu")
-    inputs, outputs = raw.dataset(x, choice), raw.dataset(y)
-    torch.npu.synchronize()
-    assert acl.aclmdlExecute(raw.id, inputs, outputs) == 0
-    np.testing.assert_allclose(y.cpu(), linear(model, x.cpu().numpy()), atol=HALF)
-    assert acl.aclmdlSetDynamicBatchSize(raw.id, inputs, index, ctypes.c_uint64(3)) == 145013
-    assert "3 is no profile" in raw.message()
-    assert acl.aclmdlSetDynamicHWSize(raw.id, inputs, index, ctypes.c_uint64(1), ctypes.c_uint64(1)) == 145013
-    assert acl.aclmdlSetDynamicBatchSize(raw.id, inputs, index, ctypes.c_uint64(2)) == 0
-    assert choice.item() == 2
-    assert acl.aclmdlUnload(raw.id) == 0
-    assert acl.aclmdlUnload(raw.id) == 145003
-    assert "there is no model" in raw.message()
-
-
-def test_buffers_and_streams_are_checked(acl: ctypes.CDLL, fixed: tuple[Path, Path]) -> None:
-    raw = Raw(acl, fixed[1])
-    x, y = torch.zeros(2, FEATURES, device="npu"), torch.zeros(2, RESULTS, device="npu")
-    inputs, outputs = raw.dataset(x), raw.dataset(y)
-    torch.npu.synchronize()
-    assert acl.aclmdlExecute(raw.id, raw.dataset(x, x), outputs) == 145000
-    assert "there are 2 inputs, and the model has 1" in raw.message()
-    assert acl.aclmdlExecute(raw.id, raw.dataset(x[:1]), outputs) == 145000
-    assert "input x has 64 bytes, and the model needs 128" in raw.message()
-    assert acl.aclmdlExecute(raw.id, raw.dataset(torch.zeros(2, FEATURES)), outputs) == 145000
-    assert "is not in the memory of device 0" in raw.message()
-    first, second = (ctypes.c_void_p(torch.npu.Stream().npu_stream) for _ in range(2))
-    assert acl.aclmdlExecuteAsync(raw.id, inputs, outputs, first) == 0
-    assert acl.aclmdlExecuteAsync(raw.id, inputs, outputs, first) == 0
-    assert acl.aclmdlExecuteAsync(raw.id, inputs, outputs, second) == 145000
-    assert "may still run on another stream" in raw.message()
-    assert acl.aclrtSynchronizeStream(first) == 0
-    assert acl.aclmdlExecuteAsync(raw.id, inputs, outputs, second) == 0
-    assert acl.aclrtSynchronizeStream(second) == 0
-    assert acl.aclmdlUnload(raw.id) == 0
-
-
-def test_memory_of_the_program(acl: ctypes.CDLL, fixed: tuple[Path, Path]) -> None:
-    model, om = fixed
-    work, weights = ctypes.c_size_t(), ctypes.c_size_t()
-    assert acl.aclmdlQuerySize(os.fsencode(om), ctypes.byref(work), ctypes.byref(weights)) == 0
-    places = [torch.empty(size.value, dtype=torch.uint8, device="npu") for size in (work, weights)]
-    arguments = [(ctypes.c_void_p(place.data_ptr()), ctypes.c_size_t(place.nbytes)) for place in places]
-    model_id = ctypes.c_uint32()
-    load = acl.aclmdlLoadFromFileWithMem
-    small = ctypes.c_size_t(1)
-    assert load(os.fsencode(om), ctypes.byref(model_id), arguments[0][0], small, *arguments[1]) == 145000
-    assert load(os.fsencode(om), ctypes.byref(model_id), *arguments[0], *arguments[1]) == 0
-    raw = Raw(acl, om)
-    x, y = torch.randn(2, FEATURES).npu(), torch.zeros(2, RESULTS, device="npu")
-    torch.npu.synchronize()
-    assert acl.aclmdlExecute(model_id, raw.dataset(x), raw.dataset(y)) == 0
-    np.testing.assert_allclose(y.cpu(), linear(model, x.cpu().numpy()), atol=HALF)
-    assert acl.aclmdlUnload(model_id) == acl.aclmdlUnload(raw.id) == 0
-
-
-def test_a_float16_model_keeps_its_dtype(tmp_path: Path, soc: str) -> None:
-    model = offline_models.save_linear(tmp_path / "m.onnx", batch=2, dtype=TensorProto.FLOAT16)
-    x = random(2, FEATURES).astype(np.float16)
-    with OmSession(offline_models.convert(model, soc)) as session:
-        y = session.run({"x": x})["y"]
-    assert y.dtype == np.float16
-    np.testing.assert_allclose(y, linear(model, x), atol=HALF)
-
-
-# ---- models that a C++ program builds ----
-
-
-@pytest.fixture(scope="module")
-def ge_build(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if not ON_EMULATOR:
-        pytest.skip("links to the emulator's libraries")
-    program = tmp_path_factory.mktemp("ge") / "ge_build"
-    source = Path(__file__).with_name("ge_build.cpp")
-    places = [f"-L{path}" for path in os.environ["LD_LIBRARY_PATH"].split(os.pathsep) if path]
-    # As for programs of CANN, what the libraries need themselves is found when the program starts.
-    libraries = ["-lge_compiler", "-lfmk_onnx_parser", "-lascendcl", "-lgraph", "-lcann_emulator"]
-    link = ["-Wl,--unresolved-symbols=ignore-in-shared-libs", *places, *libraries]
-    subprocess.run(["g++", "-std=c++17", source, *link, "-o", program], check=True)
-    return program
-
-
-def test_a_model_is_built_by_the_interface_of_ge(ge_build: Path, tmp_path: Path) -> None:
-    model = offline_models.save_linear(tmp_path / "m.onnx")
-    options = ["input_shape=x:-1,16", "ge.dynamicBatchSize=1,3", "ge.exec.precision_mode=must_keep_origin_dtype"]
-    done = subprocess.run([ge_build, model, tmp_path / "m", *options], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
-    x = random(3, FEATURES)
-    with OmSession(tmp_path / "m.om") as session:
-        np.testing.assert_allclose(session.run({"x": x})["y"], linear(model, x), atol=HALF)
-
-
-@pytest.mark.parametrize(
-    "option, message",
-    [
-        ("ge.noSuchOption=1", "build: .*E10001.*ge.noSuchOption is invalid. Reason: the option is not emulated"),
-        ("input_shape=x:1,15,2", "build: .*E10049"),
-        ("ge.socVersion=Ascend1", "build: .*E10001.*soc_version"),
-    ],
-)
-def test_options_of_the_interface(ge_build: Path, tmp_path: Path, option: str, message: str) -> None:
-    model = offline_models.save_linear(tmp_path / "m.onnx")
-    done = subprocess.run([ge_build, model, tmp_path / "m", option], capture_output=True, text=True)
-    assert done.returncode == 1
-    assert re.match(message, done.stdout)
-    assert not (tmp_path / "m.om").exists()
