@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ascend.atc import AtcCall, check_path, check_soc_version, find_atc, run_atc
-from ascend.chips import FAMILIES
+from ascend.atc import CHIPS_OF, AtcCall, check_path, check_soc_version, find_atc, run_atc
 from ascend.device import DeviceError, find_device, get_chip
 from runners.cli import UserError
 from runners.clip.checkpoint import Scoring, load_model, load_processor, text_length_of
@@ -52,8 +51,8 @@ class ModelConverter:
         UserError: no chip is named, and there is none.
     """
 
-    # Families that are known; atc knows more chips than these, and refuses what it does not.
-    SUPPORTED_SOC = [prefix for family in FAMILIES for prefix in family.prefixes]
+    # Those that are known here; atc knows more, and refuses what it does not.
+    SUPPORTED_SOC = [chip for chips in CHIPS_OF.values() for chip in chips]
 
     def __init__(self, soc_version: str | None = None, precision_mode: str | None = None) -> None:
         find_atc()
