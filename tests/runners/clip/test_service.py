@@ -16,6 +16,8 @@ from processors.kernels.attention import attention
 from processors.models import clip
 from runners.cli import UserError
 from runners.clip import CLIPInferenceService
+from runners.clip import service as service_module
+from runners.clip.inputs import prepare_pictures, prepare_texts
 from tests.tiny_clip import CLIP_TOKENS, SIGLIP_TOKENS, count_calls
 
 TEXTS = ["a cat", "a dog on a red sofa", "nothing"]
@@ -109,18 +111,32 @@ def test_a_text_that_is_too_long_is_cut_and_that_is_said(
     ]
 
 
+def test_no_picture_is_refused(service: CLIPInferenceService) -> None:
+    with pytest.raises(ValueError, match="there is no picture"):
+        service.extract_image_features([])
+    assert service.batch_predict([], TEXTS) == []
+
+
 @pytest.mark.parametrize("texts", [[], ["a", ""], ["  "], "a cat", [1]])
 def test_texts_that_say_nothing_are_refused(clip_dir: Path, texts: Any) -> None:
     with pytest.raises(ValueError, match="texts must be a list"):
         CLIPInferenceService(str(clip_dir), "cpu").predict(Image.new("RGB", (9, 9)), texts)
 
 
-def test_benchmark_has_the_promised_keys(clip_dir: Path, pictures: list[Image.Image]) -> None:
+def test_benchmark_has_the_promised_keys(
+    clip_dir: Path, pictures: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of whole requests: pictures and texts are prepared in each."""
     service = CLIPInferenceService(str(clip_dir), "cpu")
-    calls = count_calls(service.backend)
+    calls, prepared = count_calls(service.backend), []
+    for each in (prepare_pictures, prepare_texts):
+        monkeypatch.setattr(
+            service_module, each.__name__, lambda *args, each=each: prepared.append(each) or each(*args)
+        )
     result = service.benchmark(pictures[0], TEXTS, num_runs=3, warmup_runs=2)
-    assert result.keys() >= BENCHMARK_KEYS
-    assert calls.images == [1] * 5
+    assert result.keys() >= BENCHMARK_KEYS and result["first_ms"] > 0
+    assert calls.images == [1] * 5 and calls.texts == [len(TEXTS)] * 5
+    assert len(prepared) == 10
     assert result["min_ms"] <= result["p50_ms"] <= result["p95_ms"] <= result["p99_ms"] <= result["max_ms"]
     assert result["percentiles_trusted"] == []
 
