@@ -89,7 +89,7 @@ class _Profiles:
             self._acl.aclmdlSetInputDynamicDims(self._model, dataset, index, byref(dims))
 
 
-class _Held:
+class Held:
     """What a session holds on its device, until the run that was launched is done."""
 
     def __init__(self, acl: Acl, path: str) -> None:
@@ -144,7 +144,7 @@ class OmSession:
 
     def __init__(self, path: str | os.PathLike[str], device_id: int = 0) -> None:
         self._acl = load_acl()
-        self._held = _Held(self._acl, os.fspath(path))
+        self._held = Held(self._acl, os.fspath(path))
         self._closing = self._held.stack
         self._pending: OmRun | None = None
         self._turn = threading.RLock()  # its memory is that of one run
