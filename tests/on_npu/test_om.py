@@ -303,6 +303,31 @@ def test_aipp_makes_yuv_of_rgb(tmp_path: Path, soc: str) -> None:
     np.testing.assert_allclose(features[0], np.einsum("oc,chw->ohw", filters, yuv / 256), atol=2 * HALF)
 
 
+@pytest.mark.parametrize(
+    "ax, rbuv, order",
+    [
+        ("false", "false", [0, 1, 2]),
+        ("false", "true", [2, 1, 0]),
+        ("true", "false", [1, 2, 3]),
+        ("true", "true", [3, 2, 1]),
+    ],
+    ids=["RGBX", "BGRX", "XRGB", "XBGR"],
+)
+def test_aipp_of_four_channels(tmp_path: Path, soc: str, ax: str, rbuv: str, order: list[int]) -> None:
+    """Table 2 of config_file_template.md."""
+    switches = f"ax_swap_switch: {ax} rbuv_swap_switch: {rbuv}"
+    scale = "".join(f" var_reci_chn_{i}: 0.00390625" for i in range(3))
+    (tmp_path / "aipp.cfg").write_text(f"aipp_op {{ aipp_mode: static input_format: XRGB8888_U8 {switches}{scale} }}")
+    model = offline_models.save_image(tmp_path / "m.onnx", height=4, width=6)
+    om = offline_models.convert(model, soc, f"--insert_op_conf={tmp_path / 'aipp.cfg'}")
+    picture = np.random.default_rng(1).integers(0, 256, (1, 4, 6, 4), dtype=np.uint8)
+    with OmSession(om) as session:
+        features = session.run({"image": picture})["features"]
+    filters = weights_of(model)["filters"][:, :, 0, 0]
+    expected = np.einsum("oc,hwc->ohw", filters, picture[0][:, :, order] / 256)
+    np.testing.assert_allclose(features[0], expected, atol=2 * HALF)
+
+
 def test_two_sessions_and_two_threads(fixed: tuple[Path, Path]) -> None:
     model, om = fixed
     x = random(2, FEATURES)
