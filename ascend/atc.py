@@ -5,9 +5,12 @@ What it takes: CANN's "ATC Tool User Guide"; the pages are named by the flags.
 
 from __future__ import annotations
 
+import os
 import platform
 import re
+import shlex
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -15,14 +18,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ONNX_FRAMEWORK = 5
+IMAGE_SIZES = "dynamic_image_size"  # profiles of heights and widths, a further option
 LAST_LINES = 15  # of what atc says, in an error
-# Names of families, which are no chip's: `npu-smi info` shows which of these it is.
-FAMILY_NAMES = {
-    "Ascend310P": "Ascend310P1 or Ascend310P3",
-    "Ascend310B": "Ascend310B1 or Ascend310B4",
-    "Ascend910": "Ascend910A or Ascend910ProA, and of an Atlas A2 Ascend910B1 to Ascend910B4",
-    "Ascend910B": "Ascend910B1, Ascend910B2, Ascend910B3 or Ascend910B4",
-    "Ascend910_93": "Ascend910_9391, Ascend910_9392, Ascend910_9381, Ascend910_9382, Ascend910_9372 or Ascend910_9362",
+# What --model, --output and --insert_op_conf do not take (hicann/ge, base/common/util.cc: IsPathCharsValid).
+FOREIGN_TO_PATHS = re.compile(r"[^A-Za-z0-9_./\u4e00-\u9fa5-]")
+# Families, whose names are no chips': `npu-smi info` shows which of these it is.
+CHIPS_OF = {
+    "Ascend310P": ("Ascend310P1", "Ascend310P3"),
+    "Ascend310B": ("Ascend310B1", "Ascend310B4"),
+    "Ascend910": ("Ascend910A", "Ascend910ProA"),
+    "Ascend910B": ("Ascend910B1", "Ascend910B2", "Ascend910B3", "Ascend910B4"),
+    "Ascend910_93": tuple(f"Ascend910_93{chip}" for chip in ("91", "92", "81", "82", "72", "62")),
 }
 
 
@@ -34,20 +40,35 @@ def check_soc_version(name: str) -> str:
     """The chip's name as atc wants it, with "Ascend" in front.
 
     Raises:
-        AtcError: it is a family's name, or none at all.
+        AtcError: it is a family's name, one in other letters than the chip's, or none at all.
     """
-    full = name if name.lower().startswith("ascend") else f"Ascend{name}"
-    full = "Ascend" + full[len("Ascend") :]
-    if full in FAMILY_NAMES:
+    full = "Ascend" + re.sub("^ascend", "", name, flags=re.IGNORECASE)
+    known = sorted([*CHIPS_OF, *(chip for chips in CHIPS_OF.values() for chip in chips)], key=len, reverse=True)
+    start = next((each for each in known if full.lower().startswith(each.lower())), "")
+    spelt = start + full[len(start) :]
+    if spelt in CHIPS_OF:
+        of_atlas_a2 = "; an Atlas A2 is one of Ascend910B" if spelt == "Ascend910" else ""
         raise AtcError(
-            f"'{name}' is a family of chips, and an offline model is for one: take {FAMILY_NAMES[full]}, whichever "
-            "`npu-smi info` shows, with Ascend in front"
+            f"'{name}' is a family of chips, and an offline model is for one: take {' or '.join(CHIPS_OF[spelt])}, "
+            f"whichever `npu-smi info` shows, with Ascend in front{of_atlas_a2}"
         )
+    if spelt != full:
+        raise AtcError(f"'{name}' is spelt {spelt}: atc tells small letters from capitals")
     if not re.fullmatch(r"Ascend\d[0-9A-Za-z_]*", full):
         raise AtcError(
             f"'{name}' is no chip's name: take what `npu-smi info` shows, with Ascend in front, as Ascend310P3"
         )
     return full
+
+
+def check_path(path: str | os.PathLike[str]) -> None:
+    """Raise AtcError for a path that atc does not take, so that this is known before there is a model to convert."""
+    foreign = FOREIGN_TO_PATHS.search(os.fspath(path))
+    if foreign:
+        raise AtcError(
+            f"atc does not take the path '{path}', which has '{foreign[0]}': letters a to z, digits, Chinese, and "
+            "any of _ - . are what it may have"
+        )
 
 
 @dataclass(frozen=True)
@@ -62,7 +83,7 @@ class AtcCall:
         dynamic_dims: profiles: of each, the value of every -1 of all inputs, in order.
         precision_mode: atc's own default, force_fp16, if None.
         insert_op_conf: file of AIPP, which prepares pictures on the device.
-        others: further options of atc by their names.
+        others: further options of atc by their names, none of which is given by the above.
     """
 
     model: Path
@@ -79,30 +100,37 @@ class AtcCall:
         """The command line.
 
         Raises:
-            AtcError: the options exclude each other, as atc would say after it has read the model.
+            AtcError: atc would refuse it, for most of this only after it has read the model.
         """
+        chip = check_soc_version(self.soc_version)
+        # atc looks at where a file that it reads lies behind all links, and at its output's path as it is given.
+        for path in (self.model, self.insert_op_conf):
+            if path:
+                check_path(os.path.realpath(path))
+        check_path(self.output)
         self._check_profiles()
+        shapes = (f"{name}:{','.join(map(str, shape))}" for name, shape in self.input_shapes.items())
         options: dict[str, object] = {
             "model": self.model,
             "framework": ONNX_FRAMEWORK,
             "output": self.output.with_suffix(""),
-            "soc_version": check_soc_version(self.soc_version),
+            "soc_version": chip,
             "log": "error",
+            "input_shape": ";".join(shapes),
+            "dynamic_batch_size": ",".join(map(str, self.dynamic_batch_sizes)),
+            "dynamic_dims": ";".join(",".join(map(str, profile)) for profile in self.dynamic_dims),
+            "precision_mode": self.precision_mode,
+            "insert_op_conf": self.insert_op_conf,
         }
         if self.input_shapes:
-            shapes = (f"{name}:{','.join(map(str, shape))}" for name, shape in self.input_shapes.items())
-            # Profiles of batches and AIPP want a layout that has a batch, the other profiles one that has none.
-            has_batch = bool(self.insert_op_conf or self.dynamic_batch_sizes)
-            options |= {"input_format": "NCHW" if has_batch else "ND", "input_shape": ";".join(shapes)}
-        if self.dynamic_batch_sizes:
-            options["dynamic_batch_size"] = ",".join(map(str, self.dynamic_batch_sizes))
-        if self.dynamic_dims:
-            options["dynamic_dims"] = ";".join(",".join(map(str, profile)) for profile in self.dynamic_dims)
-        if self.precision_mode:
-            options["precision_mode"] = self.precision_mode
-        if self.insert_op_conf:
-            options["insert_op_conf"] = self.insert_op_conf
-        return [program, *(f"--{name}={value}" for name, value in (options | dict(self.others)).items())]
+            # Profiles of batches and pictures, and AIPP, want a layout that has a batch, --dynamic_dims one without.
+            is_of_pictures = self.insert_op_conf or self.dynamic_batch_sizes or IMAGE_SIZES in self.others
+            options["input_format"] = "NCHW" if is_of_pictures else "ND"
+        overruled = [name for name in self.others if name in options]
+        if overruled:
+            raise AtcError(f"{', '.join(overruled)}: no further option, it is made of this call's own arguments")
+        given = {name: value for name, value in (options | dict(self.others)).items() if value not in (None, "")}
+        return [program, *(f"--{name}={value}" for name, value in given.items())]
 
     def _check_profiles(self) -> None:
         unknown = sum(size == -1 for shape in self.input_shapes.values() for size in shape)
@@ -124,6 +152,11 @@ class AtcCall:
                     f"the profile {','.join(map(str, profile))} of dynamic_dims has {len(profile)} values, and the "
                     f"inputs have {unknown} times -1: each needs its own, as {','.join(['1'] * unknown)}"
                 )
+        if unknown and not given and IMAGE_SIZES not in self.others:
+            raise AtcError(
+                "an input has -1 in its shape, and no profile says what it stands for: give dynamic_dims; models of "
+                "unlimited shapes are not run here"
+            )
         if self.dynamic_batch_sizes:
             for name, shape in self.input_shapes.items():
                 if -1 in shape[1:]:
@@ -150,7 +183,7 @@ def run_atc(call: AtcCall, log: Path) -> Path:
         scratch = AtcCall(**{**vars(call), "output": made})
         command = scratch.command(program)
         with log.open("w", encoding="utf-8") as file:  # atc writes its errors to stdout
-            file.write(" ".join(command) + "\n\n")
+            file.write(shlex.join(command) + "\n\n")
             file.flush()
             code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
         # A file that depends on the host is called so.
@@ -158,6 +191,8 @@ def run_atc(call: AtcCall, log: Path) -> Path:
         if code or not found:
             said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-LAST_LINES:]
             reason = f"ended with exit code {code}" if code else "left no .om"
+            if code < 0:
+                reason = f"was ended by {signal.Signals(-code).name}"
             raise AtcError(f"atc {reason}, all it said is in {log}; its last lines:\n" + "\n".join(said))
         found[0].replace(call.output)
     return call.output

@@ -11,138 +11,26 @@ The functions, and what they do with profiles of shapes, are in CANN's documenta
 
 from __future__ import annotations
 
-import ctypes
 import os
 import threading
+import warnings
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from ctypes import POINTER, byref, c_char, c_char_p, c_int, c_int32, c_int64, c_size_t, c_uint32, c_uint64, c_void_p
+from ctypes import byref, c_size_t, c_uint32, c_void_p
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import numpy as np
 
-_LIBRARY = "libascendcl.so"
-_ALREADY_INITIALISED = 100002
-_NO_CONTEXT = 107002
+from ascend.acl import Acl, Batches, Dims, OmError, Sizes, load_acl
+
 _HUGE_PAGES_FIRST, _TO_DEVICE, _TO_HOST = 0, 1, 2
 _SHAPE_INPUT = b"ascend_mbatch_shape_data"  # which a model with profiles has in addition to its own
 _DTYPES = {
     **{0: "float32", 1: "float16", 2: "int8", 3: "int32", 4: "uint8", 6: "int16", 7: "uint16"},
     **{8: "uint32", 9: "int64", 10: "uint64", 11: "float64", 12: "bool"},
 }
-
-
-class OmError(RuntimeError):
-    """An offline model that cannot be loaded or run, or feeds that are not what it takes."""
-
-
-class _Dims(ctypes.Structure):  # aclmdlIODims
-    _fields_ = (("name", c_char * 128), ("count", c_size_t), ("sizes", c_int64 * 128))
-
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.sizes[: self.count])
-
-
-class _Batches(ctypes.Structure):  # aclmdlBatch
-    _fields_ = (("count", c_size_t), ("batches", c_uint64 * 128))
-
-
-class _Sizes(ctypes.Structure):  # aclmdlHW
-    _fields_ = (("count", c_size_t), ("sizes", (c_uint64 * 2) * 128))
-
-
-# name: (result, *arguments); a result of c_int is an error code.
-_FUNCTIONS: dict[str, tuple[Any, ...]] = {
-    "aclInit": (c_int, c_char_p),
-    "aclGetRecentErrMsg": (c_char_p,),
-    "aclrtSetDevice": (c_int, c_int32),
-    "aclrtGetCurrentContext": (c_int, POINTER(c_void_p)),
-    "aclrtSetCurrentContext": (c_int, c_void_p),
-    "aclrtMalloc": (c_int, POINTER(c_void_p), c_size_t, c_int),
-    "aclrtFree": (c_int, c_void_p),
-    "aclrtMemcpy": (c_int, c_void_p, c_size_t, c_void_p, c_size_t, c_int),
-    "aclrtSynchronizeStream": (c_int, c_void_p),
-    "aclmdlLoadFromFile": (c_int, c_char_p, POINTER(c_uint32)),
-    "aclmdlUnload": (c_int, c_uint32),
-    "aclmdlCreateDesc": (c_void_p,),
-    "aclmdlDestroyDesc": (c_int, c_void_p),
-    "aclmdlGetDesc": (c_int, c_void_p, c_uint32),
-    "aclmdlGetNumInputs": (c_size_t, c_void_p),
-    "aclmdlGetNumOutputs": (c_size_t, c_void_p),
-    "aclmdlGetInputNameByIndex": (c_char_p, c_void_p, c_size_t),
-    "aclmdlGetOutputNameByIndex": (c_char_p, c_void_p, c_size_t),
-    "aclmdlGetInputDataType": (c_int32, c_void_p, c_size_t),
-    "aclmdlGetOutputDataType": (c_int32, c_void_p, c_size_t),
-    "aclmdlGetInputSizeByIndex": (c_size_t, c_void_p, c_size_t),
-    "aclmdlGetOutputSizeByIndex": (c_size_t, c_void_p, c_size_t),
-    "aclmdlGetInputDimsV2": (c_int, c_void_p, c_size_t, POINTER(_Dims)),
-    "aclmdlGetOutputDims": (c_int, c_void_p, c_size_t, POINTER(_Dims)),
-    "aclmdlGetCurOutputDims": (c_int, c_void_p, c_size_t, POINTER(_Dims)),
-    "aclmdlGetDynamicBatch": (c_int, c_void_p, POINTER(_Batches)),
-    "aclmdlGetDynamicHW": (c_int, c_void_p, c_size_t, POINTER(_Sizes)),
-    "aclmdlGetInputDynamicGearCount": (c_int, c_void_p, c_size_t, POINTER(c_size_t)),
-    "aclmdlGetInputDynamicDims": (c_int, c_void_p, c_size_t, POINTER(_Dims), c_size_t),
-    "aclmdlSetDynamicBatchSize": (c_int, c_uint32, c_void_p, c_size_t, c_uint64),
-    "aclmdlSetDynamicHWSize": (c_int, c_uint32, c_void_p, c_size_t, c_uint64, c_uint64),
-    "aclmdlSetInputDynamicDims": (c_int, c_uint32, c_void_p, c_size_t, POINTER(_Dims)),
-    "aclmdlCreateDataset": (c_void_p,),
-    "aclmdlDestroyDataset": (c_int, c_void_p),
-    "aclmdlAddDatasetBuffer": (c_int, c_void_p, c_void_p),
-    "aclCreateDataBuffer": (c_void_p, c_void_p, c_size_t),
-    "aclDestroyDataBuffer": (c_int, c_void_p),
-    "aclmdlExecute": (c_int, c_uint32, c_void_p, c_void_p),
-    "aclmdlExecuteAsync": (c_int, c_uint32, c_void_p, c_void_p, c_void_p),
-}
-_NOT_CHECKED = {"aclmdlGetInputDataType", "aclmdlGetOutputDataType"}
-
-
-class _Acl:
-    """CANN's functions by name; one that returns an error code raises OmError instead."""
-
-    def __init__(self) -> None:
-        try:
-            self._library = ctypes.CDLL(_LIBRARY)
-        except OSError as error:
-            raise OmError(
-                f"{_LIBRARY} is not there ({error}): source CANN's set_env.sh, or run `python -m emulator run -- ...`"
-            ) from None
-        for name, (result, *arguments) in _FUNCTIONS.items():
-            function = getattr(self._library, name)
-            function.restype, function.argtypes = result, arguments
-        code = self._library.aclInit(None)
-        if code not in (0, _ALREADY_INITIALISED):
-            raise self._error("aclInit", code)
-
-    def __getattr__(self, name: str) -> Any:
-        function = getattr(self._library, name)
-        if _FUNCTIONS[name][0] is not c_int or name in _NOT_CHECKED:
-            return function
-
-        def checked(*arguments: object) -> None:
-            code = function(*arguments)
-            if code != 0:
-                raise self._error(name, code)
-
-        return checked
-
-    def _error(self, name: str, code: int) -> OmError:
-        message = self._library.aclGetRecentErrMsg()
-        return OmError(f"{name} failed with {code}: {message.decode(errors='replace') if message else 'no message'}")
-
-    def context(self) -> int | None:
-        """The calling thread's context; None where it has none."""
-        context = c_void_p()
-        code = self._library.aclrtGetCurrentContext(byref(context))
-        if code not in (0, _NO_CONTEXT):
-            raise self._error("aclrtGetCurrentContext", code)
-        return context.value if code == 0 else None
-
-
-@cache
-def _acl() -> _Acl:
-    return _Acl()
 
 
 @dataclass(frozen=True)
@@ -157,13 +45,13 @@ class OmTensor:
 class _Profiles:
     """The shapes that a model takes, and how one of them is chosen."""
 
-    def __init__(self, acl: _Acl, model: int, desc: int, inputs: tuple[OmTensor, ...]) -> None:
+    def __init__(self, acl: Acl, model: int, desc: int, inputs: tuple[OmTensor, ...]) -> None:
         self._acl, self._model, self._inputs = acl, model, inputs
-        batches, sizes, count = _Batches(), _Sizes(), c_size_t()
+        batches, sizes, count = Batches(), Sizes(), c_size_t()
         acl.aclmdlGetDynamicBatch(desc, byref(batches))
         acl.aclmdlGetDynamicHW(desc, c_size_t(-1), byref(sizes))
         acl.aclmdlGetInputDynamicGearCount(desc, c_size_t(-1), byref(count))
-        gears = (_Dims * count.value)()
+        gears = (Dims * count.value)()
         if count.value:
             acl.aclmdlGetInputDynamicDims(desc, c_size_t(-1), gears, count.value)
         self.batches = tuple(batches.batches[: batches.count])
@@ -196,9 +84,32 @@ class _Profiles:
             row = tuple(size for shape in shapes for size in shape)
             if row not in self.dims:
                 raise OmError(f"the inputs' sizes in a row are {row}, and the model has profiles for {self.dims}")
-            dims = _Dims(count=len(row))
+            dims = Dims(count=len(row))
             dims.sizes[: len(row)] = row
             self._acl.aclmdlSetInputDynamicDims(self._model, dataset, index, byref(dims))
+
+
+class Held:
+    """What a session holds on its device, until the run that was launched is done."""
+
+    def __init__(self, acl: Acl, path: str) -> None:
+        self.acl, self.path = acl, path
+        self.context = 0
+        self.stack = ExitStack()
+        self.stream: int | None = None  # of a run whose result has not been fetched
+
+    def free(self) -> None:
+        with self.acl.in_context(self.context):
+            try:
+                if self.stream is not None:
+                    self.acl.aclrtSynchronizeStream(self.stream)
+                    self.stream = None
+            finally:
+                self.stack.close()
+
+    def free_unclosed(self) -> None:
+        self.free()
+        warnings.warn(f"the offline model {self.path} was not closed", ResourceWarning, stacklevel=2)
 
 
 class OmRun:
@@ -215,7 +126,9 @@ class OmRun:
 class OmSession:
     """One offline model on one device, with memory for its inputs and outputs there.
 
-    A session has one run at a time, for which threads wait; load the file again for runs beside each other.
+    A session has one run at a time, for which threads wait; load the file again for runs beside each other. One that
+    is dropped without `close` gives back what it holds, with a ResourceWarning; at the end of the process nothing is
+    done, as CANN may have ended before.
 
     Attributes:
         inputs, outputs: what the model takes and gives. Outputs are called as in the ONNX model ("embeds" of CANN's
@@ -230,15 +143,15 @@ class OmSession:
     """
 
     def __init__(self, path: str | os.PathLike[str], device_id: int = 0) -> None:
-        self._acl = _acl()
-        self._closing = ExitStack()
+        self._acl = load_acl()
+        self._held = Held(self._acl, os.fspath(path))
+        self._closing = self._held.stack
         self._pending: OmRun | None = None
         self._turn = threading.RLock()  # its memory is that of one run
-        self._is_closed = False
         previous = self._acl.context()
         try:
             self._acl.aclrtSetDevice(device_id)
-            self._context = self._acl.context()
+            self._held.context = self._acl.context() or 0
             self._load(os.fsencode(path))
         except BaseException:
             self._closing.close()
@@ -246,6 +159,8 @@ class OmSession:
         finally:
             if previous is not None:
                 self._acl.aclrtSetCurrentContext(previous)
+        self._dropped = weakref.finalize(self, self._held.free_unclosed)
+        self._dropped.atexit = False
 
     def _load(self, path: bytes) -> None:
         model = c_uint32()
@@ -268,7 +183,7 @@ class OmSession:
         self._results, self._result_memory = self._dataset("Output", len(outputs))
 
     def _describe(self, kind: str, index: int) -> OmTensor:
-        dims = _Dims()
+        dims = Dims()
         name = getattr(self._acl, f"aclmdlGet{kind}NameByIndex")(self._desc, index).decode()
         getattr(self._acl, "aclmdlGetInputDimsV2" if kind == "Input" else "aclmdlGetOutputDims")(
             self._desc, index, byref(dims)
@@ -300,15 +215,10 @@ class OmSession:
     def _in_context(self) -> Iterator[None]:
         """It is the calling thread's turn, whose context is the model's, and its own again afterwards."""
         with self._turn:
-            if self._is_closed:
+            if not self._dropped.alive:
                 raise OmError("the session is closed")
-            previous = self._acl.context()
-            self._acl.aclrtSetCurrentContext(self._context)
-            try:
+            with self._acl.in_context(self._held.context):
                 yield
-            finally:
-                if previous is not None:
-                    self._acl.aclrtSetCurrentContext(previous)
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Runs the model and waits for it.
@@ -336,8 +246,8 @@ class OmSession:
         with self._in_context():
             self._write(feeds)
             self._acl.aclmdlExecuteAsync(self._model, self._feeds, self._results, stream)
-            self._pending = run = OmRun(self, stream)
-            return run
+            self._pending, self._held.stream = OmRun(self, stream), stream
+            return self._pending
 
     def _finish(self, run: OmRun, stream: int) -> dict[str, np.ndarray]:
         with self._in_context():
@@ -345,6 +255,7 @@ class OmSession:
                 raise OmError("this run's result has been fetched already")
             self._pending = None
             self._acl.aclrtSynchronizeStream(stream)
+            self._held.stream = None
             return self._read()
 
     def _write(self, feeds: Mapping[str, np.ndarray]) -> None:
@@ -377,7 +288,7 @@ class OmSession:
     def _read(self) -> dict[str, np.ndarray]:
         outputs = {}
         for index, (tensor, (address, _)) in enumerate(zip(self.outputs, self._result_memory, strict=True)):
-            dims = _Dims()
+            dims = Dims()
             self._acl.aclmdlGetCurOutputDims(self._desc, index, byref(dims))
             array = np.empty(dims.shape(), tensor.dtype)
             if array.nbytes:
@@ -388,14 +299,9 @@ class OmSession:
     def close(self) -> None:
         """Frees what the session has on the device, when a run that was launched is done. Twice is once."""
         with self._turn:
-            if self._is_closed:
-                return
-            with self._in_context():
-                if self._pending is not None:
-                    self._acl.aclrtSynchronizeStream(self._pending._stream)
-                    self._pending = None
-                self._closing.close()
-            self._is_closed = True
+            if self._dropped.detach():
+                self._pending = None
+                self._held.free()
 
     def __enter__(self) -> OmSession:
         return self

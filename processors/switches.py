@@ -14,7 +14,6 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from transformers.activations import GELUActivation
-from transformers.models.clip.modeling_clip import CLIPPreTrainedModel
 
 from processors.kernels import dispatch
 from processors.kernels.select import check_kernels
@@ -35,12 +34,12 @@ def enable_fused_kernels(
 
     Replaces diffusers' default attention processor, with fused projections or without, in the UNet, the VAE and
     whatever else has one, the backend of processors that attend through diffusers' dispatcher (Flux, Stable Diffusion
-    3 and other transformers), torch's attention in CLIP models, GroupNorm followed by SiLU in residual blocks, the
-    GELU of transformers, and HiDream's norms, rotary embeddings and mixtures of experts, whose weights it stacks.
-    Which kernel runs is decided at each call by the device of its tensors, so the pipeline may be moved afterwards;
-    off the NPU, results do not change by a bit. Other processors stay, with a warning, and so does a backend of the
-    dispatcher that `set_attention_backend` chose; one that the context manager `attention_backend` chooses is
-    overruled. Called again, it replaces the old choice of kernels.
+    3 and other transformers), torch's attention in CLIP and SigLIP models, GroupNorm followed by SiLU in residual
+    blocks, the GELU of transformers, and HiDream's norms, rotary embeddings and mixtures of experts, whose weights it
+    stacks. Which kernel runs is decided at each call by the device of its tensors, so the pipeline may be moved
+    afterwards; off the NPU, results do not change by a bit. Other processors stay, with a warning, and so does a
+    backend of the dispatcher that `set_attention_backend` chose; one that the context manager `attention_backend`
+    chooses is overruled. Called again, it replaces the old choice of kernels.
 
     Args:
         pipe: a pipeline, or a model such as a UNet, a VAE or a CLIP model.
@@ -101,7 +100,7 @@ def disable_fused_kernels(pipe: DiffusionPipeline | torch.nn.Module) -> None:
             resnet.unfuse(module)
         elif isinstance(module, hidream.FusedMoE):
             hidream.unfuse(module)
-        elif isinstance(module, CLIPPreTrainedModel):
+        elif isinstance(module, clip.Model):
             clip.use_default(module)
         elif isinstance(module, GELUActivation):
             clip.use_default_gelu(module)
@@ -113,7 +112,7 @@ def uses_fused_kernels(pipe: DiffusionPipeline | torch.nn.Module) -> bool:
         any(switches_of(attn).flash for attn in _attentions(pipe))
         or any(dispatch.is_ours(getattr(module, "processor", None)) for module in _modules(pipe))
         or any(isinstance(module, resnet.FusedResnetBlock2D | hidream.FusedMoE) for module in _modules(pipe))
-        or any(clip.uses_kernels(module) for module in _modules(pipe) if isinstance(module, CLIPPreTrainedModel))
+        or any(clip.uses_kernels(module) for module in _modules(pipe) if isinstance(module, clip.Model))
     )
 
 

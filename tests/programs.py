@@ -2,15 +2,31 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
 Run = tuple[Sequence[object], Mapping[str, str]]  # a program with its arguments, and what changes in its environment
+
+
+@contextmanager
+def full_disk(after: int) -> Iterator[None]:
+    """No file of this process or of its children can have more bytes: writes fail as on a full disk.
+
+    Children that are no Python are ended by SIGXFSZ.
+    """
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (after, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def environment(**changes: str) -> dict[str, str]:

@@ -1,11 +1,20 @@
 """A CLIP and a SigLIP of transformers, random and small enough for a test."""
 
 import dataclasses
+import string
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CLIPConfig, CLIPModel, CLIPProcessor, SiglipConfig, SiglipModel, SiglipProcessor
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPProcessor,
+    SiglipConfig,
+    SiglipModel,
+    SiglipProcessor,
+    SiglipTokenizer,
+)
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
@@ -13,7 +22,7 @@ from runners.clip.backends import TorchBackend
 from tests.tiny_models import tiny_tokenizer
 
 SIDE = 32  # pixels
-CLIP_TOKENS, SIGLIP_TOKENS = 77, 16
+CLIP_TOKENS, SIGLIP_TOKENS = 77, 24
 TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 VISION = {**TOWER, "image_size": SIDE, "patch_size": 8}
 
@@ -34,14 +43,20 @@ def save_tiny_clip(folder: Path) -> Path:
 
 
 def save_tiny_siglip(folder: Path) -> Path:
-    """With CLIP's tokenizer: SigLIP's own needs sentencepiece."""
-    tokenizer = tiny_tokenizer(folder)
-    tokenizer.model_max_length = SIGLIP_TOKENS
+    """With SigLIP's own tokenizer, of letters."""
+    from sentencepiece import SentencePieceTrainer
+
+    folder.mkdir(parents=True, exist_ok=True)
+    letters = [" ".join(string.ascii_lowercase)] * 2
+    with (folder / "spiece.model").open("wb") as file:
+        SentencePieceTrainer.train(
+            sentence_iterator=iter(letters), model_writer=file, vocab_size=30, model_type="char", minloglevel=2
+        )
+    tokenizer = SiglipTokenizer(str(folder / "spiece.model"), model_max_length=SIGLIP_TOKENS)
     text = {
         **TOWER,
         "vocab_size": len(tokenizer),
         "max_position_embeddings": SIGLIP_TOKENS,
-        "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }

@@ -7,7 +7,7 @@
 
 A CLIP becomes two files, one for pictures and one for texts, so that their numbers are free of each other. Each ONNX
 file is compared with its model before CANN's atc is called. `pytorch_npu_inference.py --backend om --model clip_om`
-runs them. What fails leaves no file but atc's log, and an exit code.
+runs them. What fails leaves atc's log, the conversion before it, and an exit code.
 """
 
 import sys

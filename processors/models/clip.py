@@ -1,4 +1,6 @@
-"""CLIP models of transformers on our attention kernels and with the exact GELU."""
+"""CLIP and SigLIP models of transformers on our attention kernels and with the exact GELU."""
+
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -6,10 +8,13 @@ from transformers.activations import GELUActivation
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.clip.modeling_clip import CLIPAttention, CLIPPreTrainedModel
+from transformers.models.siglip.modeling_siglip import SiglipAttention, SiglipPreTrainedModel
 
 from processors.kernels.attention import attention
 
 IMPLEMENTATION = "diffusers_npu"
+ATTENTIONS = (CLIPAttention, SiglipAttention)
+Model: TypeAlias = CLIPPreTrainedModel | SiglipPreTrainedModel
 
 
 def clip_attention(
@@ -36,11 +41,11 @@ def clip_attention(
 
 
 def is_replaceable(attn: torch.nn.Module) -> bool:
-    """Whether `attn` is an attention of CLIP that uses transformers' default, torch's attention, or ours already."""
-    return isinstance(attn, CLIPAttention) and attn.config._attn_implementation in ("sdpa", IMPLEMENTATION)
+    """Whether `attn` is an attention of theirs that uses transformers' default, torch's attention, or ours already."""
+    return isinstance(attn, ATTENTIONS) and attn.config._attn_implementation in ("sdpa", IMPLEMENTATION)
 
 
-def use_kernels(model: CLIPPreTrainedModel, kernels: tuple[str, ...] | None = None) -> None:
+def use_kernels(model: Model, kernels: tuple[str, ...] | None = None) -> None:
     """Let the attentions of `model` that are replaceable attend through `processors.kernels`, by these or by all."""
     ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, clip_attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, sdpa_mask)
@@ -51,17 +56,17 @@ def use_kernels(model: CLIPPreTrainedModel, kernels: tuple[str, ...] | None = No
             module.kernels = kernels
 
 
-def uses_kernels(model: CLIPPreTrainedModel) -> bool:
+def uses_kernels(model: Model) -> bool:
     """Whether `use_kernels` is in effect."""
     return bool(model.config._attn_implementation == IMPLEMENTATION)
 
 
-def use_default(model: CLIPPreTrainedModel) -> None:
+def use_default(model: Model) -> None:
     """Undo `use_kernels`."""
     if model.config._attn_implementation == IMPLEMENTATION:
         model.set_attn_implementation("sdpa")
     for module in model.modules():
-        if isinstance(module, CLIPAttention):
+        if isinstance(module, ATTENTIONS):
             vars(module).pop("kernels", None)
 
 

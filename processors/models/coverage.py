@@ -9,7 +9,6 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_hidream_image import MOEFeedForwardSwiGLU
 from transformers import PreTrainedModel
 from transformers.activations import GELUActivation
-from transformers.models.clip.modeling_clip import CLIPAttention, CLIPPreTrainedModel
 
 from processors.kernels import dispatch
 from processors.models import clip, hidream, resnet
@@ -23,7 +22,7 @@ class Coverage(NamedTuple):
     attentions: list[Attention]
     dispatching: list[Any]  # processors of other attentions, that attend through diffusers' dispatcher
     foreign_attentions: Counter[str]  # of diffusers, by their processor's class
-    clip_models: list[CLIPPreTrainedModel]
+    clip_models: list[clip.Model]  # and SigLIP's
     clip_attentions: int
     foreign_encoders: Counter[str]  # of transformers, by their implementation or class
     residual_blocks: list[ResnetBlock2D]
@@ -36,7 +35,7 @@ class Coverage(NamedTuple):
     def of(cls, model: torch.nn.Module) -> Self:
         """Describe `model` without changing it."""
         modules = list(model.modules())
-        of_clip = [module for module in modules if isinstance(module, CLIPAttention)]
+        of_clip = [module for module in modules if isinstance(module, clip.ATTENTIONS)]
         attentions, dispatching, foreign = [], [], Counter[str]()
         for module in modules:
             if not (hasattr(module, "set_processor") and hasattr(module, "processor")):
@@ -49,7 +48,7 @@ class Coverage(NamedTuple):
             else:
                 foreign[type(original).__name__] += 1
         encoders = Counter(a.config._attn_implementation for a in of_clip if not clip.is_replaceable(a))
-        if isinstance(model, PreTrainedModel) and not of_clip:
+        if isinstance(model, PreTrainedModel):
             encoders.update(_attention_classes(model))
         blocks = [module for module in modules if isinstance(module, ResnetBlock2D)]
         mixtures = [module for module in modules if isinstance(module, MOEFeedForwardSwiGLU)]
@@ -60,7 +59,7 @@ class Coverage(NamedTuple):
             attentions=attentions,
             dispatching=dispatching,
             foreign_attentions=foreign,
-            clip_models=[module for module in modules if isinstance(module, CLIPPreTrainedModel)],
+            clip_models=[module for module in modules if isinstance(module, clip.Model)],
             clip_attentions=sum(map(clip.is_replaceable, of_clip)),
             foreign_encoders=encoders,
             residual_blocks=[block for block in blocks if resnet.is_fusable(block)],
@@ -92,11 +91,11 @@ class Coverage(NamedTuple):
 
 
 def _attention_classes(model: torch.nn.Module) -> list[str]:
-    """The class of each attention of a model that is not known here, told by its name; the inner of nested ones."""
+    """The class of each attention that is not known here, told by its name; the inner of nested ones."""
     found = []
     for module in model.modules():
         names = [type(part).__name__ for part in module.modules() if type(part).__name__.endswith("Attention")]
-        if names == [type(module).__name__]:
+        if names == [type(module).__name__] and not isinstance(module, clip.ATTENTIONS):
             found += names
     return found
 

@@ -208,7 +208,7 @@ class ExportedBackend:
     pads_texts = True
 
     def __init__(self, path: str, device: str, kind: str) -> None:
-        exported = read_folder(Path(path))
+        exported = read_folder(Path(path), kind)
         place = choose_place(device, kind)
         self.device, self.scoring, self.text_length = str(place), Scoring(**exported.scoring), exported.text_length
         self.takes_bytes = exported.images.takes_bytes and kind == OM

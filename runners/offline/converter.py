@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import os
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ascend.atc import FAMILY_NAMES, AtcCall, check_soc_version, find_atc, run_atc
-from ascend.chips import FAMILIES
+from ascend.atc import CHIPS_OF, AtcCall, check_path, check_soc_version, find_atc, run_atc
 from ascend.device import DeviceError, find_device, get_chip
 from runners.cli import UserError
 from runners.clip.checkpoint import Scoring, load_model, load_processor, text_length_of
 from runners.files import make_output_dir
 from runners.offline.export import OPSETS, PACKAGES, check_onnx, export_onnx, require_packages
-from runners.offline.folder import CONFIG, OM, ONNX, ExportedClip, ExportedTower, write_config
+from runners.offline.folder import OM, ONNX, ExportedClip, ExportedTower, staged
 from runners.offline.models import Export, image_export, text_export
 from runners.report import versions
 
@@ -52,9 +51,8 @@ class ModelConverter:
         UserError: no chip is named, and there is none.
     """
 
-    # Families that are known; atc knows more chips than these, and refuses what it does not.
-    SUPPORTED_SOC = [prefix for family in FAMILIES for prefix in family.prefixes]
-    FAMILY_NAMES = FAMILY_NAMES
+    # Those that are known here; atc knows more, and refuses what it does not.
+    SUPPORTED_SOC = [chip for chips in CHIPS_OF.values() for chip in chips]
 
     def __init__(self, soc_version: str | None = None, precision_mode: str | None = None) -> None:
         find_atc()
@@ -168,47 +166,94 @@ def convert_clip(
     require_packages()
     if dynamic_batch and batch_size != 1:
         raise UserError(f"--dynamic-batch makes profiles of {PROFILES}: --batch-size {batch_size} has no place there")
+    if converter:
+        check_folder(output_dir)
     model = load_model(model_path, torch.float32, attn_implementation="eager")
     processor = load_processor(model_path)
     own = model.config.vision_config.image_size
     if image_size not in (None, own):
         raise UserError(f"--image-size {image_size}: the model's pictures have {own} pixels to a side")
-    exports = [image_export(model), text_export(model, text_length or text_length_of(model.config))]
+    length = text_length or text_length_of(model.config)
+    exports = [image_export(model), text_export(model, length)]
     sizes = list(PROFILES) if dynamic_batch else [batch_size]
-    with staged(output_dir) as stage:
-        errors = {export.name: write_onnx(export, stage, sizes, opset) for export in exports}
-        if converter:
-            conf = write_aipp(stage, processor, own) if aipp else None
-            for export in exports:
-                write_om(converter, export, stage, output_dir, sizes, conf if export.name == "image_tower" else None)
-        processor.save_pretrained(stage)
-        images, texts = (ExportedTower(stage, each.name, each.input, sizes) for each in exports)
-        if converter and aipp:
-            images = ExportedTower(stage, images.name, images.input, sizes, takes_bytes=True)
-        scoring = Scoring.of(model)
-        exported = ExportedClip(images, texts, text_length or text_length_of(model.config), vars(scoring))
-        about = {
-            "model": model_path,
-            "model_type": model.config.model_type,
-            "batch_size": batch_size,
-            "image_size": own,
-            "dynamic_batch": dynamic_batch,
-            "soc_version": converter.soc_version if converter else None,
-            "precision_mode": converter.precision_mode if converter else None,
-            "opset": opset,
-            "onnx_error": errors,
-            "versions": versions(PACKAGES),
-        }
-        config = write_config(stage, exported, about)
-        if converter is None:  # what an earlier conversion left is no longer of these
-            for export in exports:
-                (output_dir / f"{export.name}.{OM}").unlink(missing_ok=True)
+    with staged(output_dir, [export.name for export in exports]) as stage:
+        conf = write_aipp(stage.folder, processor, own) if converter and aipp else None
+        made = write_exports(converter, exports, stage.folder, output_dir, sizes, opset, conf)
+        save_processor(processor, stage.folder)
+        images, texts = (ExportedTower(stage.folder, each.name, each.input, sizes) for each in exports)
+        exported = ExportedClip(replace(images, takes_bytes=conf is not None), texts, length, vars(Scoring.of(model)))
+        stage.config.update(
+            model=model_path,
+            model_type=model.config.model_type,
+            batch_size=batch_size,
+            image_size=own,
+            dynamic_batch=dynamic_batch,
+            **made,
+            **exported.settings(),
+        )
     paths = {kind: {e.name: str(output_dir / f"{e.name}.{kind}") for e in exports} for kind in (ONNX, OM)}
     return {
         "success": True,
         "onnx_path": paths[ONNX],
         "om_path": paths[OM] if converter else None,
-        "config": config,
+        "config": stage.config,
+    }
+
+
+def convert_part(
+    converter: ModelConverter | None,
+    model_path: Path,
+    load: Callable[[], Export],
+    output_dir: Path,
+    batch_size: int,
+    opset: int,
+) -> str:
+    """Write what `load` gives of the pipeline `model_path`, for inputs of that batch, and return its name.
+
+    The folder gets all files or none.
+    """
+    require_packages()
+    if converter:
+        check_folder(output_dir)
+    export = load()
+    with staged(output_dir, [export.name]) as stage:
+        made = write_exports(converter, [export], stage.folder, output_dir, [batch_size], opset)
+        shape = list(export.examples(batch_size)[0][export.input].shape)
+        stage.config.update(
+            model=str(model_path), name=export.name, input={export.input: shape}, output=export.output, **made
+        )
+    return export.name
+
+
+def check_folder(output_dir: Path) -> None:
+    """Raise AtcError, before a model is loaded, where atc will take no file in `output_dir`."""
+    for path in (output_dir, output_dir.resolve()):
+        check_path(path)
+
+
+def write_exports(
+    converter: ModelConverter | None,
+    exports: Sequence[Export],
+    folder: Path,
+    log_folder: Path,
+    sizes: Sequence[int],
+    opset: int,
+    aipp: Path | None = None,
+) -> dict[str, Any]:
+    """Write `exports` as ONNX, and with a converter as offline models; what CONFIG says of any conversion.
+
+    `aipp` is for those whose input is pictures.
+    """
+    errors = {export.name: write_onnx(export, folder, sizes, opset) for export in exports}
+    if converter:
+        for export in exports:
+            write_om(converter, export, folder, log_folder, sizes, aipp)
+    return {
+        "soc_version": converter.soc_version if converter else None,
+        "precision_mode": converter.precision_mode if converter else None,
+        "opset": opset,
+        "onnx_error": errors,
+        "versions": versions(PACKAGES),
     }
 
 
@@ -233,10 +278,10 @@ def write_om(
 ) -> None:
     """Of the ONNX file in `folder`. Raises AtcError."""
     shape = list(export.examples(max(sizes))[0][export.input].shape)
+    is_picture = len(shape) == 4
     profiles: dict[str, Any] = {}
     if len(sizes) > 1:
         shape[0] = -1
-        is_picture = len(shape) == 4
         profiles = {"dynamic_batch_sizes": sizes} if is_picture else {"dynamic_dims": [[size] for size in sizes]}
     call = AtcCall(
         folder / f"{export.name}.{ONNX}",
@@ -244,11 +289,22 @@ def write_om(
         converter.soc_version,
         {export.input: shape},
         precision_mode=converter.precision_mode,
-        insert_op_conf=aipp,
+        insert_op_conf=aipp if is_picture else None,
         **profiles,
     )
     made = run_atc(call, log_folder / f"{export.name}.atc.log")
     print(f"{made.name}: for {converter.soc_version}, {made.stat().st_size / 1e6:.1f} MB", flush=True)
+
+
+def save_processor(processor: Any, folder: Path) -> None:
+    """What `load_processor` reads."""
+    try:
+        processor.save_pretrained(folder)
+    except Exception as error:  # what tokenizers raises has no class of its own
+        code = re.search(r"\(os error (\d+)\)", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
 
 
 def write_aipp(folder: Path, processor: Any, side: int) -> Path:
@@ -267,18 +323,6 @@ def write_aipp(folder: Path, processor: Any, side: int) -> Path:
     path = folder / AIPP
     path.write_text("aipp_op {\n" + "".join(f"    {line}\n" for line in lines) + "}\n")
     return path
-
-
-@contextmanager
-def staged(target: Path) -> Iterator[Path]:
-    """A folder whose files go into `target` when all are written, and vanish when one fails."""
-    make_output_dir(target)
-    with tempfile.TemporaryDirectory(dir=target, prefix=".converting_") as name:
-        folder = Path(name)
-        yield folder
-        # The configuration last: it says that the rest is there.
-        for path in sorted(folder.iterdir(), key=lambda path: path.name == CONFIG):
-            path.replace(target / path.name)
 
 
 def om_path(path: Path) -> Path:

@@ -8,14 +8,22 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ascend.atc import AtcError
-from runners.cli import FAILED, ArgumentParser, fail, file_path, image_size, one_line_errors, positive_int, text
+from runners.cli import (
+    FAILED,
+    ArgumentParser,
+    UserError,
+    fail,
+    file_path,
+    image_size,
+    one_line_errors,
+    positive_int,
+    text,
+)
 from runners.clip.arguments import MODEL
-from runners.files import write_json
-from runners.offline.converter import PROFILES, ModelConverter, convert_clip, om_path, staged, write_om, write_onnx
-from runners.offline.export import OPSETS, PACKAGES, require_packages
+from runners.offline.converter import PROFILES, ModelConverter, convert_clip, convert_part, om_path
+from runners.offline.export import OPSETS
 from runners.offline.folder import CONFIG
 from runners.offline.models import Export, text_encoder_export, vae_decoder_export
-from runners.report import versions
 
 
 def parse_arguments(program: str, description: str | None, arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -85,19 +93,26 @@ def _add_pipeline_arguments(add: Callable[..., Any]) -> None:
     _add_export_arguments(add)
 
 
-def make_converter(args: argparse.Namespace) -> ModelConverter:
-    return ModelConverter(args.soc_version, args.precision_mode)
+def make_converter(args: argparse.Namespace) -> ModelConverter | None:
+    """None for --onnx-only. What is missing is said here, before anything is done."""
+    if not args.onnx_only:
+        return ModelConverter(args.soc_version, args.precision_mode)
+    unused = [name for name in ("soc_version", "precision_mode", "aipp") if getattr(args, name, None)]
+    if unused:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in unused)
+        raise UserError(f"{flags}: for offline models, before which --onnx-only stops")
+    return None
 
 
 def convert_file(args: argparse.Namespace) -> None:
-    make_converter(args).convert_onnx_to_om(args.model, args.output, args.input_shape, args.dynamic_dims)
+    converter = ModelConverter(args.soc_version, args.precision_mode)
+    converter.convert_onnx_to_om(args.model, args.output, args.input_shape, args.dynamic_dims)
     print(om_path(args.output))
 
 
 def convert_clip_folder(args: argparse.Namespace) -> None:
-    converter = None if args.onnx_only else make_converter(args)  # what is missing is said before anything is done
     convert_clip(
-        converter,
+        make_converter(args),
         args.model,
         args.output_dir,
         args.batch_size,
@@ -118,29 +133,9 @@ def convert_text_encoder(args: argparse.Namespace) -> None:
     _convert_one(args, lambda: text_encoder_export(args.model))
 
 
-def _convert_one(args: argparse.Namespace, make: Callable[[], Export]) -> None:
-    require_packages()
-    converter = None if args.onnx_only else make_converter(args)
-    export, sizes = make(), [args.batch_size]
-    with staged(args.output_dir) as stage:
-        error = write_onnx(export, stage, sizes, args.opset)
-        if converter:
-            write_om(converter, export, stage, args.output_dir, sizes)
-        write_json(
-            stage / CONFIG,
-            {
-                "model": str(args.model),
-                "name": export.name,
-                "input": {export.input: list(export.examples(args.batch_size)[0][export.input].shape)},
-                "output": export.output,
-                "opset": args.opset,
-                "onnx_error": error,
-                "soc_version": converter.soc_version if converter else None,
-                "precision_mode": args.precision_mode,
-                "versions": versions(PACKAGES),
-            },
-        )
-    print(f"{export.name} and {CONFIG} are in {args.output_dir}")
+def _convert_one(args: argparse.Namespace, load: Callable[[], Export]) -> None:
+    name = convert_part(make_converter(args), args.model, load, args.output_dir, args.batch_size, args.opset)
+    print(f"{name} and {CONFIG} are in {args.output_dir}")
 
 
 def main(program: str, description: str | None, arguments: Sequence[str] | None = None) -> None:

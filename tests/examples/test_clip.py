@@ -111,3 +111,38 @@ def test_a_conversion_that_fails_has_an_exit_code(
     assert "No such file" in convert(
         "onnx", "--model", "absent.onnx", "--output", "a.om", "--soc-version", "Ascend310P3"
     )
+
+
+@pytest.mark.parametrize(
+    "arguments, code, message",
+    [
+        (["--soc-version", "Ascend310P3"], 1, "atc is not on PATH: it is a part of CANN's toolkit"),
+        (["--opset", "11", "--onnx-only"], 2, "argument --opset: invalid choice: 11 (choose from 18, 17)"),
+        (["--opset", "21", "--onnx-only"], 2, "argument --opset: invalid choice: 21 (choose from 18, 17)"),
+        (["--model", "absent/model", "--onnx-only"], 2, "there is no folder absent/model"),
+        (["--batch-size", "0", "--onnx-only"], 2, "must be 1 or more, not 0"),
+        (["--image-size", "64", "--onnx-only"], 2, "--image-size 64: the model's pictures have 32 pixels"),
+        (["--text-length", "99", "--onnx-only"], 2, "--text-length 99: the model's texts have 77 tokens"),
+        (["--dynamic-batch", "--batch-size", "2", "--onnx-only"], 2, "--batch-size 2 has no place there"),
+        (["--output-dir", "{file}", "--onnx-only"], 2, "cannot write to output directory"),
+    ],
+)
+def test_what_cannot_be_converted_is_one_line(
+    arguments: list[str],
+    code: int,
+    message: str,
+    clip_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip("onnx")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (tmp_path / "file").touch()
+    given = ["--model", str(clip_dir), "--output-dir", str(tmp_path / "out"), *arguments]
+    with pytest.raises(SystemExit) as end:
+        convert_run.main("convert_to_om.py", "", ["clip", *(each.format(file=tmp_path / "file") for each in given)])
+    assert end.value.code == code
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and message in error
+    assert not list(tmp_path.glob("out/*"))

@@ -5,14 +5,23 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from tests.programs import ROOT
+
 SOC = os.environ.get("CANN_EMULATOR_SOC", "")
+OTHER = {"Ascend310P3": "Ascend910B3", "Ascend910B3": "Ascend310P3"}
 FEATURES, RESULTS, WORDS = 16, 8, 32
+HALF = 4e-3  # of values around 1: some operations in float16
+
+
+def random(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
 
 
 def _initializer(name: str, *shape: int) -> TensorProto:
@@ -96,3 +105,11 @@ def convert(model: Path, soc: str, *options: str) -> Path:
     assert done.returncode == 0, done.stdout
     assert "ATC run success" in done.stdout
     return output.with_suffix(".om")
+
+
+def convert_on(soc: str, model: Path) -> Path:
+    """The OM beside the model, made by the atc of another emulated chip."""
+    command = [sys.executable, "-m", "emulator", "run", "--soc", soc, "--", "atc", "--framework=5"]
+    command += [f"--model={model}", f"--output={model.with_suffix('')}", f"--soc_version={soc}"]
+    subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
+    return model.with_suffix(".om")

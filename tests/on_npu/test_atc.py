@@ -78,6 +78,7 @@ RULES: list[tuple[str, str, dict[str, str | None], str | None]] = [
     ("2 E16002: an opset without parsers", "new", {}, "E16002"),
     ("3 E10022: a path without a file name", "fixed", {"output": "/tmp/"}, "E10022"),
     ("3 CLI --output: characters of paths", "fixed", {"output": "/tmp/a b"}, "E10001"),
+    ("3 base/common/util.cc: Chinese alone beyond ASCII", "fixed", {"output": "/tmp/modèle"}, "E10001"),
     ("3 option_utils: a model that is not there", "missing", {}, "E10001"),
     ("5 E10002: a name and sizes", "fixed", {"input_shape": "2,16"}, "E10002"),
     ("5 E10002: no float", "fixed", {"input_shape": "x:2.0,16"}, "E10002"),
@@ -153,6 +154,28 @@ def test_rules(
         assert not (atc.directory / "out.om").exists()
 
 
+def test_paths_of_what_is_read_count_behind_links(atc: Atc, models: dict[str, str]) -> None:
+    """Rule 3: CheckInputPathValid in base/common/util.cc."""
+    (atc.directory / "my models").mkdir()
+    shutil.copy(models["fixed"], atc.directory / "my models/m.onnx")
+    (atc.directory / "link").symlink_to("my models")
+    returned, text = atc.convert(model=str(atc.directory / "link/m.onnx"))
+    assert returned != 0 and "E10001: " in text and "can only contain" in text
+    assert atc.convert(model=models["fixed"], output=str(atc.directory / "模型"))[0] == 0
+
+
+def test_a_full_disk(models: dict[str, str], tmp_path: Path) -> None:
+    """E13004, and nothing half-written. Here no file can have a byte, of which a write says what it says then."""
+    command = ["atc", "--framework=5", f"--output={tmp_path / 'out'}", f"--soc_version={SOC}"]
+    script = 'trap "" XFSZ; ulimit -f 0; exec "$@"'
+    done = subprocess.run(
+        ["bash", "-c", script, "-", *command, f"--model={models['fixed']}"], capture_output=True, text=True
+    )
+    assert done.returncode != 0 and "ATC run failed" in done.stdout
+    assert f"E13004: Failed to write file {tmp_path / 'out.om'}. Reason: [Error 27] File too large." in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
 def test_unlimited_shapes_are_refused_by_name(atc: Atc, models: dict[str, str]) -> None:
     """Rule 6: CANN takes them; the emulator says that it does not."""
     for shape in ("x:-1,16", "x:1~4,16"):
@@ -162,6 +185,7 @@ def test_unlimited_shapes_are_refused_by_name(atc: Atc, models: dict[str, str]) 
 
 
 STATIC = "aipp_mode: static input_format: RGB888_U8"
+YUV = "aipp_mode: static input_format: YUV420SP_U8"
 
 
 @pytest.mark.parametrize(
@@ -183,6 +207,19 @@ STATIC = "aipp_mode: static input_format: RGB888_U8"
         ),
         ("13 config_file_template: another size", f"{STATIC} src_image_size_w: 9 src_image_size_h: 4", {}, "E10052"),
         ("13 config_file_template", f"{STATIC} mean_chn_0: 3", {}, None),
+        ("13 emulator: dynamic AIPP", "aipp_mode: dynamic max_src_image_size: 48", {}, "E10052"),
+        (
+            "13 config_file_template: YUV's size is even",
+            f"{YUV} src_image_size_w: 4 src_image_size_h: 5",
+            {},
+            "E10052",
+        ),
+        (
+            "13 config_file_template: YUV is cut at even places",
+            f"{YUV} crop: true src_image_size_w: 8 src_image_size_h: 8 load_start_pos_w: 1",
+            {},
+            "E10052",
+        ),
     ],
 )
 def test_rules_of_aipp(

@@ -41,8 +41,8 @@ def test_answers_are_those_of_the_cpu(folder: Path, dtype: torch.dtype) -> None:
     assert service.extract_image_features(pictures()).device.type == "npu"
 
 
-def test_fused_kernels_and_graphs(tmp_path: Path) -> None:
-    model = str(save_tiny_clip(tmp_path))
+def test_fused_kernels_and_graphs(folder: Path) -> None:
+    model = str(folder)
     service = CLIPInferenceService(model, "auto", use_fp16=True, kernels=True, compiled=True)
     assert service.device.startswith("npu") and service.backend.flags["dynamo"]["image tower"] == "torchair"
     np.testing.assert_allclose(

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from runners.clip import CLIPInferenceService
+from runners.clip import CLIPInferenceService, run
 from runners.offline.converter import ModelConverter
 from scripts.demo_clip.deployment import main, scene_pairs
 from scripts.demo_clip.train import DEMO_CLIP
-from tests.on_npu.offline_models import SOC
+from tests.on_npu import offline_models
+from tests.on_npu.offline_models import OTHER, SOC
 
 LOGITS = 0.1  # of up to 30, in float16
 
@@ -44,6 +48,39 @@ def test_bytes_that_the_chip_normalises(count: int, bytes_folder: Path) -> None:
     expected = theirs.batch_predict(pairs.pictures[:count], pairs.captions, count)
     np.testing.assert_allclose([r["logits"] for r in found], [r["logits"] for r in expected], atol=LOGITS)
     assert [r["best_match"] for r in found] == list(pairs.captions[:count])
+
+
+def put(tower: bytes, folder: Path, is_named: bool) -> None:
+    """Another file in the place of the image tower, which the settings name or not."""
+    (folder / "image_tower.om").write_bytes(tower)
+    config = json.loads((folder / "model_config.json").read_text())
+    if is_named:
+        config["files"]["image_tower.om"] = hashlib.sha256(tower).hexdigest()
+    (folder / "model_config.json").write_text(json.dumps(config))
+
+
+def test_files_that_cannot_be_run_are_one_line(
+    bytes_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of another chip, cut short, and CANN's own where the chip is emulated."""
+    folder, picture = tmp_path / "om", tmp_path / "a.png"
+    shutil.copytree(bytes_folder, folder)
+    Image.new("RGB", (9, 9)).save(picture)
+    whole = (folder / "image_tower.om").read_bytes()
+    cases = [(whole[:-1], False, "image_tower.om, which is not the file that was written with it")]
+    if SOC:
+        model = offline_models.convert_on(OTHER[SOC], offline_models.save_linear(tmp_path / "m.onnx", batch=1))
+        cases += [
+            (whole[:-1], True, "truncated"),
+            (b"IMOD" + bytes(300), True, "an offline model of CANN's own atc"),
+            (model.read_bytes(), True, f"it was converted for {OTHER[SOC]}, and this chip is {SOC}"),
+        ]
+    for tower, is_named, message in cases:
+        put(tower, folder, is_named)
+        with pytest.raises(SystemExit) as end:
+            run.main("", "", ["--backend", "om", "--model", str(folder), "--image", str(picture)])
+        (line,) = capsys.readouterr().err.splitlines()
+        assert end.value.code == 2 and line.startswith("error: ") and message in line
 
 
 @pytest.fixture(scope="module")

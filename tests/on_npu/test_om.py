@@ -1,13 +1,13 @@
-"""Offline models on the chip: OmSession, profiles, precision and AIPP against numpy, and what is refused."""
+"""Offline models on the chip: OmSession, profiles and precision against numpy, and what is refused."""
 
 from __future__ import annotations
 
-import ctypes
+import gc
 import os
-import re
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,12 +18,10 @@ from onnx import TensorProto
 
 from ascend.om import OmError, OmSession
 from tests.on_npu import offline_models
-from tests.on_npu.offline_models import FEATURES, RESULTS, WORDS, linear, weights_of
+from tests.on_npu.offline_models import FEATURES, HALF, RESULTS, WORDS, linear, random, weights_of
 from tests.programs import ROOT
 
 ON_EMULATOR = "CANN_EMULATOR_SOC" in os.environ
-OTHER = {"Ascend310P3": "Ascend910B3", "Ascend910B3": "Ascend310P3"}
-HALF = 4e-3  # of values around 1: some operations in float16
 PROFILES = ("--input_shape=x:-1,16", "--dynamic_batch_size=1,2,4")
 
 
@@ -54,10 +52,6 @@ def fixed(make: Callable[..., tuple[Path, Path]]) -> tuple[Path, Path]:
 @pytest.fixture(scope="module")
 def batches(make: Callable[..., tuple[Path, Path]]) -> tuple[Path, Path]:
     return make("batches", offline_models.save_linear, *PROFILES)
-
-
-def random(*shape: int) -> np.ndarray:
-    return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
 
 
 def test_inputs_and_outputs_are_described(fixed: tuple[Path, Path]) -> None:
@@ -189,38 +183,13 @@ def test_output_type_and_half_inputs(tmp_path: Path, soc: str) -> None:
     np.testing.assert_allclose(y, linear(model, x), atol=HALF)
 
 
-AIPP = """aipp_op {
-    aipp_mode: static
-    input_format: RGB888_U8   # a comment
-    src_image_size_w: 8
-    src_image_size_h: 6
-    crop: true
-    load_start_pos_w: 2
-    load_start_pos_h: 1
-    rbuv_swap_switch: true
-    mean_chn_0: 100
-    min_chn_1: 5.0
-    var_reci_chn_0: 0.0078125
-    var_reci_chn_1: 0.015625
-    var_reci_chn_2: 0.00390625
-}
-"""
-
-
-def test_aipp(tmp_path: Path, soc: str) -> None:
-    """swap, crop, (x - mean - min) * var: config_file_template.md."""
-    (tmp_path / "aipp.cfg").write_text(AIPP)
-    model = offline_models.save_image(tmp_path / "m.onnx", height=4, width=6)
-    om = offline_models.convert(model, soc, f"--insert_op_conf={tmp_path / 'aipp.cfg'}")
-    picture = np.random.default_rng(1).integers(0, 256, (1, 6, 8, 3), dtype=np.uint8)
-    with OmSession(om) as session:
-        assert session.inputs[0].shape == (1, 6, 8, 3)
-        assert session.inputs[0].dtype == np.uint8
-        features = session.run({"image": picture})["features"]
-    cropped = picture[:, 1:5, 2:8, ::-1].astype(np.float32)
-    image = (cropped - [100, 0, 0] - [0, 5, 0]) * [1 / 128, 1 / 64, 1 / 256]
-    filters = weights_of(model)["filters"][:, :, 0, 0]
-    np.testing.assert_allclose(features, np.einsum("oc,nhwc->nohw", filters, image), atol=2 * HALF)
+def test_a_float16_model_keeps_its_dtype(tmp_path: Path, soc: str) -> None:
+    model = offline_models.save_linear(tmp_path / "m.onnx", batch=2, dtype=TensorProto.FLOAT16)
+    x = random(2, FEATURES).astype(np.float16)
+    with OmSession(offline_models.convert(model, soc)) as session:
+        y = session.run({"x": x})["y"]
+    assert y.dtype == np.float16
+    np.testing.assert_allclose(y, linear(model, x), atol=HALF)
 
 
 def test_two_sessions_and_two_threads(fixed: tuple[Path, Path]) -> None:
@@ -298,6 +267,42 @@ def test_a_closed_session_leaves_no_memory(batches: tuple[Path, Path]) -> None:
     assert torch.npu.mem_get_info()[0] == free
 
 
+@pytest.mark.parametrize("runs", [False, True], ids=["idle", "running"])
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["here", "in a thread without a context"])
+def test_a_session_that_is_dropped_leaves_no_memory_and_says_so(
+    batches: tuple[Path, Path], runs: bool, elsewhere: bool
+) -> None:
+    """Also behind a run that nobody waited for."""
+    free, stream = torch.npu.mem_get_info()[0], torch.npu.Stream()
+    sessions = [OmSession(batches[1])]
+    assert torch.npu.mem_get_info()[0] < free
+    if runs:
+        sessions[0].submit({"x": random(2, FEATURES)}, stream.npu_stream)
+
+    def drop() -> None:
+        sessions.clear()
+        gc.collect()  # a run and its session know each other
+
+    with pytest.warns(ResourceWarning, match=rf"the offline model {batches[1]} was not closed"):
+        if elsewhere:
+            thread = threading.Thread(target=drop)
+            thread.start()
+            thread.join()
+        else:
+            drop()
+    assert torch.npu.mem_get_info()[0] == free
+    assert torch.ones(3, device="npu").sum().item() == 3  # in its own context
+
+
+def test_a_session_that_is_closed_does_not_say_so(batches: tuple[Path, Path]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with OmSession(batches[1]) as session:
+            session.run({"x": random(2, FEATURES)})
+        del session
+        gc.collect()
+
+
 @pytest.mark.parametrize(
     "feeds, message",
     [
@@ -341,12 +346,9 @@ def test_files_that_are_no_models(fixed: tuple[Path, Path], tmp_path: Path) -> N
 
 @pytest.mark.skipif(not ON_EMULATOR, reason="needs the atc of another chip")
 def test_a_model_of_another_chip(tmp_path: Path, soc: str) -> None:
-    model = offline_models.save_linear(tmp_path / "m.onnx", batch=1)
-    command = [sys.executable, "-m", "emulator", "run", "--soc", OTHER[soc], "--", "atc", "--framework=5"]
-    command += [f"--model={model}", f"--output={tmp_path / 'm'}", f"--soc_version={OTHER[soc]}"]
-    subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
-    with pytest.raises(OmError, match=f"converted for {OTHER[soc]}, and this chip is {soc}"):
-        OmSession(tmp_path / "m.om")
+    model, other = offline_models.save_linear(tmp_path / "m.onnx", batch=1), offline_models.OTHER[soc]
+    with pytest.raises(OmError, match=f"converted for {other}, and this chip is {soc}"):
+        OmSession(offline_models.convert_on(other, model))
 
 
 PROGRAM = """
@@ -361,164 +363,30 @@ print("done")
 """
 
 
-def test_a_process_that_ends_without_closing(fixed: tuple[Path, Path]) -> None:
-    program = PROGRAM.replace("with OmSession(sys.argv[1]) as session:", "session = OmSession(sys.argv[1])\nif True:")
-    done = subprocess.run([sys.executable, "-c", program, str(fixed[1])], capture_output=True, text=True, cwd=ROOT)
+UNCLOSED = """
+import sys
+import numpy as np
+MORE
+from ascend.om import OmSession
+session = OmSession(sys.argv[1])
+feeds = {"x": np.ones((2, 16), np.float32)}
+assert session.run(feeds)["y"].shape == (2, 8)
+if "torch" in sys.modules:
+    session.submit(feeds, torch.npu.current_stream().npu_stream)
+    assert torch.ones(3, device="npu").sum().item() == 3
+print("done")
+"""
+
+
+@pytest.mark.parametrize("more", ["", "import torch, torch_npu"], ids=["alone", "beside torch"])
+@pytest.mark.parametrize("after", ["", "session.itself = session"], ids=["", "in a circle"])
+def test_a_process_that_ends_without_closing(fixed: tuple[Path, Path], more: str, after: str) -> None:
+    command = [sys.executable, "-W", "error::ResourceWarning", "-c", UNCLOSED.replace("MORE", more) + after]
+    done = subprocess.run([*command, fixed[1]], capture_output=True, text=True, cwd=ROOT)
     assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
+    assert "Exception" not in done.stderr and "ResourceWarning" not in done.stderr
 
 
 def test_a_process_without_torch(fixed: tuple[Path, Path]) -> None:
     done = subprocess.run([sys.executable, "-c", PROGRAM, str(fixed[1])], capture_output=True, text=True, cwd=ROOT)
     assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
-
-
-# ---- the C interface itself: what OmSession does not do ----
-
-
-@pytest.fixture
-def acl() -> ctypes.CDLL:
-    library = ctypes.CDLL("libascendcl.so")
-    for name in ("aclmdlCreateDesc", "aclmdlCreateDataset", "aclCreateDataBuffer"):
-        getattr(library, name).restype = ctypes.c_void_p
-    library.aclmdlGetInputSizeByIndex.restype = ctypes.c_size_t
-    library.aclGetRecentErrMsg.restype = ctypes.c_char_p
-    return library
-
-
-class Raw:
-    """A model by the C functions, with torch's memory."""
-
-    def __init__(self, acl: ctypes.CDLL, om: Path) -> None:
-        self.acl, self.id, self.tensors = acl, ctypes.c_uint32(), []
-        assert acl.aclmdlLoadFromFile(os.fsencode(om), ctypes.byref(self.id)) == 0
-        self.desc = ctypes.c_void_p(acl.aclmdlCreateDesc())
-        assert acl.aclmdlGetDesc(self.desc, self.id) == 0
-
-    def dataset(self, *tensors: torch.Tensor) -> ctypes.c_void_p:
-        self.tensors += tensors
-        dataset = ctypes.c_void_p(self.acl.aclmdlCreateDataset())
-        for tensor in tensors:
-            size = ctypes.c_size_t(tensor.nbytes)
-            buffer = self.acl.aclCreateDataBuffer(ctypes.c_void_p(tensor.data_ptr()), size)
-            assert self.acl.aclmdlAddDatasetBuffer(dataset, ctypes.c_void_p(buffer)) == 0
-        return dataset
-
-    def message(self) -> str:
-        return (self.acl.aclGetRecentErrMsg() or b"").decode()
-
-
-def test_without_a_choice_the_largest_profile_runs(acl: ctypes.CDLL, batches: tuple[Path, Path]) -> None:
-    model, om = batches
-    raw = Raw(acl, om)
-    assert acl.aclmdlGetNumInputs(raw.desc) == 2
-    index = ctypes.c_size_t()
-    assert acl.aclmdlGetInputIndexByName(raw.desc, b"ascend_mbatch_shape_data", ctypes.byref(index)) == 0
-    assert index.value == 1
-    assert acl.aclmdlGetInputSizeByIndex(raw.desc, ctypes.c_size_t(0)) == 4 * FEATURES * 4
-    x, y = torch.randn(4, FEATURES).npu(), torch.zeros(4, RESULTS, device="npu")
-    choice = torch.zeros(1, dtype=torch.int32, device="npu")
-    inputs, outputs = raw.dataset(x, choice), raw.dataset(y)
-    torch.npu.synchronize()
-    assert acl.aclmdlExecute(raw.id, inputs, outputs) == 0
-    np.testing.assert_allclose(y.cpu(), linear(model, x.cpu().numpy()), atol=HALF)
-    assert acl.aclmdlSetDynamicBatchSize(raw.id, inputs, index, ctypes.c_uint64(3)) == 145013
-    assert "3 is no profile" in raw.message()
-    assert acl.aclmdlSetDynamicHWSize(raw.id, inputs, index, ctypes.c_uint64(1), ctypes.c_uint64(1)) == 145013
-    assert acl.aclmdlSetDynamicBatchSize(raw.id, inputs, index, ctypes.c_uint64(2)) == 0
-    assert choice.item() == 2
-    assert acl.aclmdlUnload(raw.id) == 0
-    assert acl.aclmdlUnload(raw.id) == 145003
-    assert "there is no model" in raw.message()
-
-
-def test_buffers_and_streams_are_checked(acl: ctypes.CDLL, fixed: tuple[Path, Path]) -> None:
-    raw = Raw(acl, fixed[1])
-    x, y = torch.zeros(2, FEATURES, device="npu"), torch.zeros(2, RESULTS, device="npu")
-    inputs, outputs = raw.dataset(x), raw.dataset(y)
-    torch.npu.synchronize()
-    assert acl.aclmdlExecute(raw.id, raw.dataset(x, x), outputs) == 145000
-    assert "there are 2 inputs, and the model has 1" in raw.message()
-    assert acl.aclmdlExecute(raw.id, raw.dataset(x[:1]), outputs) == 145000
-    assert "input x has 64 bytes, and the model needs 128" in raw.message()
-    assert acl.aclmdlExecute(raw.id, raw.dataset(torch.zeros(2, FEATURES)), outputs) == 145000
-    assert "is not in the memory of device 0" in raw.message()
-    first, second = (ctypes.c_void_p(torch.npu.Stream().npu_stream) for _ in range(2))
-    assert acl.aclmdlExecuteAsync(raw.id, inputs, outputs, first) == 0
-    assert acl.aclmdlExecuteAsync(raw.id, inputs, outputs, first) == 0
-    assert acl.aclmdlExecuteAsync(raw.id, inputs, outputs, second) == 145000
-    assert "may still run on another stream" in raw.message()
-    assert acl.aclrtSynchronizeStream(first) == 0
-    assert acl.aclmdlExecuteAsync(raw.id, inputs, outputs, second) == 0
-    assert acl.aclrtSynchronizeStream(second) == 0
-    assert acl.aclmdlUnload(raw.id) == 0
-
-
-def test_memory_of_the_program(acl: ctypes.CDLL, fixed: tuple[Path, Path]) -> None:
-    model, om = fixed
-    work, weights = ctypes.c_size_t(), ctypes.c_size_t()
-    assert acl.aclmdlQuerySize(os.fsencode(om), ctypes.byref(work), ctypes.byref(weights)) == 0
-    places = [torch.empty(size.value, dtype=torch.uint8, device="npu") for size in (work, weights)]
-    arguments = [(ctypes.c_void_p(place.data_ptr()), ctypes.c_size_t(place.nbytes)) for place in places]
-    model_id = ctypes.c_uint32()
-    load = acl.aclmdlLoadFromFileWithMem
-    small = ctypes.c_size_t(1)
-    assert load(os.fsencode(om), ctypes.byref(model_id), arguments[0][0], small, *arguments[1]) == 145000
-    assert load(os.fsencode(om), ctypes.byref(model_id), *arguments[0], *arguments[1]) == 0
-    raw = Raw(acl, om)
-    x, y = torch.randn(2, FEATURES).npu(), torch.zeros(2, RESULTS, device="npu")
-    torch.npu.synchronize()
-    assert acl.aclmdlExecute(model_id, raw.dataset(x), raw.dataset(y)) == 0
-    np.testing.assert_allclose(y.cpu(), linear(model, x.cpu().numpy()), atol=HALF)
-    assert acl.aclmdlUnload(model_id) == acl.aclmdlUnload(raw.id) == 0
-
-
-def test_a_float16_model_keeps_its_dtype(tmp_path: Path, soc: str) -> None:
-    model = offline_models.save_linear(tmp_path / "m.onnx", batch=2, dtype=TensorProto.FLOAT16)
-    x = random(2, FEATURES).astype(np.float16)
-    with OmSession(offline_models.convert(model, soc)) as session:
-        y = session.run({"x": x})["y"]
-    assert y.dtype == np.float16
-    np.testing.assert_allclose(y, linear(model, x), atol=HALF)
-
-
-# ---- models that a C++ program builds ----
-
-
-@pytest.fixture(scope="module")
-def ge_build(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if not ON_EMULATOR:
-        pytest.skip("links to the emulator's libraries")
-    program = tmp_path_factory.mktemp("ge") / "ge_build"
-    source = Path(__file__).with_name("ge_build.cpp")
-    places = [f"-L{path}" for path in os.environ["LD_LIBRARY_PATH"].split(os.pathsep) if path]
-    # As for programs of CANN, what the libraries need themselves is found when the program starts.
-    libraries = ["-lge_compiler", "-lfmk_onnx_parser", "-lascendcl", "-lgraph", "-lcann_emulator"]
-    link = ["-Wl,--unresolved-symbols=ignore-in-shared-libs", *places, *libraries]
-    subprocess.run(["g++", "-std=c++17", source, *link, "-o", program], check=True)
-    return program
-
-
-def test_a_model_is_built_by_the_interface_of_ge(ge_build: Path, tmp_path: Path) -> None:
-    model = offline_models.save_linear(tmp_path / "m.onnx")
-    options = ["input_shape=x:-1,16", "ge.dynamicBatchSize=1,3", "ge.exec.precision_mode=must_keep_origin_dtype"]
-    done = subprocess.run([ge_build, model, tmp_path / "m", *options], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
-    x = random(3, FEATURES)
-    with OmSession(tmp_path / "m.om") as session:
-        np.testing.assert_allclose(session.run({"x": x})["y"], linear(model, x), atol=HALF)
-
-
-@pytest.mark.parametrize(
-    "option, message",
-    [
-        ("ge.noSuchOption=1", "build: .*E10001.*ge.noSuchOption is invalid. Reason: the option is not emulated"),
-        ("input_shape=x:1,15,2", "build: .*E10049"),
-        ("ge.socVersion=Ascend1", "build: .*E10001.*soc_version"),
-    ],
-)
-def test_options_of_the_interface(ge_build: Path, tmp_path: Path, option: str, message: str) -> None:
-    model = offline_models.save_linear(tmp_path / "m.onnx")
-    done = subprocess.run([ge_build, model, tmp_path / "m", option], capture_output=True, text=True)
-    assert done.returncode == 1
-    assert re.match(message, done.stdout)
-    assert not (tmp_path / "m.om").exists()

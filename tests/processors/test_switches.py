@@ -1,5 +1,6 @@
 import itertools
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ from diffusers.models.attention_processor import AttnProcessor2_0 as DefaultAttn
 from diffusers.models.resnet import ResnetBlock2D
 from peft import LoraConfig
 from torch._dynamo.utils import counters
+from transformers import SiglipModel
 from transformers.activations import GELUActivation
+from transformers.models.siglip.modeling_siglip import SiglipAttention
 
 from processors import (
     AttnProcessor2_0,
@@ -21,6 +24,7 @@ from processors import (
     enable_token_merging,
 )
 from processors.models.resnet import FusedResnetBlock2D
+from tests.tiny_clip import save_tiny_siglip
 from tests.tiny_models import CROSS_ATTENTION_DIM
 
 IDS = torch.randint(0, 90, (2, 77), generator=torch.Generator().manual_seed(0))
@@ -238,6 +242,18 @@ def test_pipeline_makes_the_same_picture_twice_with_both_on(tiny_sd: StableDiffu
 
 
 @torch.no_grad()
+def test_siglip_is_put_back(tmp_path: Path) -> None:
+    model = SiglipModel.from_pretrained(save_tiny_siglip(tmp_path))
+    attentions = [module for module in model.modules() if isinstance(module, SiglipAttention)]
+    before = [vars(module).copy() for module in attentions]
+    enable_flash_attention(model, kernels=["sdpa"])
+    assert {module.kernels for module in attentions} == {("scaled_dot_product_attention",)}
+    assert {module.config._attn_implementation for module in attentions} == {"diffusers_npu"}
+    disable_flash_attention(model)
+    assert [vars(module).keys() for module in attentions] == [each.keys() for each in before]
+    assert {module.config._attn_implementation for module in attentions} == {"sdpa"}
+
+
 def test_compiled_text_encoder_and_residual_block_are_one_graph(tiny_sd: StableDiffusionPipeline) -> None:
     enable_flash_attention(tiny_sd)
     block = tiny_sd.vae.decoder.mid_block

@@ -15,6 +15,8 @@ namespace {
     throw Refusal("E10052", "AIPP configuration is invalid. Reason: " + reason + ".");
 }
 
+bool is_yuv(const std::string& image) { return image == "YUV420SP_U8"; }
+
 const std::map<std::string, int64_t>& channels() {
     static const std::map<std::string, int64_t> of{
         {"YUV420SP_U8", 1}, {"XRGB8888_U8", 4}, {"RGB888_U8", 3}, {"YUV400_U8", 1}};
@@ -83,6 +85,23 @@ void set(Aipp& operation, std::string& mode, const std::string& name, const std:
     }
 }
 
+// What a conversion of colours consists of where the configuration says nothing: YUV to BGR, or RGB to YUV
+// (SetCscDefaultValue in compiler/graph/preprocess/insert_op/aipp_op.cc of hicann/ge).
+void set_colours(Aipp& operation) {
+    constexpr double from_yuv[] = {298, 516, 0, 298, -100, -208, 298, 0, 409};
+    constexpr double to_yuv[] = {66, 129, 25, -38, -74, 112, 112, -94, -18};
+    constexpr double bias[] = {16, 128, 128};
+    for (int row = 0; row < 3; ++row) {
+        const std::string number = std::to_string(row);
+        for (int column = 0; column < 3; ++column) {
+            const double* factors = is_yuv(operation.image) ? from_yuv : to_yuv;
+            operation.values.emplace("matrix_r" + number + "c" + std::to_string(column), factors[3 * row + column]);
+        }
+        operation.values.emplace("input_bias_" + number, bias[row]);
+        operation.values.emplace("output_bias_" + number, bias[row]);
+    }
+}
+
 void check(const Aipp& operation, const std::string& mode) {
     if (mode != "static") {
         refuse(mode == "dynamic" ? "dynamic AIPP is not emulated" : "aipp_mode must be static or dynamic");
@@ -91,8 +110,12 @@ void check(const Aipp& operation, const std::string& mode) {
     const double width = operation.value("src_image_size_w"), height = operation.value("src_image_size_h");
     if (width != 0 && (width < 2 || width > 4096)) refuse("src_image_size_w must be in [2, 4096] or 0");
     if (height != 0 && (height < 1 || height > 4096)) refuse("src_image_size_h must be in [1, 4096] or 0");
-    if (operation.image == "YUV420SP_U8" && (std::fmod(width, 2) != 0 || std::fmod(height, 2) != 0)) {
+    if (is_yuv(operation.image) && (std::fmod(width, 2) != 0 || std::fmod(height, 2) != 0)) {
         refuse("src_image_size_w and src_image_size_h must be even for YUV420SP_U8");
+    }
+    const bool is_odd = std::fmod(operation.value("load_start_pos_w"), 2) != 0 || std::fmod(operation.value("load_start_pos_h"), 2) != 0;
+    if (is_yuv(operation.image) && operation.value("crop") != 0 && is_odd) {
+        refuse("load_start_pos_w and load_start_pos_h must be even for YUV420SP_U8");
     }
     const bool resized = operation.value("crop") != 0 || operation.value("padding") != 0;
     if (resized && (width == 0 || height == 0)) {
@@ -130,7 +153,7 @@ graph::Ints picture(Aipp& operation, const graph::Ints& model) {
                "the model's " + std::to_string(model[3]) + "x" + std::to_string(model[2]));
     }
     if (width != -1 && (width < 2 || width > 4096)) refuse("the width of the picture must be in [2, 4096]");
-    if (operation.image == "YUV420SP_U8" && height != -1) height += height / 2;
+    if (is_yuv(operation.image) && height != -1) height += height / 2;
     return {model[0], height, width, channels().at(operation.image)};
 }
 
@@ -141,7 +164,7 @@ double Aipp::value(const char* name, double otherwise) const {
     return found == values.end() ? otherwise : found->second;
 }
 
-double stored_heights(const std::string& image) { return image == "YUV420SP_U8" ? 1.5 : 1; }
+double stored_heights(const std::string& image) { return is_yuv(image) ? 1.5 : 1; }
 
 std::vector<Aipp> parse_aipp(const std::string& path) {
     std::ifstream file(path);
@@ -161,6 +184,7 @@ std::vector<Aipp> parse_aipp(const std::string& path) {
         }
         if (i >= words.size()) refuse("a } is missing");
         check(operation, mode);
+        set_colours(operation);
         operation.input = static_cast<int64_t>(operation.value("related_input_rank"));
         operation.values.erase("related_input_rank");
         operations.push_back(std::move(operation));
@@ -226,34 +250,37 @@ std::vector<Tensor> channels_of(const Operands& x, const Tensor& image, const st
     return all;
 }
 
-// Another colour space: a matrix of numbers in 1/256.
-std::vector<Tensor> converted(const Operands& x, const std::vector<Tensor>& from) {
+// Another colour space, by a matrix of numbers in 1/256: from YUV, whose offsets go first, or to it, with offsets last
+// (config_file_template.md).
+std::vector<Tensor> converted(const Operands& x, const std::vector<Tensor>& from, bool is_from_yuv) {
+    const auto bias = [&](const char* side, size_t i) {
+        return static_cast<int64_t>(x.real((side + ("_bias_" + std::to_string(i))).c_str(), 0));
+    };
     std::vector<Tensor> to;
     for (size_t row = 0; row < 3; ++row) {
         const std::string name = "matrix_r" + std::to_string(row) + "c";
         Tensor sum;
         for (size_t i = 0; i < from.size(); ++i) {
-            const int64_t bias = static_cast<int64_t>(x.real(("input_bias_" + std::to_string(i)).c_str(), 0));
             const int64_t factor = static_cast<int64_t>(x.real((name + std::to_string(i)).c_str(), 0));
-            const Tensor part = (from[i] - bias) * factor;
+            const Tensor part = (from[i] - (is_from_yuv ? bias("input", i) : 0)) * factor;
             sum = sum.defined() ? sum + part : part;
         }
-        const int64_t bias = static_cast<int64_t>(x.real(("output_bias_" + std::to_string(row)).c_str(), 0));
-        to.push_back((at::div(sum, 256, "floor") + bias).clamp(0, 255));
+        to.push_back((at::div(sum, 256, "floor") + (is_from_yuv ? 0 : bias("output", row))).clamp(0, 255));
     }
     return to;
 }
 
 // The order of config_file_template.md: swap, crop, colours, normalise, pad.
 Tensor preprocessed(const Operands& x) {
-    std::vector<Tensor> all = channels_of(x, x[0].to(at::kInt), x.text("image", ""));
+    const std::string format = x.text("image", "");
+    std::vector<Tensor> all = channels_of(x, x[0].to(at::kInt), format);
     if (x.real("crop", 0) != 0) {
         for (Tensor& one : all) {
             one = one.narrow(1, static_cast<int64_t>(x.real("load_start_pos_h", 0)), static_cast<int64_t>(x.real("crop_size_h", 0)))
                      .narrow(2, static_cast<int64_t>(x.real("load_start_pos_w", 0)), static_cast<int64_t>(x.real("crop_size_w", 0)));
         }
     }
-    if (x.real("csc_switch", 0) != 0) all = converted(x, all);
+    if (x.real("csc_switch", 0) != 0) all = converted(x, all, format == "YUV420SP_U8");
     TORCH_CHECK(static_cast<int64_t>(all.size()) >= x.integer("channels"), "AIPP makes ", all.size(), " channels, and the ",
                 "model needs ", x.integer("channels"));
     all.resize(x.integer("channels"));  // a grey result is the first row of a conversion

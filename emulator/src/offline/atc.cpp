@@ -30,10 +30,19 @@ void require(const CommandLine& line, const std::string& option) {
                   "values of some parameters are not enclosed by quotation marks (\"\").");
 }
 
-// Letters, digits, what a path consists of, and everything beyond ASCII for Chinese.
+// Letters, digits, what a path consists of, and Chinese, U+4E00 to U+9FA5 (IsPathCharsValid in base/common/util.cc of
+// hicann/ge), which UTF-8 writes in three bytes.
 bool has_valid_characters(const std::string& path) {
-    for (unsigned char c : path) {
-        if (!std::isalnum(c) && c < 0x80 && std::strchr("_-./\\", c) == nullptr) return false;
+    for (size_t i = 0; i < path.size(); ++i) {
+        const auto byte = [&](size_t at) { return at < path.size() ? static_cast<unsigned char>(path[at]) : 0U; };
+        if (byte(i) < 0x80) {
+            if (std::isalnum(byte(i)) == 0 && std::strchr("_-./", path[i]) == nullptr) return false;
+            continue;
+        }
+        const bool is_three = byte(i) >> 4 == 0xE && byte(i + 1) >> 6 == 2 && byte(i + 2) >> 6 == 2;
+        const unsigned code = (byte(i) & 0xF) << 12 | (byte(i + 1) & 0x3F) << 6 | (byte(i + 2) & 0x3F);
+        if (!is_three || code < 0x4E00 || code > 0x9FA5) return false;
+        i += 2;
     }
     return true;
 }
@@ -86,7 +95,7 @@ BuildOptions build_options(const CommandLine& line) {
     options.soc_version = line.text("soc_version");
     options.precision_mode = line.text("precision_mode");
     options.precision_mode_v2 = line.text("precision_mode_v2");
-    options.insert_op_conf = line.text("insert_op_conf");
+    if (!line.text("insert_op_conf").empty()) options.insert_op_conf = input_path(line, "insert_op_conf");
     options.output_type = line.text("output_type");
     options.out_nodes = line.text("out_nodes");
     options.input_fp16_nodes = line.text("input_fp16_nodes");
@@ -138,7 +147,8 @@ void run(const CommandLine& line) {
 
 std::string input_path(const CommandLine& line, const std::string& option) {
     const std::string path = line.text(option);
-    check_characters(option, path);
+    std::error_code unknown;
+    check_characters(option, std::filesystem::weakly_canonical(path, unknown).string());  // behind all links
     struct stat status = {};
     const bool is_there = stat(path.c_str(), &status) == 0 && access(path.c_str(), R_OK) == 0;
     if (!is_there) refuse(option, path, "[Error " + std::to_string(errno) + "] " + std::strerror(errno) + ".");

@@ -8,6 +8,7 @@
 #include <unordered_map>
 
 #include "offline/archive.h"
+#include "offline/onnx.h"
 #include "runtime/runtime.h"
 
 namespace cann::offline {
@@ -261,7 +262,8 @@ void write_whole(const std::string& path, std::string_view content) {
     if (written && rename(partial.c_str(), path.c_str()) == 0) return;
     const int error = written ? errno : reason;
     unlink(partial.c_str());
-    throw std::runtime_error("cannot write " + path + ": " + std::strerror(error));
+    throw Refusal("E13004", "Failed to write file " + path + ". Reason: [Error " + std::to_string(error) + "] " +
+                  std::strerror(error) + ".");
 }
 
 }  // namespace cann::offline

@@ -1,6 +1,8 @@
 """The comparison: what its rows say, that they hold together, and what does not belong together."""
 
 import json
+import platform
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +66,25 @@ def test_an_absent_device_is_a_line_and_no_row(
         benchmark.run_comparison(image, TEXTS, devices=[])
 
 
+def test_devices_are_measured_in_processes_of_their_own(
+    clip_dir: Path, image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing of one is left in the memory of the next."""
+    orders = []
+
+    def answer(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        order = json.loads(Path(command[-2]).read_text())
+        orders.append(order["configuration"])
+        Path(command[-1]).write_text(json.dumps({"results": {"cpu_fp32": {"mean_ms": 1}}, "skipped": {}}))
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    benchmark = PerformanceBenchmark(str(clip_dir))
+    monkeypatch.setattr(benchmark, "measure", lambda *_: pytest.fail("measured in this process"))
+    monkeypatch.setattr(subprocess, "run", answer)
+    assert benchmark.run_comparison(image, TEXTS, devices=["cpu"]) == {"cpu_fp32": {"mean_ms": 1}}
+    assert [(order["device"], order["dtype"]) for order in orders] == [("cpu", "float32")]
+
+
 @pytest.mark.slow
 def test_the_program_on_a_machine_without_accelerators(
     clip_dir: Path, image: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -86,6 +107,8 @@ def test_results_of_several_environments_are_merged(clip_dir: Path, image: Path,
     benchmark.save_results(one)
     content = json.loads(one.read_text())
     assert content["environment"]["versions"]["torch"] == torch.__version__
+    assert content["environment"]["host"] == platform.node() and content["settings"]["model"] == str(clip_dir)
+    assert content["cpu_fp32"]["environment"].keys() >= {"name", "chip", "total_memory"}
     content["cuda_fp16"] = content.pop("cpu_fp32")
     other.write_text(json.dumps(content))
     merged = merge([one, other])

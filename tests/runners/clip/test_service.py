@@ -12,8 +12,12 @@ from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
 from ascend.device import DeviceError
+from processors.kernels.attention import attention
+from processors.models import clip
 from runners.cli import UserError
 from runners.clip import CLIPInferenceService
+from runners.clip import service as service_module
+from runners.clip.inputs import prepare_pictures, prepare_texts
 from tests.tiny_clip import CLIP_TOKENS, SIGLIP_TOKENS, count_calls
 
 TEXTS = ["a cat", "a dog on a red sofa", "nothing"]
@@ -45,7 +49,7 @@ def test_probabilities_are_those_of_transformers(
     padding = "max_length" if kind == "siglip" else True
     inputs = processor(text=TEXTS, images=pictures, padding=padding, return_tensors="pt")
     if kind == "siglip":
-        inputs.pop("attention_mask")  # SigLIP's own tokenizer makes none
+        inputs.pop("attention_mask")  # it was trained without one
     with torch.no_grad():
         logits = model(**inputs).logits_per_image
     expected = logits.softmax(dim=1) if kind == "clip" else logits.sigmoid()
@@ -107,18 +111,32 @@ def test_a_text_that_is_too_long_is_cut_and_that_is_said(
     ]
 
 
+def test_no_picture_is_refused(service: CLIPInferenceService) -> None:
+    with pytest.raises(ValueError, match="there is no picture"):
+        service.extract_image_features([])
+    assert service.batch_predict([], TEXTS) == []
+
+
 @pytest.mark.parametrize("texts", [[], ["a", ""], ["  "], "a cat", [1]])
 def test_texts_that_say_nothing_are_refused(clip_dir: Path, texts: Any) -> None:
     with pytest.raises(ValueError, match="texts must be a list"):
         CLIPInferenceService(str(clip_dir), "cpu").predict(Image.new("RGB", (9, 9)), texts)
 
 
-def test_benchmark_has_the_promised_keys(clip_dir: Path, pictures: list[Image.Image]) -> None:
+def test_benchmark_has_the_promised_keys(
+    clip_dir: Path, pictures: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of whole requests: pictures and texts are prepared in each."""
     service = CLIPInferenceService(str(clip_dir), "cpu")
-    calls = count_calls(service.backend)
+    calls, prepared = count_calls(service.backend), []
+    for each in (prepare_pictures, prepare_texts):
+        monkeypatch.setattr(
+            service_module, each.__name__, lambda *args, each=each: prepared.append(each) or each(*args)
+        )
     result = service.benchmark(pictures[0], TEXTS, num_runs=3, warmup_runs=2)
-    assert result.keys() >= BENCHMARK_KEYS
-    assert calls.images == [1] * 5
+    assert result.keys() >= BENCHMARK_KEYS and result["first_ms"] > 0
+    assert calls.images == [1] * 5 and calls.texts == [len(TEXTS)] * 5
+    assert len(prepared) == 10
     assert result["min_ms"] <= result["p50_ms"] <= result["p95_ms"] <= result["p99_ms"] <= result["max_ms"]
     assert result["percentiles_trusted"] == []
 
@@ -155,14 +173,20 @@ def test_other_models_and_missing_ones_are_refused(tiny_sd_dir: Path, tmp_path: 
         CLIPInferenceService(str(clip_dir), backend="tensorrt")
 
 
-def test_fused_kernels_compute_the_same(clip_dir: Path, siglip_dir: Path, pictures: list[Image.Image]) -> None:
-    plain, fused = (CLIPInferenceService(str(clip_dir), "cpu", kernels=kernels) for kernels in (False, True))
-    assert "attentions" in fused.backend.flags["FA"]["CLIPModel"]
+def test_fused_kernels_compute_the_same(
+    kind: str, folder: Path, pictures: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, fused = (CLIPInferenceService(str(folder), "cpu", kernels=kernels) for kernels in (False, True))
+    done = fused.backend.flags["FA"][{"clip": "CLIPModel", "siglip": "SiglipModel"}[kind]]
+    # SigLIP's pictures are pooled by an attention of one query, which is torch's own module.
+    pooling = {"clip": "", "siglip": "; not covered: 1 attention (MultiheadAttention)"}[kind]
+    assert done == f"4 attentions{pooling}"
+    calls = []
+    monkeypatch.setattr(clip, "attention", lambda *args: calls.append(args) or attention(*args))
     np.testing.assert_allclose(
         fused.predict(pictures[0], TEXTS)["logits"], plain.predict(pictures[0], TEXTS)["logits"], atol=1e-5
     )
-    with pytest.raises(UserError, match="--FA: no attention of SiglipModel"):
-        CLIPInferenceService(str(siglip_dir), "cpu", kernels=True)
+    assert len(calls) == 4
 
 
 @pytest.mark.slow

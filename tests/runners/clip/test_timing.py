@@ -1,5 +1,7 @@
 """Numbers that mean something: what is between the two looks at the clock, and which percentiles can be trusted."""
 
+import time
+
 import numpy as np
 import pytest
 
@@ -12,6 +14,12 @@ def test_the_device_is_idle_before_each_call_and_done_after_it() -> None:
     assert said == ["wait", "call", "wait"] * 5
     assert len(seconds) == 3 and first is not None
     assert measure(lambda: None, lambda: None, runs=1, warmup=0)[1] is None
+
+
+def test_the_clock_is_none_that_is_set_while_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "time", lambda: 0.0)
+    (seconds,), _ = measure(lambda: sum(range(1000)), lambda: None, runs=1, warmup=0)
+    assert seconds > 0
 
 
 def test_statistics_are_numpys_in_milliseconds() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,9 +19,12 @@ from torch import nn
 from ascend.atc import AtcError
 from runners.cli import UserError
 from runners.clip import CLIPInferenceService
-from runners.offline.converter import ModelConverter, convert_clip, staged
+from runners.clip.checkpoint import load_processor
+from runners.offline.converter import ModelConverter, convert_clip, save_processor
 from runners.offline.export import check_onnx, export_onnx
+from runners.offline.folder import OM, ONNX, read_folder
 from runners.offline.run import main
+from tests.programs import full_disk
 from tests.tiny_clip import save_tiny_clip, save_tiny_siglip
 
 onnx = pytest.importorskip("onnx")
@@ -32,7 +36,7 @@ ATC = """#!/bin/sh
 for each in "$@"; do case $each in --output=*) out=${each#--output=};; esac; done
 printf '%s\\n' "$@" >> "$ARGUMENTS"
 case "$out" in *$FAILING*) echo "E40000: no kernel"; exit 1;; esac
-echo model > "$out".om
+head -c $SIZE /dev/zero > "$out".om || { echo "E13004: no space"; exit 1; }
 """
 
 
@@ -42,8 +46,11 @@ def clip_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def script_for_atc(folder: Path, failing: str = "nothing") -> Iterator[Path]:
-    """A script in atc's place, which fails for that name. Gives a file with the arguments of each call."""
+def script_for_atc(folder: Path, failing: str = "nothing", size: int = 6) -> Iterator[Path]:
+    """A script in atc's place, which fails for that name, and makes files of that many bytes.
+
+    Gives a file with the arguments of each call.
+    """
     path = folder / "bin/atc"
     path.parent.mkdir()
     path.write_text(ATC)
@@ -52,6 +59,7 @@ def script_for_atc(folder: Path, failing: str = "nothing") -> Iterator[Path]:
         patch.setenv("PATH", f"{path.parent}{os.pathsep}{os.environ['PATH']}")
         patch.setenv("ARGUMENTS", str(folder / "arguments"))
         patch.setenv("FAILING", failing)
+        patch.setenv("SIZE", str(size))
         yield folder / "arguments"
 
 
@@ -196,14 +204,66 @@ def test_parts_of_stable_diffusion(
     assert f"--input_shape={next(iter(config['input']))}:{','.join(map(str, shape))}" in arguments.read_text()
 
 
-def test_a_folder_gets_all_files_or_none(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), staged(tmp_path / "out") as folder:
-        (folder / "half").write_text("")
-        raise RuntimeError
-    assert not list((tmp_path / "out").iterdir())
-    with staged(tmp_path / "out") as folder:
-        (folder / "whole").write_text("")
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["whole"]
+@dataclass
+class Place:
+    limit: int
+    message: str
+
+
+FULL = {
+    "export": Place(100_000, "File too large: {out}"),  # a tower has 246 and 282 kB
+    "atc": Place(400_000, "atc ended with exit code 1"),
+}
+
+
+@pytest.mark.parametrize("where", FULL)
+def test_a_full_disk_leaves_the_conversion_before(
+    where: str,
+    exported: Exported,
+    clip_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(exported.folder, out)
+    line = ["clip", "--model", str(clip_dir), "--output-dir", str(out), "--soc-version", "Ascend310P3"]
+    with script_for_atc(tmp_path, size=500_000), full_disk(FULL[where].limit), pytest.raises(SystemExit) as end:
+        main("convert_to_om.py", "", line)
+    assert end.value.code == 1
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1].startswith(f"error: {FULL[where].message.format(out=out)}")
+    assert (where == "atc") == ("E13004: no space" in said)  # in atc's own words
+    files = [path for path in out.iterdir() if not path.name.endswith(".log")]
+    assert all(path.read_bytes() == (exported.folder / path.name).read_bytes() for path in files)
+    assert read_folder(out, OM) and read_folder(out, ONNX)
+
+
+def test_a_full_disk_at_the_tokenizer(clip_dir: Path, tmp_path: Path) -> None:
+    """Of which tokenizers tells by an exception that is of no kind."""
+    processor = load_processor(str(clip_dir))
+    with full_disk(after=1000), pytest.raises(OSError, match="File too large"):
+        save_processor(processor, tmp_path)
+
+
+def test_what_is_for_offline_models_is_not_overlooked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["clip", "--output-dir", str(tmp_path), "--onnx-only", "--aipp", "--soc-version", "Ascend310P3"]
+    with pytest.raises(SystemExit) as end:
+        main("convert_to_om.py", "", line)
+    assert end.value.code == 2
+    assert "--soc-version, --aipp: for offline models, before which --onnx-only stops" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["clip", "vae-decoder", "text-encoder"])
+def test_a_path_that_atc_does_not_take_is_told_before_a_model_is_loaded(
+    command: str, tmp_path: Path, arguments: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = [command, "--model", str(tmp_path / "absent"), "--output-dir", str(tmp_path / "my models")]
+    with pytest.raises(SystemExit) as end:
+        main("convert_to_om.py", "", [*line, "--soc-version", "Ascend310P3"])
+    assert end.value.code == 1
+    (error,) = capsys.readouterr().err.splitlines()
+    assert "my models', which has ' '" in error and not arguments.exists()
 
 
 def test_a_file_that_differs_is_refused(tmp_path: Path) -> None:
