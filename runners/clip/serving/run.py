@@ -65,7 +65,7 @@ def parse_arguments(program: str, description: str | None, arguments: Sequence[s
         type=positive_int,
         default=64,
         metavar="N",
-        help="of one request's pictures, 413 beyond, and of all that are decoded at a time, 14 MB each (64)",
+        help="of one request's pictures, 413 beyond, and of all that are decoded at a time, up to 25 MB each (64)",
     )
     add("--max_mib", type=positive_int, default=32, metavar="N", help="of one request, 413 beyond (32)")
     add("--timeout", type=positive_float, default=30.0, metavar="S", help="of one request, 504 beyond (30)")
