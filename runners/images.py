@@ -1,7 +1,8 @@
 """Pictures read, and saved with their settings inside, side-by-side grids, and how far two pictures are apart."""
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -41,9 +42,20 @@ def decode_picture(name: str, source: Path | BinaryIO) -> Image.Image:
     Raises:
         UserError: it is no picture, damaged, larger than Pillow reads, or of 32 bits.
     """
+    with open_picture(name, source) as file:
+        return upright(name, file)
+
+
+@contextmanager
+def open_picture(name: str, source: Path | BinaryIO, formats: tuple[str, ...] | None = None) -> Iterator[Image.Image]:
+    """The picture in a file, of which no more than the header is read yet, in one of Pillow's `formats` or in any.
+
+    Raises:
+        UserError: it is no such picture; or it is damaged or too large, which may show only where it is used.
+    """
     try:
-        with Image.open(source) as file:
-            return upright(name, file)
+        with Image.open(source, formats=formats) as file:
+            yield file
     except UnidentifiedImageError:
         raise UserError(f"{name} is no picture that can be read: take a PNG or JPEG file") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:

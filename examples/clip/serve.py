@@ -9,8 +9,9 @@
 
 POST /v1/embeddings takes what OpenAI's takes, and pictures: {"input": [{"image": "data:image/png;base64,..."}]}.
 GET /health, /metrics (for Prometheus), /v1/models and /docs. An answer that is an error is {"error": {...}}: 400 for a
-request that is wrong, 401 without the token, 413 for one that is too large, 429 when too many wait, 504 when one takes
-too long. There is a replica on each NPU, or GPU. Requests that were taken are answered before the service ends.
+request that is wrong, 401 without the token, 413 for one that is too large, 429 when too many wait, 503 when the
+service ends without a replica, 504 when one takes too long. There is a replica on each NPU, or GPU. Requests that were
+taken are answered before the service ends.
 """
 
 import sys

@@ -52,7 +52,7 @@ class Backend(Protocol):
         """Wait until all features are there."""
 
     def close(self) -> None:
-        """Give back what the backend holds; it is of no use afterwards."""
+        """Give back what the backend holds; it is of no use afterwards. Twice is once."""
 
 
 class TorchBackend:
@@ -93,10 +93,12 @@ class TorchBackend:
                 self.flags["FA"] = enable_fused_kernels(model, None if kernels is True else kernels)
             except ValueError as error:
                 raise UserError(f"--FA: {error}") from error
-        self.images, self.texts = image_tower(model), text_tower(model)
+        images, texts = image_tower(model), text_tower(model)
         if compiled:
-            named = {"image tower": self.images, "text tower": self.texts}
+            named = {"image tower": images, "text tower": texts}
             self.flags["dynamo"] = {name: compile_module(tower, name=name) for name, tower in named.items()}
+        self.images: torch.nn.Module | None = images
+        self.texts: torch.nn.Module | None = texts
 
     def image_features(self, pixel_values: Tensor) -> Tensor:
         return self._run(self.images, pixel_values.to(self.dtype))
@@ -105,7 +107,9 @@ class TorchBackend:
         return self._run(self.texts, input_ids)
 
     @torch.no_grad()
-    def _run(self, tower: torch.nn.Module, inputs: Tensor) -> Tensor:
+    def _run(self, tower: torch.nn.Module | None, inputs: Tensor) -> Tensor:
+        if tower is None:
+            raise RuntimeError("the model is closed")
         count = len(inputs)
         if self.compiled:
             inputs = filled_up(inputs, 1 << (count - 1).bit_length())
@@ -115,7 +119,7 @@ class TorchBackend:
         self.manager.synchronize()
 
     def close(self) -> None:
-        del self.images, self.texts
+        self.images = self.texts = None
 
 
 def filled_up(inputs: Tensor, count: int) -> Tensor:

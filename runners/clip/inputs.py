@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor
 from runners.images import read_picture, upright
 
 Picture = str | Path | Image.Image
+TOKENIZING = threading.Lock()  # a fast tokenizer keeps as its state whether it pads and truncates; each call sets that
 WIDEST = 16  # times the shorter side; beyond it the middle is cut out before the shorter side is brought to size
 
 
@@ -64,15 +66,16 @@ class Tokens:
 
 
 def prepare_texts(processor: Any, texts: Sequence[str], length: int, pad_to_length: bool) -> Tokens:
-    """Token ids of at most `length`, padded to that or to the longest of `texts`."""
+    """Token ids of at most `length`, padded to that or to the longest of `texts`. Threads may share `processor`."""
     tokenizer = processor.tokenizer
-    whole = tokenizer(list(texts)).input_ids
-    cut = tokenizer(
-        list(texts),
-        padding="max_length" if pad_to_length else True,
-        truncation=True,
-        max_length=length,
-        return_tensors="pt",
-    )
+    with TOKENIZING:
+        whole = tokenizer(list(texts)).input_ids
+        cut = tokenizer(
+            list(texts),
+            padding="max_length" if pad_to_length else True,
+            truncation=True,
+            max_length=length,
+            return_tensors="pt",
+        )
     truncated = [text for text, tokens in zip(texts, whole, strict=True) if len(tokens) > length]
     return Tokens(cut.input_ids, truncated)

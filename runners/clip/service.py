@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import islice
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,13 +24,14 @@ logger = logging.getLogger(__name__)
 TORCH = "torch"
 BACKENDS = (TORCH, ONNX, OM)
 MIB = 2**20
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
 class EncodedTexts:
     """
     Attributes:
-        features: [count, width].
+        features: [count, width], of length 1 or not.
         truncated: those of `texts` that were too long, and lost their end.
     """
 
@@ -108,23 +110,21 @@ class CLIPInferenceService:
         return self.batch_predict([image], texts, batch_size=1)[0]
 
     def batch_predict(
-        self, images: Sequence[Picture], texts: Sequence[str] | EncodedTexts, batch_size: int = 4
+        self, images: Iterable[Picture], texts: Iterable[str] | EncodedTexts, batch_size: int = 4
     ) -> list[dict[str, Any]]:
         """`predict` of each of `images`, by one forward for `batch_size` of them, and one of the texts in all.
 
         `texts` may have been through `encode_texts`, for many calls. `inference_time_ms` is a picture's share of the
-        whole time.
+        whole time. Of a generator of images there are `batch_size` in memory.
         """
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be 1 or more, not {batch_size}")
         start = time.perf_counter()
         encoded = texts if isinstance(texts, EncodedTexts) else self.encode_texts(texts)
-        logits = []
-        for first in range(0, len(images), batch_size):
-            features = self.extract_image_features(images[first : first + batch_size])
-            logits.append(self.scoring.logits(features, encoded.features).cpu())
-        milliseconds = (time.perf_counter() - start) * 1000 / max(len(images), 1)
-        return [self._result(row, encoded, milliseconds) for part in logits for row in part]
+        text_features = _normalized(encoded.features, True)
+        logits: list[Tensor] = []
+        for batch in _batches(images, batch_size):
+            logits += self.scoring.logits(self.extract_image_features(batch), text_features).cpu()
+        milliseconds = (time.perf_counter() - start) * 1000 / max(len(logits), 1)
+        return [self._result(row, encoded, milliseconds) for row in logits]
 
     def _result(self, logits: Tensor, encoded: EncodedTexts, milliseconds: float) -> dict[str, Any]:
         probabilities = self.scoring.probabilities(logits)
@@ -141,22 +141,23 @@ class CLIPInferenceService:
             "truncated_texts": encoded.truncated,
         }
 
-    def extract_image_features(self, images: Picture | Sequence[Picture], normalize: bool = True) -> Tensor:
+    def extract_image_features(self, images: Picture | Iterable[Picture], normalize: bool = True) -> Tensor:
         """[count, width] float32 where the backend computes, of length 1 unless `normalize` is off."""
-        pictures: Sequence[Picture] = [images] if isinstance(images, Picture) else images
+        pictures: list[Picture] = [images] if isinstance(images, Picture) else list(images)
         if not pictures:
             raise ValueError("there is no picture to make features of")
         values = prepare_pictures(self.processor, pictures, self.backend.takes_bytes)
         return _normalized(self.backend.image_features(values), normalize)
 
-    def extract_text_features(self, texts: str | Sequence[str], normalize: bool = True) -> Tensor:
+    def extract_text_features(self, texts: str | Iterable[str], normalize: bool = True) -> Tensor:
         """As `extract_image_features`. Texts that are too long lose their end, with a warning."""
         return self.encode_texts([texts] if isinstance(texts, str) else texts, normalize).features
 
-    def encode_texts(self, texts: Sequence[str], normalize: bool = True) -> EncodedTexts:
+    def encode_texts(self, texts: Iterable[str], normalize: bool = True) -> EncodedTexts:
         """The features of `texts` for many calls of `batch_predict`."""
-        if isinstance(texts, str) or not texts or not all(isinstance(text, str) and text.strip() for text in texts):
-            raise ValueError(f"texts must be a list of one or more texts that are not empty, not {texts!r:.100}")
+        given, texts = texts, [] if isinstance(texts, str) else list(texts)
+        if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+            raise ValueError(f"texts must be a list of one or more texts that are not empty, not {given!r:.100}")
         length = self.backend.text_length
         tokens = prepare_texts(self.processor, texts, length, self.backend.pads_texts)
         for text in sorted({*tokens.truncated} - self._cut):
@@ -172,12 +173,9 @@ class CLIPInferenceService:
         """
         if len(images) != len(texts):
             raise ValueError(f"{len(images)} images and {len(texts)} texts are no pairs")
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be 1 or more, not {batch_size}")
         scores: list[float] = []
-        for first in range(0, len(images), batch_size):
-            part = slice(first, first + batch_size)
-            cosines = (self.extract_image_features(images[part]) * self.extract_text_features(texts[part])).sum(dim=1)
+        for pictures, captions in zip(_batches(images, batch_size), _batches(texts, batch_size), strict=True):
+            cosines = (self.extract_image_features(pictures) * self.extract_text_features(captions)).sum(dim=1)
             scores += (100 * cosines).tolist()
         return scores
 
@@ -201,10 +199,25 @@ class CLIPInferenceService:
         return result
 
     def close(self) -> None:
-        """Give back what an exported model holds on its device, and unused memory of torch's."""
+        """Give back what an exported model holds on its device, and unused memory of torch's. Twice is once."""
         self.backend.close()
         if self.manager:
             self.manager.empty_cache()
+
+
+def _batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """Lists of `size` of `items`, the last one of what is left.
+
+    Raises:
+        ValueError: `items` is a single one, or `size` is less than 1.
+    """
+    if isinstance(items, Picture):
+        raise ValueError(f"a list is wanted, also of a single one, not {items!r:.100}")
+    if size < 1:
+        raise ValueError(f"batch_size must be 1 or more, not {size}")
+    left = iter(items)
+    while batch := list(islice(left, size)):
+        yield batch
 
 
 def _normalized(features: Tensor, normalize: bool) -> Tensor:

@@ -7,9 +7,9 @@ https://huggingface.co/docs/inference-providers/tasks/zero-shot-image-classifica
 from __future__ import annotations
 
 import base64
-import binascii
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import numpy as np
@@ -25,8 +25,10 @@ from pydantic import (
 )
 
 from runners.cli import UserError
-from runners.images import decode_picture
+from runners.images import open_picture, upright
 
+# Whose headers say how many pixels will be decoded, and that need no program of their own, as EPS does.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 TOO_MANY_REQUESTS = 429
 
 
@@ -41,6 +43,52 @@ class Refusal(Exception):
         is_theirs = 400 <= self.status < 500 and self.status != TOO_MANY_REQUESTS
         kind = "invalid_request_error" if is_theirs else "server_error"
         return {"error": {"message": str(self), "type": kind, "code": self.code}}
+
+
+@dataclass(frozen=True)
+class SentPicture:
+    """A picture as it came.
+
+    Attributes:
+        name: what errors call it.
+        data: of the file.
+        pixels: as the file's header says.
+    """
+
+    name: str
+    data: bytes
+    pixels: int
+
+    @classmethod
+    def read(cls, name: str, text: str) -> Self:
+        """Of base64, as a data URL or bare. Raises Refusal: it is neither, or no picture."""
+        data = _data_of(name, text)
+        try:
+            with open_picture(name, io.BytesIO(data), FORMATS) as image:
+                return cls(name, data, image.width * image.height)
+        except UserError as error:
+            raise Refusal(400, "bad_picture", str(error)) from error
+
+    def decode(self) -> Image.Image:
+        """The right way up, in a mode of 8 bits. Raises Refusal: it is damaged, or of 32 bits."""
+        try:
+            with open_picture(self.name, io.BytesIO(self.data), FORMATS) as image:
+                return upright(self.name, image)
+        except UserError as error:
+            raise Refusal(400, "bad_picture", str(error)) from error
+
+
+def _data_of(name: str, text: str) -> bytes:
+    if text.startswith("data:"):
+        _, comma, text = text.partition(",")
+        if not comma:
+            raise Refusal(400, "bad_picture", f"{name} is a data URL without a comma")
+    elif text.startswith(("http://", "https://")):
+        raise Refusal(400, "bad_picture", f"{name} is an address: nothing is fetched; send the picture in base64")
+    try:
+        return base64.b64decode(text, validate=True)
+    except ValueError as error:  # binascii's is one, and that of other characters than ASCII's
+        raise Refusal(400, "bad_picture", f"{name} is no base64: {error}") from error
 
 
 class Strict(BaseModel):
@@ -69,9 +117,9 @@ class Input(Strict):
             raise ValueError("wants either a text or an image")
         return self
 
-    def content(self, name: str) -> str | Image.Image:
-        """Raises Refusal: the picture cannot be read."""
-        return decode(self.image, name) if self.image is not None else str(self.text)
+    def content(self, name: str) -> str | SentPicture:
+        """Raises Refusal: there is no picture in it."""
+        return SentPicture.read(name, self.image) if self.image is not None else str(self.text)
 
 
 class EmbeddingsRequest(Strict):
@@ -87,8 +135,8 @@ class EmbeddingsRequest(Strict):
     def _listed(cls, given: Any) -> Any:
         return given if isinstance(given, list) else [given]
 
-    def contents(self) -> Sequence[str | Image.Image]:
-        """Raises Refusal: a picture cannot be read."""
+    def contents(self) -> list[str | SentPicture]:
+        """Raises Refusal: what should be a picture is none."""
         return [each.content(f"input {number}") for number, each in enumerate(self.input)]
 
 
@@ -104,12 +152,11 @@ class ZeroShotRequest(Strict):
     parameters: ZeroShotParameters
     model: str | None = None
 
-    def picture(self) -> Image.Image:
-        """Raises Refusal: it cannot be read."""
-        return decode(self.inputs, "inputs")
-
-    def texts(self) -> list[str]:
-        return [self.parameters.hypothesis_template.replace("{}", label) for label in self.parameters.candidate_labels]
+    def contents(self) -> list[str | SentPicture]:
+        """The picture, and the text of each label. Raises Refusal: what should be a picture is none."""
+        template = self.parameters.hypothesis_template
+        texts = [template.replace("{}", label) for label in self.parameters.candidate_labels]
+        return [SentPicture.read("inputs", self.inputs), *texts]
 
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -123,24 +170,6 @@ def parse(kind: type[Model], body: bytes) -> Model:
         first = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(map(str, first["loc"]))
         raise Refusal(400, "bad_request", f"{place}: {first['msg']}" if place else first["msg"]) from error
-
-
-def decode(text: str, name: str) -> Image.Image:
-    """The picture in base64, as a data URL or bare. Raises Refusal."""
-    if text.startswith("data:"):
-        _, comma, text = text.partition(",")
-        if not comma:
-            raise Refusal(400, "bad_picture", f"{name} is a data URL without a comma")
-    elif text.startswith(("http://", "https://")):
-        raise Refusal(400, "bad_picture", f"{name} is an address: nothing is fetched; send the picture in base64")
-    try:
-        data = base64.b64decode(text, validate=True)
-    except binascii.Error as error:
-        raise Refusal(400, "bad_picture", f"{name} is no base64: {error}") from error
-    try:
-        return decode_picture(name, io.BytesIO(data))
-    except UserError as error:
-        raise Refusal(400, "bad_picture", str(error)) from error
 
 
 def embeddings_answer(

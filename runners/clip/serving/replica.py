@@ -5,16 +5,22 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
+from PIL import Image
 from ray import serve
+from torch import Tensor
 
 from runners.clip.checkpoint import Scoring
+from runners.clip.inputs import prepare_texts
 from runners.clip.service import CLIPInferenceService
 from runners.clip.serving.settings import Settings
 from runners.devices import DTYPES
+
+PROBE = (Image.new("RGB", (8, 8)), "a text")
+Result = TypeVar("Result")
 
 
 class About(NamedTuple):
@@ -32,7 +38,8 @@ class Replica:
     def __init__(self, settings: Settings) -> None:
         if settings.kind == "cpu":
             torch.set_num_threads(settings.threads)
-        self.thread = ThreadPoolExecutor(1)  # a device, a tokenizer and a session compute one thing at a time
+        self.thread = ThreadPoolExecutor(1)  # a device and a session compute one thing at a time
+        self.has_failed = False  # since a health check found the model well
         self.service = CLIPInferenceService(
             settings.model,
             settings.kind,
@@ -42,8 +49,21 @@ class Replica:
             compiled=settings.compiled,
         )
 
-    async def _in_turn(self, compute: Callable[[Any], np.ndarray], batch: Any) -> np.ndarray:
-        return await asyncio.get_running_loop().run_in_executor(self.thread, compute, batch)
+    async def _in_turn(self, compute: Callable[[Any], Result], batch: Any) -> Result:
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self.thread, compute, batch)
+        except Exception:
+            self.has_failed = True
+            raise
+
+    async def check_health(self) -> None:
+        """Ray Serve asks for it, and replaces a replica where it raises three times in turn.
+
+        What a batch failed by may have been the batch: after a failure the model has to compute something known.
+        """
+        if self.has_failed:
+            await self._in_turn(self._predict, PROBE)
+            self.has_failed = False
 
     def about(self) -> About:
         backend = self.service.backend
@@ -54,15 +74,25 @@ class Replica:
         return await self._in_turn(self._pictures, values)
 
     def _pictures(self, values: np.ndarray) -> np.ndarray:
-        features = self.service.backend.image_features(torch.from_numpy(values))
-        return torch.nn.functional.normalize(features, dim=-1).cpu().numpy()
+        own = torch.tensor(values)  # Ray's cannot be written to, of which torch warns where it takes them as they are
+        return _normalized(self.service.backend.image_features(own))
 
     async def texts(self, texts: list[str]) -> np.ndarray:
         """As `pictures`."""
         return await self._in_turn(self._texts, texts)
 
     def _texts(self, texts: list[str]) -> np.ndarray:
-        return self.service.extract_text_features(texts).cpu().numpy()
+        backend = self.service.backend
+        tokens = prepare_texts(self.service.processor, texts, backend.text_length, backend.pads_texts)
+        return _normalized(backend.text_features(tokens.input_ids))
+
+    def _predict(self, pair: tuple[Image.Image, str]) -> None:
+        image, text = pair
+        self.service.predict(image, [text])
+
+
+def _normalized(features: Tensor) -> np.ndarray:
+    return torch.nn.functional.normalize(features, dim=-1).cpu().numpy()
 
 
 def deployment(settings: Settings) -> Any:

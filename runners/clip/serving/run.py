@@ -5,23 +5,34 @@ from __future__ import annotations
 import argparse
 import ipaddress
 import logging
-import math
 import os
-import signal
 import socket
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from ascend.device import DEVICE_TYPES, find_device
-from runners.cli import ArgumentParser, UserError, file_path, one_line_errors, positive_float, positive_int
+from runners.cli import (
+    ArgumentParser,
+    Terminated,
+    UserError,
+    file_path,
+    one_line_errors,
+    positive_float,
+    positive_int,
+    sigterm_raises,
+)
 from runners.clip.arguments import add_model_arguments, check_model_arguments
 from runners.clip.serving.settings import Settings
 from runners.ray_local import count_devices, quiet_ray, start_ray
 
 TOKEN = "CLIP_SERVE_TOKEN"
+INPUTS = 256
+MEGA = 10**6
 MIB = 2**20
-SPARE_SECONDS = 5.0  # beyond a request's own time-out, after which nobody waits for it
 
 
 def parse_arguments(program: str, description: str | None, arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -37,8 +48,25 @@ def parse_arguments(program: str, description: str | None, arguments: Sequence[s
     add("--port", type=positive_int, default=8000, metavar="N", help="(8000)")
     add("--token_file", type=file_path, metavar="FILE", help=f"holds what clients bring as Bearer token (${TOKEN})")
     add("--wait_ms", type=positive_float, default=5.0, metavar="N", help="a batch waits so long for more inputs (5)")
-    add("--max_pending", type=positive_int, metavar="N", help="inputs that may wait, 429 beyond (8 batches a replica)")
-    add("--max_inputs", type=positive_int, default=256, metavar="N", help="of one request, 413 beyond (256)")
+    add(
+        "--max_pending",
+        type=positive_int,
+        metavar="N",
+        help="inputs that may wait, 429 beyond (8 batches a replica and --max_inputs)",
+    )
+    add(
+        "--max_inputs",
+        type=positive_int,
+        metavar="N",
+        help=f"of one request, 413 beyond ({INPUTS}, or --max_pending where that is less)",
+    )
+    add(
+        "--max_megapixels",
+        type=positive_int,
+        default=64,
+        metavar="N",
+        help="of one request's pictures, 413 beyond, and of all that are decoded at a time, up to 25 MB each (64)",
+    )
     add("--max_mib", type=positive_int, default=32, metavar="N", help="of one request, 413 beyond (32)")
     add("--timeout", type=positive_float, default=30.0, metavar="S", help="of one request, 504 beyond (30)")
     args = parser.parse_args(arguments)
@@ -60,7 +88,10 @@ def settings_of(args: argparse.Namespace) -> Settings:
         raise UserError(f"--host {args.host} lets others in: give a token, --token_file or ${TOKEN}")
     dtype = args.dtype or ("float16" if args.fp16 else None)
     model = str(Path(args.model).resolve()) if Path(args.model).is_dir() else args.model
-    pending = args.max_pending or 8 * args.batch_size * replicas
+    inputs = args.max_inputs or min(INPUTS, args.max_pending or INPUTS)
+    pending = args.max_pending or 8 * args.batch_size * replicas + inputs
+    if inputs > pending:
+        raise UserError(f"--max_inputs {inputs}: no request of so many is ever taken, with --max_pending {pending}")
     return Settings(
         model,
         args.backend,
@@ -73,7 +104,8 @@ def settings_of(args: argparse.Namespace) -> Settings:
         args.batch_size,
         args.wait_ms / 1000,
         pending,
-        args.max_inputs,
+        inputs,
+        args.max_megapixels * MEGA,
         args.max_mib * MIB,
         args.timeout,
         token,
@@ -81,10 +113,17 @@ def settings_of(args: argparse.Namespace) -> Settings:
 
 
 def _token(args: argparse.Namespace) -> str | None:
-    token = args.token_file.read_text(encoding="utf-8") if args.token_file else os.environ.get(TOKEN)
-    if token is not None and not token.strip():
-        raise UserError(f"the token of {args.token_file or f'${TOKEN}'} is empty")
-    return token and token.strip()
+    where = args.token_file or f"${TOKEN}"
+    try:
+        token = args.token_file.read_text(encoding="utf-8") if args.token_file else os.environ.get(TOKEN)
+    except UnicodeDecodeError as error:
+        raise UserError(f"the token of {where} is no UTF-8 text: {error.reason} at byte {error.start}") from error
+    if token is None:
+        return None
+    words = token.split()
+    if len(words) != 1:
+        raise UserError(f"the token of {where} must be one word, not {len(words)}")
+    return words[0]
 
 
 def _is_loopback(host: str) -> bool:
@@ -115,36 +154,29 @@ def run(args: argparse.Namespace) -> None:
         from ray import serve
     except ImportError as error:
         raise UserError(f"Ray Serve is not installed ({error}): pip install -r requirements-serve.txt") from error
-    import uvicorn
-
     from runners.clip.serving.gateway import Gateway
     from runners.clip.serving.replica import deployment
+    from runners.clip.serving.server import Server
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     cpus = settings.replicas if settings.kind == "cpu" else 1
+    Image.MAX_IMAGE_PIXELS = None  # the gateway has a limit of its own
     start_ray(ray, settings.kind, cpus)
     try:
-        serve.start(http_options={"location": "NoServer"}, logging_config={"log_level": "WARNING"})
-        app = Gateway(_start(serve, deployment(settings).bind(settings)), settings).app()
-        where = f"{settings.replicas} replica{'s' * (settings.replicas > 1)} on {settings.kind}"
-        print(f"http://{args.host}:{args.port} serves {args.model}, {where}; SIGTERM or Ctrl-C ends it", flush=True)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, _ignore)  # uvicorn raises them again in the end
-        # It listens no more after a signal, and ends when those that it read are answered.
-        uvicorn.run(
-            app,
-            host=args.host,
-            port=args.port,
-            log_level="warning",
-            timeout_graceful_shutdown=math.ceil(settings.timeout_seconds + SPARE_SECONDS),
-        )
+        with sigterm_raises():  # once more: Ray has taken the signal over
+            serve.start(http_options={"location": "NoServer"}, logging_config={"log_level": "WARNING"})
+            gateway = Gateway(_start(serve, deployment(settings).bind(settings)), settings)
+            server = Server(gateway, args.host, args.port, lambda: _announce(args, settings))
+            with suppress(KeyboardInterrupt, Terminated):  # which uvicorn raises again when it has ended by them
+                server.run()
     finally:
-        serve.shutdown()
-        ray.shutdown()
+        ray.shutdown()  # Serve's own, before it, would wait for replicas that are lost, and have Ray complain
 
 
-def _ignore(*_: Any) -> None:
-    pass
+def _announce(args: argparse.Namespace, settings: Settings) -> None:
+    host = f"[{args.host}]" if ":" in args.host else args.host
+    where = f"{settings.replicas} replica{'s' * (settings.replicas > 1)} on {settings.kind}"
+    print(f"http://{host}:{args.port} serves {args.model}, {where}; SIGTERM or Ctrl-C ends it", flush=True)
 
 
 def _start(serve: Any, application: Any) -> Any:

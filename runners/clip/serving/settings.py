@@ -16,7 +16,8 @@ class Settings:
         batch_size: most inputs of a forward; 1 computes each by itself.
         wait_seconds: that the first input of a forward waits for others.
         pending: most inputs that wait or are computed; those of further requests are refused.
-        inputs: most of one request.
+        inputs: most of one request, at most `pending`.
+        pixels: most of one request's pictures together, and of all that are decoded at a time.
         body_bytes: most of one request.
         timeout_seconds: of one request.
         token: that requests have to bring; none: anybody may ask.
@@ -34,6 +35,7 @@ class Settings:
     wait_seconds: float
     pending: int
     inputs: int
+    pixels: int
     body_bytes: int
     timeout_seconds: float
     token: str | None

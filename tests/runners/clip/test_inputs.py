@@ -1,5 +1,6 @@
 """Pictures of any kind become what the model was trained on."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,8 @@ from PIL import Image
 from transformers import AutoProcessor
 
 from runners.cli import UserError
-from runners.clip.inputs import open_rgb, prepare_pictures
-from tests.tiny_clip import SIDE
+from runners.clip.inputs import Tokens, open_rgb, prepare_pictures, prepare_texts
+from tests.tiny_clip import CLIP_TOKENS, SIDE
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 
@@ -96,3 +97,18 @@ def test_an_open_picture_is_read_as_its_file(tmp_path: Path) -> None:
             assert np.array_equal(np.asarray(open_rgb(image)), np.asarray(open_rgb(tmp_path / name)))
     with pytest.raises(UserError, match="values of 32 bits"):
         open_rgb(Image.new("F", (2, 2)))
+
+
+def test_threads_may_share_a_tokenizer(clip_dir: Path) -> None:
+    processor = AutoProcessor.from_pretrained(clip_dir)
+    texts = ["short", "of a text that is too long, the end is lost " * 20]
+
+    def prepare(number: int) -> Tokens:
+        return prepare_texts(processor, texts[: 1 + number % 2], CLIP_TOKENS, pad_to_length=number % 3 == 0)
+
+    expected = [prepare(number) for number in range(6)]
+    with ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(prepare, range(600)))
+    for number, tokens in enumerate(found):
+        assert torch.equal(tokens.input_ids, expected[number % 6].input_ids)
+        assert tokens.truncated == texts[1 : 1 + number % 2]

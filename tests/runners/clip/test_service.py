@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,57 @@ def test_encoded_texts_are_not_encoded_again(service: CLIPInferenceService, pict
         service.batch_predict(pictures, TEXTS)[3]["logits"]
     )
     assert calls.texts == [len(TEXTS)]
+
+
+def test_encoded_texts_may_have_any_length(service: CLIPInferenceService, pictures: list[Image.Image]) -> None:
+    raw = service.encode_texts(TEXTS, normalize=False)
+    assert not torch.allclose(raw.features.norm(dim=1), torch.ones(len(TEXTS)), atol=0.1)
+    for one, other in zip(service.batch_predict(pictures, raw), service.batch_predict(pictures, TEXTS), strict=True):
+        np.testing.assert_allclose(one["logits"], other["logits"], atol=1e-4)
+
+
+def test_a_generator_is_taken_as_its_list_a_batch_at_a_time(
+    service: CLIPInferenceService, pictures: list[Image.Image]
+) -> None:
+    opened: list[int] = []
+    calls = count_calls(service.backend)
+
+    def generated() -> Iterator[Image.Image]:
+        for number, picture in enumerate(pictures):
+            assert number < 3 * (1 + len(calls.images)), "the batch before it has been computed"
+            opened.append(number)
+            yield picture
+
+    found = service.batch_predict(generated(), (text for text in TEXTS), batch_size=3)
+    assert opened == [*range(len(pictures))]
+    for one, other in zip(found, service.batch_predict(pictures, TEXTS, batch_size=3), strict=True):
+        np.testing.assert_allclose(one["logits"], other["logits"], atol=1e-4)
+    features = service.extract_image_features(picture for picture in pictures)
+    torch.testing.assert_close(features, service.extract_image_features(pictures))
+    assert service.batch_predict(iter(()), TEXTS) == []
+    with pytest.raises(ValueError, match="there is no picture"):
+        service.extract_image_features(iter(()))
+
+
+def test_a_single_picture_is_no_list(
+    service: CLIPInferenceService, pictures: list[Image.Image], tmp_path: Path
+) -> None:
+    pictures[0].save(tmp_path / "picture.png")
+    for one in (str(tmp_path / "picture.png"), tmp_path / "picture.png", pictures[0]):
+        with pytest.raises(ValueError, match="a list is wanted, also of a single one, not "):
+            service.batch_predict(one, TEXTS)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="a list is wanted"):
+        service.clip_scores("ab", ["a", "b"])
+    for size in (0, -1):
+        with pytest.raises(ValueError, match=f"batch_size must be 1 or more, not {size}"):
+            service.batch_predict(pictures, TEXTS, size)
+
+
+def test_closing_twice_is_closing_once(service: CLIPInferenceService, pictures: list[Image.Image]) -> None:
+    service.close()
+    service.close()
+    with pytest.raises(RuntimeError, match="the model is closed"):
+        service.predict(pictures[0], TEXTS)
 
 
 def test_features_have_length_one_unless_asked(service: CLIPInferenceService, pictures: list[Image.Image]) -> None:

@@ -15,8 +15,8 @@ pytest.importorskip("pydantic")
 from runners.clip.serving.protocol import (
     EmbeddingsRequest,
     Refusal,
+    SentPicture,
     ZeroShotRequest,
-    decode,
     embeddings_answer,
     parse,
     zero_shot_answer,
@@ -42,11 +42,11 @@ def test_texts_come_alone_or_together_bare_or_named(given: object, expected: lis
 
 @pytest.mark.parametrize("prefix", ["", "data:image/png;base64,"])
 def test_pictures_come_in_base64(prefix: str) -> None:
-    (image,) = parse(EmbeddingsRequest, json.dumps({"input": {"image": prefix + RED}}).encode()).contents()
-    assert isinstance(image, Image.Image) and image.size == (4, 3)
+    (picture,) = parse(EmbeddingsRequest, json.dumps({"input": {"image": prefix + RED}}).encode()).contents()
+    assert isinstance(picture, SentPicture) and picture.pixels == 12 and picture.decode().size == (4, 3)
     asked = {"inputs": prefix + RED, "parameters": {"candidate_labels": ["cat"], "hypothesis_template": "a {}"}}
-    request = parse(ZeroShotRequest, json.dumps(asked).encode())
-    assert request.picture().size == (4, 3) and request.texts() == ["a cat"]
+    same, text = parse(ZeroShotRequest, json.dumps(asked).encode()).contents()
+    assert isinstance(same, SentPicture) and same.data == picture.data and text == "a cat"
 
 
 @pytest.mark.parametrize(
@@ -78,15 +78,30 @@ def test_what_is_wrong_is_named(kind: type, body: bytes, message: str) -> None:
     ("text", "message"),
     [
         ("no picture", "input 0 is no base64"),
+        ("Ünicode=", "input 0 is no base64"),
         (base64.b64encode(b"no picture").decode(), "input 0 is no picture that can be read"),
         (RED[: len(RED) // 8 * 4], "input 0"),
         ("https://example.org/a.png", "nothing is fetched"),
         ("data:image/png;base64", "a data URL without a comma"),
+        (encoded(Image.new("RGB", (4, 3)), "eps"), "input 0 is no picture that can be read"),  # by Ghostscript alone
     ],
 )
 def test_a_picture_that_cannot_be_read_is_refused(text: str, message: str) -> None:
-    with pytest.raises(Refusal, match=message):
-        decode(text, "input 0")
+    with pytest.raises(Refusal, match=message) as caught:
+        SentPicture.read("input 0", text).decode()
+    assert caught.value.status == 400
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg", "gif", "bmp", "webp"])
+def test_pixels_are_known_before_they_are_decoded(kind: str) -> None:
+    whole = base64.b64decode(encoded(Image.effect_noise((60, 50), 80), kind))
+    picture = SentPicture.read("input 0", base64.b64encode(whole).decode())
+    assert picture.pixels == 3000 and picture.decode().size == (60, 50)
+    start = base64.b64encode(whole[: len(whole) // 2]).decode()
+    with pytest.raises(Refusal, match="input 0"):
+        SentPicture.read("input 0", start).decode()
+    if kind != "webp":  # which Pillow reads whole
+        assert SentPicture.read("input 0", start).pixels == 3000
 
 
 def test_answers_have_the_form_that_clients_know() -> None:
