@@ -15,6 +15,8 @@ HIDDEN = (
         "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
         "The following part of your input was truncated",
     ),
+    # Of an adapter for the UNet alone; one that fits nowhere is refused with the names of its tensors.
+    ("diffusers.loaders.lora_base", "No LoRA keys associated to"),
     # Of no module at all, for a checkpoint that is one file.
     ("diffusers.models.modeling_utils", "should be kept in float32: []"),
 )
