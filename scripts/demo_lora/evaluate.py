@@ -40,7 +40,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--lora", type=lora, required=True, metavar="FILE[:SCALE]", help="the adapter")
     add("--model_path", type=file_path, default=demo, metavar="DIR", help="(the demo model)")
     add("--pictures", type=positive_int, default=100, metavar="N", help="that the adapter learnt from (100)")
-    add("--stars", type=positive_int, default=80, metavar="N", help="held-out prompts with a star (80)")
+    add("--stars", type=positive_int, default=40, metavar="N", help="held-out prompts of each kind with a star (40)")
     add("--others", type=positive_int, default=200, metavar="N", help="held-out prompts of the demo model's own (200)")
     add("--steps", type=positive_int, default=50, metavar="N", help="denoising steps (50)")
     add("--guidance_scale", type=finite_float, metavar="G", help="(the model's, as in run_sd.py)")
@@ -63,7 +63,8 @@ def run(args: argparse.Namespace) -> None:
     manager = choose_device(args, report)
     dtype = choose_dtype(args, manager, report)
     _, held_out = choose_scenes(args.pictures, args.seed)
-    kinds = {"stars": held_out[: args.stars], "others": held_out_scenes(args.others, args.seed)}
+    kinds = {kind: scenes[: args.stars] for kind, scenes in held_out.items()}
+    kinds["the model's own"] = held_out_scenes(args.others, args.seed)
     rows, scores = [], {}
     for name, loras in (("without", []), ("with", [args.lora])):
         pipe = load_pipeline(StableDiffusionPipeline, args.model_path, dtype)
@@ -78,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
             ]
             scores[label] = percentages(found)
             rows.append((label, [*scores[label].values()], ".1f"))
-            save_grid(pictures[:SHEET_PICTURES], output_dir / f"{kind}_{name}.png")
+            save_grid(pictures[:SHEET_PICTURES], output_dir / f"{kind.replace(' ', '_')}_{name}.png")
     report.sections = {"settings": {name: str(value) for name, value in vars(args).items()}, "scores": scores}
     report.write(output_dir / "scores.json")
     print(format_table([f"{aspect} %" for aspect in ASPECTS], rows))

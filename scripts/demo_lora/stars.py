@@ -2,7 +2,7 @@
 
     python scripts/demo_lora/stars.py --output_dir outputs/stars
     python examples/training/train_text_to_image.py --data outputs/stars --output_dir outputs/star_adapter \\
-        --lora_layers all --learning_rate 1e-3 --lr_schedule cosine --snr_gamma 5 --steps 600 --batch_size 8
+        --lora_layers all --learning_rate 1e-3 --lr_schedule cosine --snr_gamma 5 --steps 1000 --batch_size 8
     python scripts/demo_lora/evaluate.py --lora outputs/star_adapter/pytorch_lora_weights.safetensors
 
 Half of them show a star alone, half one beside a shape that the model knows. They are large, as the demo model's VAE
@@ -47,17 +47,15 @@ def scenes_with_stars() -> list[Scene]:
     return alone + beside
 
 
-def choose_scenes(count: int, seed: int) -> tuple[list[Scene], list[Scene]]:
-    """`count` scenes to learn from, half of them of a star alone, and all others in an order of the seed's."""
+def choose_scenes(count: int, seed: int) -> tuple[list[Scene], dict[str, list[Scene]]]:
+    """`count` scenes to learn from, half of them of a star alone; and all others, of stars alone and beside a shape."""
     rng = random.Random(f"{seed}/stars")
     scenes = scenes_with_stars()
     rng.shuffle(scenes)
     alone = [scene for scene in scenes if len(scene.shapes) == 1]
     beside = [scene for scene in scenes if len(scene.shapes) == 2]
     learnt = alone[: count // 2] + beside[: count - count // 2]
-    # Alternating, so that a few are half and half, too.
-    held_out = itertools.zip_longest(alone[count // 2 :], beside[count - count // 2 :])
-    return learnt, [scene for pair in held_out for scene in pair if scene is not None]
+    return learnt, {"stars alone": alone[count // 2 :], "stars beside a shape": beside[count - count // 2 :]}
 
 
 def write_pictures(scenes: Sequence[Scene], folder: Path, seed: int) -> None:
