@@ -48,7 +48,7 @@ def scenes_with_stars() -> list[Scene]:
 
 
 def choose_scenes(count: int, seed: int) -> tuple[list[Scene], dict[str, list[Scene]]]:
-    """`count` scenes to learn from, half of them of a star alone; and all others, of stars alone and beside a shape."""
+    """`count` scenes to learn from, half of them of a star alone; and all others, stars alone and beside a shape."""
     rng = random.Random(f"{seed}/stars")
     scenes = scenes_with_stars()
     rng.shuffle(scenes)
