@@ -32,7 +32,7 @@ STAR = "star"
 
 
 def scenes_with_stars() -> list[Scene]:
-    """All 90 of a star alone, and all 4,320 of one beside another shape."""
+    """All 90 of a star alone, and all 3,456 of one beside another shape."""
     alone = [
         Scene((Shape("large", colour, STAR, place),), background)
         for colour, place, background in itertools.product(COLOURS, POSITIONS, BACKGROUNDS)
