@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from ascend.memory import read_memory
@@ -140,7 +141,7 @@ class Trainer:
                 self.optimizer.zero_grad()
             losses.append(loss.detach())
         self.progress.losses.append(torch.stack(losses).mean())
-        self.progress.norms.append(torch.as_tensor(norm, device=accelerator.device).detach())
+        self.progress.norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         self.progress.rates.append(self.learning_rate.get_last_lr()[0])
         self.learning_rate.step()
         if self.average is not None:

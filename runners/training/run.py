@@ -17,6 +17,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import FullyShardedDataParallelPlugin
 from diffusers import DDPMScheduler, StableDiffusionPipeline
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
 
 from ascend.chips import FUSION_ATTENTION, family_of, has_operator
 from ascend.device import DeviceManager, get_accelerator_type, get_chip, get_device_info, inference_dtypes
@@ -39,7 +41,7 @@ from runners.training.pictures import Skipped
 from runners.training.settings import Settings
 
 MIXED = {torch.float32: "no", torch.float16: "fp16", torch.bfloat16: "bf16"}
-SHARDED = ("BasicTransformerBlock", "ResnetBlock2D")  # what is gathered at a time where ranks share weights
+SHARDED = (BasicTransformerBlock, ResnetBlock2D)  # what is gathered at a time where ranks share weights
 SKIPPED = "skipped.json"
 PIPELINE = "pipeline"
 
@@ -96,9 +98,7 @@ def accelerate(settings: Settings, device: torch.device, dtype: torch.dtype) -> 
     """An Accelerator, whose process group and settings, which are the process's, end with the block."""
     plugin = None
     if settings.full and world_size() > 1 and device.type != "cpu":
-        plugin = FullyShardedDataParallelPlugin(
-            fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=list(SHARDED)
-        )
+        plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap")
     accelerator = Accelerator(
         cpu=device.type == "cpu",
         mixed_precision=MIXED[dtype],
@@ -135,6 +135,9 @@ def train_rank(settings: Settings, model: Model, accelerator: Accelerator, dtype
     unet = load_unet(model, settings.model_path, torch.float32 if settings.full else dtype)
     make_trainable(unet, settings)
     presets = prepare_for_training(unet, settings.switches, accelerator.device, dtype)
+    if accelerator.is_fsdp2:  # which knows classes by their names alone, and fused kernels have classes of their own
+        names = {type(module).__name__ for module in unet.modules() if isinstance(module, SHARDED)}
+        accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = sorted(names)
     trainer = Trainer(settings, accelerator, unet, presets, noise_schedule, inputs, about, encoder.for_drawing())
     start = 0
     if checkpoint is not None:
