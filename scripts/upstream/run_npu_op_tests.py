@@ -126,7 +126,6 @@ HALF_OF_THE_HOST = (
 )
 FLAG = "expects the overflow flag of a chip that saturates, where 910B3 finds infinity"
 FLOAT32_FLAG = "expects the overflow flag of float32, which the emulator raises for float16 alone"
-BATCH_NORM = "trains a model with batch normalisation, which the emulator does not have"
 
 # (chip, test, reason): both are patterns, and the first line that fits says why a failed test does not count.
 NOT_APPLICABLE: tuple[tuple[str, str, str], ...] = (
@@ -148,9 +147,6 @@ NOT_APPLICABLE: tuple[tuple[str, str, str], ...] = (
         ("*", f"*::test_foreach_{name}_*_float16_shpae_tensor_num", HALF_OF_THE_HOST)
         for name in ("add_list", "sub_list", "addcdiv_scalar_list", "addcdiv_tensor", "addcmul_scalar_list")
     ),
-    ("*", "*TestAmp::test_grad_scaling_*", BACKWARD),
-    ("*", "*TestFusedOptim::*", BATCH_NORM),
-    ("*", "*TestSWAUtils::test_update_bn_*", BATCH_NORM),
     ("Ascend910B*", "*TestAmpForeachNonFiniteCheckAndUnscale::test_grad_scaling_unscale_*", FLAG),
     ("Ascend310P*", "*::test_matmul*bf16*", NO_BFLOAT16),
     ("Ascend310P*", "*TestCombineTensors::*_bfloat16", NO_BFLOAT16),
