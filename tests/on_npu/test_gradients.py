@@ -92,20 +92,6 @@ def test_activations(name: str, dtype: torch.dtype) -> None:
 
 @not_310p
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_npu_scaled_masked_softmax(dtype: torch.dtype) -> None:
-    x, dropped = numbers((2, 3, 32, 32), dtype), numbers((2, 1, 32, 32), torch.bool, seed=1)
-
-    def there(x: torch.Tensor) -> torch.Tensor:
-        return torch_npu.npu_scaled_masked_softmax(x, dropped.to("npu"), 0.5, False)
-
-    def here(x: torch.Tensor) -> torch.Tensor:
-        return (x * 0.5).masked_fill(dropped, -10000).softmax(-1)
-
-    assert_same_gradients(there, here, x)
-
-
-@not_310p
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_prelu(dtype: torch.dtype) -> None:
     for slopes in (1, 6):
         x, weight = numbers((2, 6, 8), dtype), numbers((slopes,), dtype, seed=1)
