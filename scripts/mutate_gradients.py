@@ -78,7 +78,7 @@ class Mutations:
 def passes(item: pytest.Item) -> bool:
     if hasattr(item, "_initrequest"):
         item._initrequest()  # as pytest-rerunfailures does, so that a test runs once more
-    return all(report.outcome != "failed" for report in runtestprotocol(item, log=False, nextitem=item))
+    return all(report.outcome != "failed" for report in runtestprotocol(item, log=False, nextitem=None))
 
 
 def declared_operators(library: Path) -> set[str]:

@@ -6,7 +6,7 @@
     python -m emulator run --soc Ascend910B3 --devices 2 -- \\
         python scripts/upstream/run_npu_op_tests.py --op_plugin op-plugin --pytorch pytorch --output Ascend910B3.json
 
-Which tests: the forward operators that Stable Diffusion and the basics of tensors need (SELECTION). A test
+Which tests: the operators that Stable Diffusion, its training and the basics of tensors need (SELECTION). A test
 that fails for a reason that is not the device's is "not applicable" (NOT_APPLICABLE says why); everything else that
 fails counts. Each file runs in a process of its own, in the mode that `ascend.device` sets: no operator is compiled at
 run time, private formats only where they are what is tested, and an operator that fails does so in the call itself.
@@ -44,33 +44,47 @@ SELECTION: tuple[tuple[str, str, str], ...] = (
         "op_plugin",
         "test/test_base_ops",
         """
-    abs absolute acos acosh add addbmm addcdiv addcmul addmm addmm_activation_out addmv addr all
-    amp_foreach_non_finite_check_and_unscale_ angle any apply_adam apply_adam_w arange arccosh arcsin arcsinh arctan
-    arctan2 arctanh argmax argmin argsort as_strided asin asinh atan atan2 atanh avg_pool2d baddbmm bernoulli
+    abs absolute acos acosh adaptive_avg_pool2d_backward add addbmm addcdiv addcmul addmm addmm_activation_out addmv
+    addr all amp_foreach_non_finite_check_and_unscale_ angle any apply_adam apply_adam_w arange arccosh arcsin
+    arcsinh arctan arctan2 arctanh argmax argmin argsort as_strided asin asinh atan atan2 atanh avg_pool2d
+    avg_pool2d_backward baddbmm batchnorm_backward batchnorm_backward_eval bernoulli binary_cross_entropy
+    binary_cross_entropy_backward binary_cross_entropy_with_logits binary_cross_entropy_with_logits_backward
     bincount bitwise_and bitwise_left_shift bitwise_not bitwise_or bitwise_right_shift bitwisexor bmm bmm_compatible
     broadcast bucketize cast cat ceil channel_shuffle chunk_cat_out clamp clamp_max clamp_min clip clone
-    constant_pad_nd conv1d conv2d copy_ cos cosh cumprod cumsum div divide dot dropout dropout_backward dtype_cast
-    embedding empty_strided eq equal erf erfc erfinv exp exp2 expm1 eye fast_gelu fill fill_diagonal fix flip
-    floatstatus floor floordivide fmod foreach_abs foreach_acos foreach_add_list foreach_add_scalar
-    foreach_add_scalar_list foreach_addcdiv_scalar foreach_addcdiv_scalar_list foreach_addcdiv_tensor
-    foreach_addcmul_scalar foreach_addcmul_scalar_list foreach_asin foreach_atan foreach_ceil
+    confusion_transpose_backward constant_pad_nd conv1d conv2d conv2d_backward conv_transpose2d_backward copy_ cos
+    cosh cumprod cumsum div divide dot dropout dropout_backward dtype_cast elu elu_backward embedding
+    embedding_backward embeddingdensebackward empty_strided eq equal erf erfc erfinv exp exp2 expm1 eye fast_gelu
+    fast_gelu_backward fill fill_diagonal fix flip floatstatus floor floordivide fmod foreach_abs foreach_acos
+    foreach_add_list foreach_add_scalar foreach_add_scalar_list foreach_addcdiv_scalar foreach_addcdiv_scalar_list
+    foreach_addcdiv_tensor foreach_addcmul_scalar foreach_addcmul_scalar_list foreach_asin foreach_atan foreach_ceil
     foreach_clamp_empty_scalar foreach_copy foreach_cos foreach_cosh foreach_div_list foreach_div_scalar
     foreach_div_scalar_list foreach_erf foreach_erfc foreach_exp foreach_expm1 foreach_floor foreach_frac
     foreach_log foreach_log10 foreach_log1p foreach_log2 foreach_maximum_list foreach_mul_list foreach_mul_scalar
     foreach_mul_scalar_list foreach_neg foreach_norm foreach_reciprocal foreach_round_off_number foreach_sigmoid
     foreach_sin foreach_sinh foreach_sqrt foreach_sub_list foreach_sub_scalar foreach_sub_scalar_list foreach_tan
-    foreach_tanh foreach_trunc foreach_zero format_cast frac from_numpy full fused_sgd gather ge gelu gelu_out ger
-    glu greater greater_equal group_norm gt index index_add index_copy index_fill index_put index_select indexing
-    is_nonzero isclose isfinite isinf layer_norm le leaky_relu lerp less less_equal linspace log log10 log1p log2
-    log_softmax logical_and logical_not logical_or logical_xor logit logspace logsumexp lt masked_fill
-    masked_scatter masked_select matmul matmul_compatible max mean min minimum mm multinomial multiply mv nan_to_num
-    native_dropout_backward ne neg negative nonzero norm normal not_equal npu_bertapplyadam npu_linear npu_one_hot
-    one_hot ones ones_like polar pow prod prompt_flash_attention put random randperm range reciprocal relu remainder
-    repeat repeat_interleave reshape roll round rsqrt rsub scaled_dot_product_attention scaled_masked_softmax
-    scatter scatter_add scatter_reduce searchsorted sigmoid sign silu sin sinc sinh slice softmax sort
-    sort_without_indices split_with_sizes_copy sqrt stack std std_mean sub subtract take tan tanh tensor_factories
-    tile to topk trace transpose tril triu true_divide trunc uniform_ unique unique2 unique_consecutive
-    upsample_nearest2d var where xor zero zeros
+    foreach_tanh foreach_trunc foreach_zero format_cast frac from_numpy full fused_sgd gather ge gelu gelu_backward
+    gelu_out ger glu glugrad greater greater_equal group_norm group_norm_backward gt hard_swish hard_swish_backward
+    hardshrink hardshrink_backward hardsigmoid hardsigmoid_backward hardtanh hardtanh_backward index index_add
+    index_copy index_fill index_put index_select indexing is_nonzero isclose isfinite isinf kl_div_backward l1_loss
+    l1_loss_backward layer_norm layer_norm_backward le leaky_relu leaky_relu_backward lerp less less_equal linspace
+    log log10 log1p log2 log_softmax log_softmax_backward logical_and logical_not logical_or logical_xor logit
+    logsigmoid logsigmoid_backward logsigmoidforward logspace logsumexp lt masked_fill masked_scatter masked_select
+    matmul matmul_compatible max max_backward max_pool2d max_pool2d_backward max_pool2d_with_indices
+    max_pool2d_with_indices_backward mean min min_backward minimum mish mish_backward mish_backward_v2 mish_v2 mm
+    mse_loss mse_loss_backward multinomial multiply mv nan_to_num native_dropout_backward ne neg negative nllloss
+    nllloss2d nllloss2d_backward nllloss_backward nonzero norm normal not_equal npu_bertapplyadam npu_linear
+    npu_linear_backward npu_one_hot one_hot ones ones_like polar pow prelu prelu_backward prod
+    prompt_flash_attention put random randperm range reciprocal reflection_pad1d reflection_pad1d_backward
+    reflection_pad2d reflection_pad2d_backward relu remainder repeat repeat_interleave replication_pad1d
+    replication_pad1d_backward replication_pad2d replication_pad2d_backward reshape roll round rsqrt rsub
+    scaled_dot_product_attention scaled_masked_softmax scatter scatter_add scatter_reduce searchsorted sigmoid
+    sigmoid_backward sign silu silu_backward sin sinc sinh slice smooth_l1_loss_backward smoothl1loss
+    soft_margin_loss soft_margin_loss_backward softmax softmax_backward_data softplus softplus_backward softshrink
+    softshrink_backward sort sort_without_indices split_with_sizes_copy sqrt stack std std_mean sub subtract take
+    tan tanh tanh_backward tensor_factories threshold_backward tile to topk trace transpose tril triu true_divide
+    trunc unfold_backward uniform_ unique unique2 unique_consecutive upsample_bicubic2d upsample_bicubic2d_backward
+    upsample_bilinear2d upsample_bilinear2d_backward upsample_nearest2d upsample_nearest2d_backward var where xor
+    zero zeros
         """,
     ),
     (
@@ -79,12 +93,13 @@ SELECTION: tuple[tuple[str, str, str], ...] = (
         """
     group_norm_silu npu_add_layer_norm npu_add_rms_norm npu_add_rms_norm_cast npu_add_rms_norm_v2 npu_addmm
     npu_apply_adam_w npu_apply_rotary_pos_emb npu_clipped_swiglu npu_dropout_gen_mask npu_flash_attention
-    npu_flash_attention_v2 npu_fused_infer_attention_score npu_fused_infer_attention_score_v2
-    npu_fused_infer_attention_score_v2_with_workspace npu_fused_infer_attention_score_with_workspace npu_gelu
-    npu_gelu_mul npu_gemma_rms_norm npu_group_norm_swish npu_grouped_matmul npu_indexing npu_layer_norm_eval
-    npu_moe_finalize_routing_v2 npu_moe_gating_top_k_softmax npu_moe_gating_top_k_softmax_v2 npu_moe_init_routing
-    npu_moe_token_permute_and_unpermute npu_rms_norm npu_rotary_mul npu_sim_exponential_ npu_swi_glu
-    prompt_flash_attention
+    npu_flash_attention_grad npu_flash_attention_grad_v2 npu_flash_attention_v2 npu_fused_infer_attention_score
+    npu_fused_infer_attention_score_v2 npu_fused_infer_attention_score_v2_with_workspace
+    npu_fused_infer_attention_score_with_workspace npu_gelu npu_gelu_backward npu_gelu_mul npu_gemma_rms_norm
+    npu_group_norm_swish npu_grouped_matmul npu_indexing npu_layer_norm_eval npu_moe_finalize_routing_v2
+    npu_moe_gating_top_k_softmax npu_moe_gating_top_k_softmax_v2 npu_moe_init_routing
+    npu_moe_token_permute_and_unpermute npu_rms_norm npu_rms_norm_backward npu_rotary_mul npu_rotary_mul_backward
+    npu_sim_exponential_ npu_swi_glu npu_swi_glu_backward prompt_flash_attention
         """,
     ),
     (
@@ -92,8 +107,8 @@ SELECTION: tuple[tuple[str, str, str], ...] = (
         "test/custom_ops",
         """
     amp_foreach_non_finite_check_and_unscale fast_gelu float_status npu_confusion_transpose npu_dtype_cast
-    npu_format_cast npu_geglu npu_one_hot npu_reshape npu_rotary_mul npu_scaled_masked_softmax npu_silu
-    npu_transpose one_ prompt_flash_attention resize_
+    npu_format_cast npu_geglu npu_geglu_backward npu_one_hot npu_reshape npu_rotary_mul npu_rotary_mul_backward
+    npu_scaled_masked_softmax npu_silu npu_transpose one_ prompt_flash_attention resize_
         """,
     ),
     ("pytorch", "test", "chunk_cat"),
@@ -102,7 +117,6 @@ SELECTION: tuple[tuple[str, str, str], ...] = (
 )
 
 OTHER_WORDS = "is refused as the test wants, in other words than those of the torch_npu that the test was written for"
-BACKWARD = "ends in a backward pass, which the emulator does not have"
 NO_BFLOAT16 = "310P has no bfloat16"
 NO_CUSTOM_DTYPE = "torch_npu has customize_dtype on Ascend950 only"
 QUANTISED = "multiplies int8 by int8, which the emulator does not have"
@@ -125,9 +139,6 @@ NOT_APPLICABLE: tuple[tuple[str, str, str], ...] = (
         "*TestGelu::test_gelu_float32_1",
         "draws a number below 3, where the chips' F.gelu, the tanh form, differs from erf",
     ),
-    ("*", "*::test_npu_flash_attention*tnd*", BACKWARD),
-    ("*", "*TestNPUGroupNormSwish::test_npu_group_norm_swish", BACKWARD),
-    ("*", "*TestScaledDotProductAttention::test_sdpa_view_graph", BACKWARD),
     ("*", "*::test_npu_flash_attention_tensor*_graph", "captures an NPU graph, not an operator"),
     ("*", "*TestGroupedMatmul::test_npu_grouped_matmul_quant_3", QUANTISED),
     ("*", "*TestNpuFormatCast*c0_8*", NO_CUSTOM_DTYPE),

@@ -28,10 +28,6 @@ Tensor fast_gelu_backward(const Tensor& grad, const Tensor& x) {
     return grad * gate * (1 + 1.702 * x * (1 - gate));
 }
 
-Tensor softmax_backward(const Tensor& grad, const Tensor& y, int64_t dim) {
-    return at::_softmax_backward_data(up(grad), up(y), dim, up(y).scalar_type());
-}
-
 // The weight as it spreads over the channels of x, the second dimension.
 Tensor spread_over_channels(const Tensor& weight, const Tensor& x) {
     if (weight.numel() == 1 || x.dim() < 2) return up(weight).flatten();
@@ -93,11 +89,10 @@ ACLNN(PreluBackward, (Tensor gradOutput, Tensor self, Tensor weight, OutTensor g
     put(gradWeight, at::where(x > 0, 0, grad * x).sum_to_size(slope.sizes()));
 })
 
-FUNCTION(SoftmaxBackward, (Tensor gradOutput, Tensor output, int64_t dim), softmax_backward(gradOutput, output, dim))
+FUNCTION(SoftmaxBackward, (Tensor gradOutput, Tensor output, int64_t dim),
+         at::_softmax_backward_data(up(gradOutput), up(output), dim, up(output).scalar_type()))
 FUNCTION(LogSoftmaxBackward, (Tensor gradOutput, Tensor output, int64_t dim),
          at::_log_softmax_backward_data(up(gradOutput), up(output), dim, up(output).scalar_type()))
-FUNCTION(ScaledMaskedSoftmaxBackward, (Tensor gradOutput, Tensor y, Tensor mask, double scale, bool fixTriuMask),
-         at::masked_fill(softmax_backward(gradOutput, y, -1) * scale, mask.to(at::kBool), 0))
 
 ACLNN(RotaryPositionEmbeddingGrad, (Tensor dy, Tensor cos, Tensor sin, Tensor xOptional, int64_t mode, OutTensor dxOut,
                                     OutTensor dcosOut, OutTensor dsinOut) {
