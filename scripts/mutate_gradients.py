@@ -31,6 +31,8 @@ TESTS = [f"tests/on_npu/test_{name}.py" for name in ("gradients", "attention_gra
 BACKWARD = re.compile(r"^aclnn(\w*(?:Backward|Grad)(?:V\d)?)$")
 # torch_npu asks whether they exist, and calls their successor.
 SUPERSEDED = {"HardswishBackward"}
+# Outputs that the operators leave as they are, in which the emulator puts NaN: a test asks for that, not for a sign.
+LEFT_OUT = {"dpse"}
 ANCHOR = "        executor.run();\n"
 SWITCH = """
         for (const Argument& argument : executor.call.arguments) {
@@ -47,8 +49,8 @@ SWITCH = """
 class Mutations:
     """Runs the collected tests in its own order, once as they are and then against each wrong sign."""
 
-    def __init__(self, log: Path, declared: set[str], only: str) -> None:
-        self.log, self.declared, self.only = log, declared, only
+    def __init__(self, log: Path, declared: set[str]) -> None:
+        self.log, self.declared = log, declared
         self.unnoticed: list[str] = []
         self.failed: list[str] = []
         self.noticed = 0
@@ -64,7 +66,8 @@ class Mutations:
         os.environ.pop("CANN_MUTATION_LOG")
         reached = {written.split()[0] for written in reaching}
         self.unnoticed = [f"{name}: no test reaches it" for name in sorted(self.declared - reached)]
-        wanted = [written for written in reaching if written.split()[0] in self.declared]
+        pairs = [written.split() for written in reaching]
+        wanted = [f"{name} {out}" for name, out in pairs if name in self.declared and out not in LEFT_OUT]
         for written in tqdm(sorted(wanted), desc="wrong signs", unit="tensor"):
             os.environ["CANN_MUTANT"] = written
             if all(passes(item) for item in reaching[written].values()):
@@ -93,7 +96,7 @@ def run_tests(library: Path, only: str) -> int:
         log = Path(folder) / "log"
         os.environ["CANN_MUTATION_LOG"] = str(log)
         declared = {name for name in declared_operators(library) if fnmatchcase(name, only)}
-        mutations = Mutations(log, declared, only)
+        mutations = Mutations(log, declared)
         pytest.main(["--quiet", "--no-header", "-p", "no:cacheprovider", *TESTS], plugins=[mutations])
     for test in mutations.failed:
         print(f"fails without any wrong sign: {test}")
