@@ -24,7 +24,7 @@ from runners.files import write_atomically
 from runners.training.pictures import Picture
 
 BUCKET_STEP = 64  # pixels: a UNet of four levels halves latents, of an eighth of the pixels, three times
-FORMAT = 1  # of the files; another one is another name
+FORMAT = 2  # of the files; another one is another name
 
 
 @dataclass(frozen=True)
@@ -104,20 +104,21 @@ class InputCache:
 
     @torch.no_grad()
     def encode_text(self, caption: str) -> None:
-        """Write the caption's embeddings unless they are there: `embeddings`, float32 [tokens, width]."""
+        """Write the caption's embeddings unless they are there: `embeddings`, float32 [tokens, width], and `cut`.
+
+        `cut` is how many of its tokens are too many for the text encoder, int64.
+        """
         path = self.text_path(caption)
         if is_whole(path):
             return
         pipe = self.load()
+        length = pipe.tokenizer.model_max_length
         tokens = pipe.tokenizer(
-            caption,
-            padding="max_length",
-            max_length=pipe.tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
+            caption, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
         ).input_ids
+        cut = max(0, len(pipe.tokenizer(caption).input_ids) - length)
         states = pipe.text_encoder(tokens.to(pipe.text_encoder.device))[0]
-        write(path, {"embeddings": states[0].float().cpu()})
+        write(path, {"embeddings": states[0].float().cpu(), "cut": torch.tensor(cut)})
 
 
 def write(path: Path, tensors: dict[str, Tensor]) -> None:

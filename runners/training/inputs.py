@@ -21,10 +21,12 @@ from runners.training.settings import Settings
 
 
 class Example(NamedTuple):
+    """Where it is; `shape` is of the latents, `cut` how many tokens of the caption are beyond the text encoder's."""
+
     latents: Path
     text: Path
-    caption: str
-    shape: tuple[int, ...]  # of the latents
+    shape: tuple[int, ...]
+    cut: int
 
 
 class Batch(NamedTuple):
@@ -100,7 +102,8 @@ def prepare_inputs(cache: InputCache, settings: Settings, accelerator: Accelerat
     for name, latents, caption in found:
         stored = {} if name in skipped.reasons else read(latents)
         if stored:
-            examples.append(Example(latents, cache.text_path(caption), caption, tuple(stored["mean"].shape)))
+            text = cache.text_path(caption)
+            examples.append(Example(latents, text, tuple(stored["mean"].shape), int(required(text)["cut"])))
     if not examples:
         name, reason = next(iter(skipped.reasons.items()))
         raise UserError(

@@ -130,7 +130,11 @@ def train_rank(settings: Settings, model: Model, accelerator: Accelerator, dtype
     sizes = Sizes.of(resolution, settings.aspect_ratio_buckets)
     cache = InputCache(settings.cache_dir, digest, sizes, settings.random_flip, encoder.load)
     inputs = prepare_inputs(cache, settings, accelerator, skipped)
-    tell_skipped(skipped, settings, report, accelerator.is_main_process)
+    if accelerator.is_main_process:
+        tell_skipped(skipped, settings, report)
+        cut = [example.cut for example in inputs.examples if example.cut]
+        if cut:
+            report.warn(f"{len(cut)} captions are cut, by up to {max(cut)} tokens: the text encoder reads no more")
 
     unet = load_unet(model, settings.model_path, torch.float32 if settings.full else dtype)
     make_trainable(unet, settings)
@@ -233,8 +237,8 @@ def json_words(settings: dict[str, Any]) -> dict[str, Any]:
     return words
 
 
-def tell_skipped(skipped: Skipped, settings: Settings, report: Report, main: bool) -> None:
-    if skipped.reasons and main:
+def tell_skipped(skipped: Skipped, settings: Settings, report: Report) -> None:
+    if skipped.reasons:
         write_json(settings.output_dir / SKIPPED, dict(skipped.reasons))
         name, reason = next(iter(skipped.reasons.items()))
         report.warn(

@@ -105,6 +105,18 @@ def test_what_is_cached_is_named_by_what_it_depends_on(tmp_path: Path, small_sd_
     assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 2 * len(files)
 
 
+def test_captions_that_are_cut_are_said(
+    tmp_path: Path, small_sd_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_pictures(tmp_path / "data", 2)
+    (data / "metadata.jsonl").write_text(
+        json.dumps({"file_name": "0.png", "text": "a" * 80}) + "\n" + json.dumps({"file_name": "1.png", "text": "b"})
+    )
+    for _ in range(2):  # also where they are found on disk
+        train(data, small_sd_dir, tmp_path / "made", "--resume", steps=1)
+        assert "1 captions are cut, by up to 5 tokens" in capsys.readouterr().err
+
+
 def test_flips_are_learnt(tmp_path: Path, small_sd_dir: Path) -> None:
     data = write_pictures(tmp_path / "data", 2)
     plain = train(data, small_sd_dir, tmp_path / "plain", steps=4)
