@@ -13,7 +13,7 @@ from emulator import EmulatorError, profile
 SOURCES = Path(profile.__file__).parent / "src/ops"
 KERNEL_FAMILIES = {"PRODUCT": ("self", "mat2")}
 HCCL_PARAMETERS = {"dataType", "op", "op of dataType"}
-DECLARATION = re.compile(r"(?:ACLNN|FUNCTION|BOTH|MOVE|PRODUCT)\((\w+),\s*(?:\(([^{]*?)\)\s*[{,]|)")
+DECLARATION = re.compile(r"(ACLNN|FUNCTION|BOTH|MOVE|PRODUCT)\((\w+),\s*(?:\(([^{]*?)\)\s*[{,]|)")
 
 
 def parameters_of_operators() -> dict[str, set[str]]:
@@ -22,10 +22,11 @@ def parameters_of_operators() -> dict[str, set[str]]:
     for path in SOURCES.glob("*.cpp"):
         text = path.read_text(encoding="utf-8").replace("\\\n", " ")
         macros = dict(re.findall(r"#define (\w+_TENSORS|\w+_NUMBERS|\w+_RESULTS)\s+(.*)", text))
-        for name, parameters in DECLARATION.findall(text):
+        for kind, name, parameters in DECLARATION.findall(text + expanded_families(text)):
             for macro, content in macros.items():
                 parameters = parameters.replace(macro, content)
             found[name] = set(re.findall(r"(\w+)\s*(?:,|$)", parameters.strip()))
+            found[name] |= {"out"} if kind == "FUNCTION" else set()
     for name in ("Mm", "Matmul", "MatmulWeightNz", "BatchMatMul"):
         found[name] = set(KERNEL_FAMILIES["PRODUCT"])
     found["Foreach"] = set()  # all operators of graphs on lists of tensors
@@ -34,6 +35,18 @@ def parameters_of_operators() -> dict[str, set[str]]:
     for name in re.findall(r"CANN_API HcclResult (\w+)\(", hccl):
         found[name] = HCCL_PARAMETERS
     return found
+
+
+def expanded_families(text: str) -> str:
+    """What a file's macros that declare whole operators, such as a loss and its gradient, stand for."""
+    expanded = []
+    for macro, names, body in re.findall(r"#define (\w+)\((\w+(?:, \w+)*)\)\s+((?:ACLNN|FUNCTION)\(.*)", text):
+        for values in re.findall(rf"^{macro}\(([^()]*)\)", text, re.MULTILINE):
+            declarations = body
+            for name, value in zip(names.split(", "), values.split(", "), strict=True):
+                declarations = re.sub(rf"\b{name}\b", value, declarations)
+            expanded.append(declarations.replace("##", ""))
+    return "\n".join(expanded)
 
 
 def parameters_on_lists() -> dict[str, set[str]]:
