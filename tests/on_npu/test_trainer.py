@@ -70,6 +70,7 @@ def test_float16_scales_the_loss(model: Path, data: Path, tmp_path: Path) -> Non
 
 
 @trains
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [(), ("--full", "--no-ema")], ids=["ddp", "fsdp"])
 def test_two_chips_have_the_losses_of_one(more: tuple[str, ...], model: Path, data: Path, tmp_path: Path) -> None:
     one = train(data, model, tmp_path / "one", *ON_NPU, "--dtype", "float32", *more, steps=20)

@@ -29,7 +29,9 @@ def run(command: list[str]) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("more", [(), ("--full", "--no-ema")], ids=["lora", "full"])
+@pytest.mark.parametrize(
+    "more", [(), pytest.param(("--full", "--no-ema"), marks=pytest.mark.slow)], ids=["lora", "full"]
+)
 def test_two_ranks_have_the_losses_of_one(
     more: tuple[str, ...], pictures: Path, small_sd_dir: Path, tmp_path: Path
 ) -> None:
@@ -39,6 +41,7 @@ def test_two_ranks_have_the_losses_of_one(
     torch.testing.assert_close(losses(tmp_path / "two"), losses(one), rtol=1e-4, atol=0)
 
 
+@pytest.mark.slow
 def test_a_killed_rank_ends_the_run_and_it_goes_on(pictures: Path, small_sd_dir: Path, tmp_path: Path) -> None:
     whole, made = tmp_path / "whole", tmp_path / "made"
     run(launch(arguments(pictures, small_sd_dir, whole, "--batch_size", 1, steps=STEPS)))
