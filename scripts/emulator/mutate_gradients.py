@@ -1,6 +1,6 @@
 """Whether the tests notice a wrong sign, in any tensor that a backward operator of the emulator writes.
 
-    python scripts/mutate_gradients.py [--soc Ascend910B3] [--only 'FlashAttention*']
+    python scripts/emulator/mutate_gradients.py [--soc Ascend910B3] [--only 'FlashAttention*']
 
 A copy of the emulator gets a switch that negates one tensor of one operator. The tests of TESTS run once to see which
 operators each of them reaches, and then those that reach an operator run again for each tensor that it writes, until
@@ -26,7 +26,7 @@ import pytest
 from _pytest.runner import runtestprotocol
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TESTS = [f"tests/on_npu/test_{name}.py" for name in ("gradients", "attention_gradients", "losses")]
 BACKWARD = re.compile(r"^aclnn(\w*(?:Backward|Grad)(?:V\d)?)$")
 # torch_npu asks whether they exist, and calls their successor.
