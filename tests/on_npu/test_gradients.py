@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -287,6 +289,25 @@ def test_resizing(name: str, dtype: torch.dtype) -> None:
         assert_refused(function, x, "must be float16")
     else:
         assert_same_gradients(function, function, x, every_layout=True)
+
+
+COMPATIBLE = """
+import torch, torch_npu
+import torch.nn.functional as F
+torch.npu.set_compile_mode(jit_compile=False)
+torch.npu.use_compatible_impl(True)
+x = torch.arange(128.0).cos().view(2, 1, 8, 8)
+for function in (lambda x: F.max_pool2d(x, 3, 2, 1), F.gelu, lambda x: F.gelu(x, approximate="tanh")):
+    here, there = x.clone().requires_grad_(), x.npu().requires_grad_()
+    for leaf in (here, there):
+        function(leaf).square().sum().backward()
+    torch.testing.assert_close(there.grad.cpu(), here.grad)
+"""
+
+
+@not_310p
+def test_gradients_of_the_compatible_implementation() -> None:
+    subprocess.run([sys.executable, "-c", COMPATIBLE], check=True)  # torch_npu asks once in a process
 
 
 MOVES: dict[str, Function] = {
