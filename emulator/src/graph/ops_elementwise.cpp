@@ -1,5 +1,6 @@
 // Element by element: arithmetic, comparisons, functions, activations.
 #include "graph/shapes.h"
+#include "ops/shared.h"
 
 namespace cann::graph {
 namespace {
@@ -171,6 +172,7 @@ GE_ASSIGNS(Assign, (x.flag("validate_shape"), x.flag("use_locking"), x[1]))
 GE(Gelu, at::gelu(x.up(0), "tanh"))
 GE(GeluV2, at::gelu(x.up(0), gelu_form(x.text("approximate", "none"))))
 GE(FastGelu, x.up(0) * at::sigmoid(x.up(0) * 1.702))
+GE(FastGeluGrad, fast_gelu_backward(x.up(0), x.up(1)))
 GE(Swish, swish(x))
 GE(SwishGrad, at::silu_backward(x.up(0), x.up(1)))
 GE(Sigmoid, at::sigmoid(x.up(0)))
