@@ -121,10 +121,12 @@ NO_BFLOAT16 = "310P has no bfloat16"
 NO_CUSTOM_DTYPE = "torch_npu has customize_dtype on Ascend950 only"
 QUANTISED = "multiplies int8 by int8, which the emulator does not have"
 NO_PEER = "310P cannot copy between devices"
+NPU_GRAPH = "captures an NPU graph, not an operator"
 HALF_OF_THE_HOST = (
     "compares with float16 of this host or of NumPy, which round after each step; the chip's are rounded once"
 )
 FLAG = "expects the overflow flag of a chip that saturates, where 910B3 finds infinity"
+NO_GRADIENT = "310P has no kernel for the gradient"
 FLOAT32_FLAG = "expects the overflow flag of float32, which the emulator raises for float16 alone"
 
 # (chip, test, reason): both are patterns, and the first line that fits says why a failed test does not count.
@@ -139,7 +141,8 @@ NOT_APPLICABLE: tuple[tuple[str, str, str], ...] = (
         "*TestGelu::test_gelu_float32_1",
         "draws a number below 3, where the chips' F.gelu, the tanh form, differs from erf",
     ),
-    ("*", "*::test_npu_flash_attention_tensor*_graph", "captures an NPU graph, not an operator"),
+    ("*", "*::test_npu_flash_attention_tensor*_graph", NPU_GRAPH),
+    ("*", "*::test_npu_flash_attention_tensor_tnd_with_dropmask", NPU_GRAPH),
     ("*", "*TestGroupedMatmul::test_npu_grouped_matmul_quant_3", QUANTISED),
     ("*", "*TestNpuFormatCast*c0_8*", NO_CUSTOM_DTYPE),
     ("*", "*TestNpuFormatCast*customize_dtype*", NO_CUSTOM_DTYPE),
@@ -148,6 +151,17 @@ NOT_APPLICABLE: tuple[tuple[str, str, str], ...] = (
         for name in ("add_list", "sub_list", "addcdiv_scalar_list", "addcdiv_tensor", "addcmul_scalar_list")
     ),
     ("Ascend910B*", "*TestAmpForeachNonFiniteCheckAndUnscale::test_grad_scaling_unscale_*", FLAG),
+    *(
+        ("Ascend310P*", f"*.test_base_ops.test_{name}.*", NO_GRADIENT)
+        for name in (
+            *("batchnorm_backward", "batchnorm_backward_eval", "embedding_backward", "embeddingdensebackward"),
+            *("group_norm_backward", "hard_swish_backward", "hardshrink_backward", "kl_div_backward"),
+            *("max_pool2d_backward", "max_pool2d_with_indices", "max_pool2d_with_indices_backward"),
+            *("nllloss2d_backward", "nllloss_backward", "prelu_backward", "silu_backward"),
+            *("soft_margin_loss_backward", "softplus_backward", "upsample_nearest2d_backward"),
+        )
+    ),
+    ("Ascend310P*", "*TestFusedOptim::*", NO_GRADIENT),
     ("Ascend310P*", "*::test_matmul*bf16*", NO_BFLOAT16),
     ("Ascend310P*", "*TestCombineTensors::*_bfloat16", NO_BFLOAT16),
     ("Ascend310P*", "*TestFusedOptim::*", "310P has no backward pass of batch normalisation"),

@@ -1,5 +1,6 @@
 // Element by element: arithmetic, comparisons, functions, activations.
 #include "graph/shapes.h"
+#include "ops/shared.h"
 
 namespace cann::graph {
 namespace {
@@ -171,6 +172,7 @@ GE_ASSIGNS(Assign, (x.flag("validate_shape"), x.flag("use_locking"), x[1]))
 GE(Gelu, at::gelu(x.up(0), "tanh"))
 GE(GeluV2, at::gelu(x.up(0), gelu_form(x.text("approximate", "none"))))
 GE(FastGelu, x.up(0) * at::sigmoid(x.up(0) * 1.702))
+GE(FastGeluGrad, fast_gelu_backward(x.up(0), x.up(1)))
 GE(Swish, swish(x))
 GE(SwishGrad, at::silu_backward(x.up(0), x.up(1)))
 GE(Sigmoid, at::sigmoid(x.up(0)))
@@ -181,6 +183,7 @@ GE(LeakyRelu, at::leaky_relu(x.up(0), x.real("negative_slope", 0)))
 GE(Elu, at::elu(x.up(0), x.real("alpha", 1), x.real("scale", 1), x.real("input_scale", 1)))
 GE(Softplus, at::softplus(x.up(0)))
 GE(Mish, at::mish(x.up(0)))
+GE(MishGrad, at::mish_backward(x.up(0), x.up(1)))
 GE(LogSigmoid, by_element(x.up(0), at::log_sigmoid))
 GE(HardSwish, by_element(x.up(0), at::hardswish))
 GE(HardSigmoid, at::clamp(x.up(0) * x.real("alpha", 1. / 6) + x.real("beta", 0.5), 0, 1))

@@ -23,11 +23,6 @@ Tensor swiglu_backward(const Tensor& grad, const Tensor& x, int64_t dim) {
     return join(true, at::silu_backward(up(grad) * value, gate), up(grad) * at::silu(gate), dim);
 }
 
-Tensor fast_gelu_backward(const Tensor& grad, const Tensor& x) {
-    const Tensor gate = at::sigmoid(x * 1.702);
-    return grad * gate * (1 + 1.702 * x * (1 - gate));
-}
-
 // The weight as it spreads over the channels of x, the second dimension.
 Tensor spread_over_channels(const Tensor& weight, const Tensor& x) {
     if (weight.numel() == 1 || x.dim() < 2) return up(weight).flatten();
@@ -37,6 +32,11 @@ Tensor spread_over_channels(const Tensor& weight, const Tensor& x) {
 }
 
 }  // namespace
+
+Tensor fast_gelu_backward(const Tensor& grad, const Tensor& x) {
+    const Tensor gate = at::sigmoid(x * 1.702);
+    return grad * gate * (1 + 1.702 * x * (1 - gate));
+}
 
 RotaryGradients rotary_backward(const Tensor& grad, const Tensor& x, const Tensor& cos, const Tensor& sin, int64_t mode) {
     const Tensor wide = up(grad), of_x = wide * up(cos) - rotate(wide * up(sin), mode);

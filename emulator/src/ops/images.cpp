@@ -34,22 +34,28 @@ Places places(const Pooling& call, int64_t out_height, int64_t out_width) {
 
 // For each element of the kernel a row of bits, of which each says whether that result is the input there. Where the
 // chip puts a bit is not documented: here the lowest of a byte is the first result.
-Tensor mask_of(const Tensor& where, int64_t width, const Pooling& call, int64_t row_bytes) {
+void put_mask(const Tensor& mask, const Tensor& where, int64_t width, const Pooling& call) {
     const Places read = places(call, where.size(-2), where.size(-1));
-    const Tensor found = where.flatten(-2).unsqueeze(-2);
-    const Tensor bits = at::eq(found.floor_divide(width), read.rows).logical_and(at::eq(found.remainder(width), read.columns));
-    const Tensor whole = at::constant_pad_nd(bits.to(at::kInt), {0, row_bytes * 8 - bits.size(-1)}).unflatten(-1, {-1, 8});
-    return (whole * at::tensor({1, 2, 4, 8, 16, 32, 64, 128}, at::kInt)).sum(-1).to(at::kByte).view(at::kChar);
+    const Tensor found = where.flatten(-2).to(at::kInt), rows = found.floor_divide(width), columns = found.remainder(width);
+    mask.zero_();
+    for (int64_t i = 0; i < read.rows.size(0); ++i) {
+        const Tensor bytes = pack_bits(at::eq(rows, read.rows[i]).logical_and(at::eq(columns, read.columns[i])));
+        mask.select(-2, i).narrow(-1, 0, bytes.size(-1)).copy_(bytes.view(at::kChar));
+    }
 }
 
 // The inverse.
 Tensor where_of(const Tensor& mask, at::IntArrayRef sizes, int64_t width, const Pooling& call) {
     const Places read = places(call, sizes[sizes.size() - 2], sizes[sizes.size() - 1]);
-    const Tensor bytes = mask.contiguous().view(at::kByte);
-    Ints bit_sizes = bytes.sizes().vec();
-    bit_sizes.back() *= 8;
-    const Tensor bits = unpack_bits(bytes, bit_sizes).narrow(-1, 0, read.rows.size(-1)).to(at::kLong);
-    return (bits * (read.rows * width + read.columns)).sum(-2).view(sizes);
+    Tensor where = at::zeros(sizes, at::kLong).flatten(-2);
+    for (int64_t i = 0; i < read.rows.size(0); ++i) {
+        const int64_t results = where.size(-1), bytes = (results + 7) / 8;
+        const Tensor row = mask.select(-2, i).narrow(-1, 0, bytes).contiguous().view(at::kByte);
+        Ints bits = row.sizes().vec();
+        bits.back() *= 8;
+        where.add_(unpack_bits(row, bits).narrow(-1, 0, results) * (read.rows[i] * width + read.columns[i]));
+    }
+    return where.view(sizes);
 }
 
 }  // namespace
@@ -86,7 +92,7 @@ ACLNN(MaxPool2dWithMask, (Tensor self, Ints kernelSize, Ints stride, Ints paddin
     const Pooling call(kernelSize, stride, padding, dilation);
     const auto [values, where] = at::max_pool2d_with_indices(up(self), kernelSize, stride, padding, dilation, ceilMode);
     put(out, values);
-    move(indices, mask_of(where, self.size(-1), call, indices.size(-1)));
+    put_mask(indices, where, self.size(-1), call);
 })
 FUNCTION(MaxPool2dWithMaskBackward,
          (Tensor gradOutput, Tensor self, Tensor indices, Ints kernelSize, Ints stride, Ints padding, Ints dilation,
@@ -94,6 +100,19 @@ FUNCTION(MaxPool2dWithMaskBackward,
          at::max_pool2d_with_indices_backward(
              up(gradOutput), up(self), kernelSize, stride, padding, dilation, ceilMode,
              where_of(indices, gradOutput.sizes(), self.size(-1), {kernelSize, stride, padding, dilation})))
+
+// Without the mask, behind `use_compatible_impl`.
+ACLNN(MaxPool2dWithIndices, (Tensor self, Ints kernelSize, Ints stride, Ints padding, Ints dilation, bool ceilMode,
+                             OutTensor out, OutTensor indices) {
+    const auto [values, where] = at::max_pool2d_with_indices(up(self), kernelSize, stride, padding, dilation, ceilMode);
+    put(out, values);
+    move(indices, where);
+})
+FUNCTION(MaxPool2dWithIndicesBackward,
+         (Tensor gradOutput, Tensor self, Tensor indices, Ints kernelSize, Ints stride, Ints padding, Ints dilation,
+          bool ceilMode),
+         at::max_pool2d_with_indices_backward(up(gradOutput), up(self), kernelSize, stride, padding, dilation, ceilMode,
+                                              indices.to(at::kLong)))
 
 #define PADDING(NAME, F)                                                                    \
     FUNCTION(NAME, (Tensor self, Ints padding), F(self, padding))                           \

@@ -76,7 +76,9 @@ ACLNN(SwiGlu, (Tensor x, int64_t dim, OutTensor out) {
 FUNCTION(Glu, (Tensor self, int64_t dim), at::glu(up(self), dim))
 FUNCTION(LeakyRelu, (Tensor self, Scalar slope), at::leaky_relu(self, slope))
 FUNCTION(Logit, (Tensor self, double eps), at::logit(up(self), eps < 0 ? std::nullopt : std::optional(eps)))
-BOTH(Hardsigmoid, (Tensor self), at::hardsigmoid(self))
+// Integers are computed as float32, and cut.
+ACLNN(Hardsigmoid, (Tensor self, OutTensor out) { put(out, at::hardsigmoid(self.is_floating_point() ? self : self.to(at::kFloat))); })
+ACLNN(InplaceHardsigmoid, (OutTensor self) { put(self, at::hardsigmoid(self)); })
 BOTH(Hardswish, (Tensor self), at::hardswish(self))
 BOTH(Hardtanh, (Tensor self, Scalar min, Scalar max), at::hardtanh(self, min, max))
 BOTH(Elu, (Tensor self, Scalar alpha, Scalar scale, Scalar inputScale), at::elu(self, alpha, scale, inputScale))

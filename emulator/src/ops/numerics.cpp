@@ -79,6 +79,12 @@ void move(const at::Tensor& out, const at::Tensor& value) {
     out.copy_(out.sizes() == value.sizes() ? value : value.reshape(out.sizes()));
 }
 
+at::Tensor pack_bits(const at::Tensor& bits) {
+    const int64_t missing = -bits.size(-1) & 7;
+    const at::Tensor whole = missing == 0 ? bits : at::constant_pad_nd(bits, {0, missing});
+    return (whole.to(at::kByte).unflatten(-1, {-1, 8}) * at::tensor({1, 2, 4, 8, 16, 32, 64, 128}, at::kByte)).sum(-1, false, at::kByte);
+}
+
 at::Tensor unpack_bits(const at::Tensor& bytes, at::IntArrayRef shape) {
     const at::Tensor bits = bytes.flatten().unsqueeze(-1).bitwise_right_shift(at::arange(8, at::kByte)).bitwise_and(1);
     return bits.flatten().narrow(0, 0, c10::multiply_integers(shape)).view(shape);

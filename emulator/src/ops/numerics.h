@@ -26,6 +26,8 @@ void put_of_kind(const at::Tensor& out, const at::Tensor& value);
 // Writes what an operator only moves: no arithmetic, so nothing saturates.
 void move(const at::Tensor& out, const at::Tensor& value);
 
+// Booleans along the last dimension, as bytes: the lowest bit first, and zeros to the end of the last byte.
+at::Tensor pack_bits(const at::Tensor& bits);
 // `shape` of 0 and 1 from packed bits, the lowest of a byte first; bits beyond the shape are padding.
 at::Tensor unpack_bits(const at::Tensor& bytes, at::IntArrayRef shape);
 

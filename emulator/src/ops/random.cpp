@@ -66,8 +66,7 @@ Tensor normal(at::IntArrayRef shape, uint64_t seed, uint64_t offset) {
 }
 
 Tensor dropout_mask(int64_t bytes, double keep, uint64_t seed, uint64_t offset) {
-    const Tensor kept = (uniform({bytes * 8}, seed, offset) < keep).view({-1, 8}).to(at::kInt);
-    return (kept * at::tensor({1, 2, 4, 8, 16, 32, 64, 128}, at::kInt)).sum(-1);
+    return pack_bits(uniform({bytes * 8}, seed, offset) < keep);
 }
 
 Tensor drop_out(const Tensor& x, const Tensor& mask, double keep) {

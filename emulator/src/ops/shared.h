@@ -78,6 +78,7 @@ GroupNormResult group_norm(const at::Tensor& x, const at::Tensor& gamma, const a
 // y and 1 / rms over the trailing dimensions that gamma has.
 std::pair<at::Tensor, at::Tensor> rms_norm(const at::Tensor& x, const at::Tensor& gamma, double epsilon);
 enum RotaryMode { kHalf = 0, kInterleave = 1 };
+at::Tensor fast_gelu_backward(const at::Tensor& grad, const at::Tensor& x);  // float32 in and out
 // A quarter turn of the pairs that a position embedding turns. It is its own inverse but for the sign, as is its
 // transpose.
 at::Tensor rotate(const at::Tensor& x, int64_t mode);
