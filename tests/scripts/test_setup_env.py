@@ -23,7 +23,7 @@ esac
 
 
 PROMPTS = "requirements-prompts.txt"
-EXTRAS = tuple(f"requirements-{name}.txt" for name in ("batch", "onnx", "serve", "dev"))
+EXTRAS = tuple(f"requirements-{name}.txt" for name in ("batch", "onnx", "serve", "training", "dev"))
 REQUIREMENTS = ("requirements.txt", PROMPTS, *EXTRAS)
 
 
