@@ -270,7 +270,9 @@ def test_the_memory_format_of_convolutions_is_kept() -> None:
 
 @torch.no_grad()
 def test_adapters_come_and_go_while_a_unet_is_streamed() -> None:
-    unet, inputs = tiny_unet().eval(), unet_inputs()
+    # Without gradients from the start, as an adapter leaves it: torch.matmul folds batches only where there are some,
+    # and the two ways round differently.
+    unet, inputs = tiny_unet().eval().requires_grad_(False), unet_inputs()
     plain = unet(*inputs).sample
     stream_module(unet, CPU, largest=1)
     torch.manual_seed(0)

@@ -237,8 +237,8 @@ def test_the_models_that_were_changed_are_restored_whatever_became_of_the_pipeli
 def test_weights_are_restored_beneath_adapters_and_beside_new_ones(
     tiny_sd: StableDiffusionPipeline, half: None
 ) -> None:
+    tiny_sd.unet.requires_grad_(False)  # as an adapter leaves it, and torch.matmul rounds accordingly
     expected = draw(tiny_sd)
-    weights = {name: weight.clone() for name, weight in tiny_sd.unet.state_dict().items()}
     enable(tiny_sd, "memory")
     tiny_sd.unet.fuse_qkv_projections()
     disable(tiny_sd)
@@ -249,10 +249,7 @@ def test_weights_are_restored_beneath_adapters_and_beside_new_ones(
     disable(tiny_sd)
     assert {parameter.dtype for parameter in tiny_sd.unet.parameters()} == {torch.float32}
     tiny_sd.unet.delete_adapters("late")
-    after = {name.replace(".base_layer", ""): weight for name, weight in tiny_sd.unet.state_dict().items()}
-    assert after.keys() == weights.keys() and all(torch.equal(after[name], weights[name]) for name in weights)
-    # Weights that lie elsewhere in memory may be multiplied in another order, on some CPUs.
-    torch.testing.assert_close(draw(tiny_sd), expected, rtol=0, atol=1e-5)
+    assert torch.equal(draw(tiny_sd), expected)
 
 
 def test_buffers_are_restored_after_the_model_moved(plain: Plain, half: None) -> None:
