@@ -142,16 +142,15 @@ class Denoiser:
             return self._call(sample, timestep, self._prompt, kwargs, self._feature)[0]
         if step not in self._shallow_steps:
             return self._noise.skip(self._times[step], self._latents(sample))
-        feature = self._deep.at(self._times[step])
-        if self._noise.guidance_scale is None:
-            prediction = self._call(sample, timestep, self._prompt, kwargs, feature)[0]
-        else:
-            rows = len(sample)
-            if self._conditional_prompt is None:
-                self._conditional_prompt = _conditional(self._prompt, rows)
-            prediction = self._call(
-                _conditional(sample, rows), timestep, self._conditional_prompt, _conditional(kwargs, rows), feature
-            )[0]
+        if self._conditional_prompt is None:
+            self._conditional_prompt = self._conditional(self._prompt, sample)
+        prediction = self._call(
+            self._conditional(sample, sample),
+            timestep,
+            self._conditional_prompt,
+            self._conditional(kwargs, sample),
+            self._deep.at(self._times[step]),
+        )[0]
         return self._noise.shallow(self._times[step], self._latents(sample), prediction)
 
     def step(self, step: int, prediction: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
@@ -224,7 +223,7 @@ class Denoiser:
         if self._noise is None or self._noise.guidance_scale != scale or sample.shape != self._shape:
             self._noise, self._deep = NoiseForecast(scale, self._solver.levels), Forecast()
         self._noise.full(self._times[step], self._latents(sample), prediction)
-        self._deep.push(self._times[step], feature if scale is None else _conditional(feature, len(sample)))
+        self._deep.push(self._times[step], self._conditional(feature, sample))
 
     def _forget(self) -> None:
         self._feature = self._condition = self._shape = None
@@ -233,6 +232,16 @@ class Denoiser:
 
     def _guidance_scale(self) -> float | None:
         return self._pipe.guidance_scale if self._pipe.do_classifier_free_guidance else None
+
+    def _conditional(self, value: Any, sample: torch.Tensor) -> Any:
+        """The rows of the conditional branch, which is the last one, of whatever has a row for each one of `sample`."""
+        branches = 2 if self._pipe.do_classifier_free_guidance else 1
+
+        def rows_of(leaf: Any) -> Any:
+            # Not only a tensor: several devices that share a batch have other things with rows.
+            return leaf.chunk(branches)[-1] if hasattr(leaf, "chunk") and len(leaf) == len(sample) else leaf
+
+        return pytree.tree_map(rows_of, value)
 
     def _latents(self, sample: torch.Tensor) -> torch.Tensor:
         """What is denoised of the UNet's sample; inpainting has a mask and a picture behind it."""
@@ -252,13 +261,3 @@ class Denoiser:
     def _project(self, prompt_embeds: torch.Tensor) -> None:
         self._prompt = project_prompt(self._pipe.unet, prompt_embeds, self._pipe.cross_attention_kwargs)
         self._conditional_prompt: dict[str, Any] | None = None
-
-
-def _conditional(value: Any, rows: int) -> Any:
-    """The rows of the conditional branch, the second half, of whatever has a row for each of `rows` samples."""
-
-    def half(leaf: Any) -> Any:
-        # Not only a tensor: several devices that share a batch have other things with rows.
-        return leaf.chunk(2)[1] if hasattr(leaf, "chunk") and len(leaf) == rows else leaf
-
-    return pytree.tree_map(half, value)

@@ -39,8 +39,8 @@ class Forecast:
         self._damping: torch.Tensor | None = None
 
     def push(self, time: float, value: torch.Tensor) -> None:
-        """Takes the `value` that the quantity has at `time`."""
-        if self._last is not None:
+        """Takes the `value` that the quantity has at `time`, or in the place of the last one if that was of this time."""
+        if self._last is not None and time != self._time:
             if self._change is not None:
                 self._damping = _fit(value - self._last, self._change) * (self._span / (time - self._time))
                 self._damping = self._damping.clamp(0, MOST_DAMPING)
