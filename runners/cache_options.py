@@ -1,4 +1,4 @@
-"""--DC, --cache_schedule, --forecast and --fast: which denoising steps run the whole UNet, which a part, which none."""
+"""--DC, --cache_schedule, --forecast and --fast: which steps run the whole UNet, which a part, which none."""
 
 import argparse
 from collections.abc import Mapping
@@ -74,9 +74,7 @@ def fast_options(name: str, guidance_scale: float) -> dict[str, Any]:
     return {"cache_schedule": "early", "cache_full_steps": full_steps, **forecast}
 
 
-def count_steps(
-    scheduler: SchedulerMixin, steps: int, options: Mapping[str, Any], skipped: int = 0
-) -> dict[str, int]:
+def count_steps(scheduler: SchedulerMixin, steps: int, options: Mapping[str, Any], skipped: int = 0) -> dict[str, int]:
     """How many steps run the UNet whole, in its outer layers and not at all, with `options` from `cache_options`.
 
     `skipped` are the first of the `steps`, which are not taken where a picture is changed.

@@ -1,4 +1,4 @@
-"""Schedules that scripts/schedules/find.py found for a model: which steps run the UNet whole, and which a part of it."""
+"""Schedules that scripts/schedules/find.py found for a model: which steps run the UNet whole, which a part of it."""
 
 from __future__ import annotations
 
@@ -51,7 +51,9 @@ def read_schedules(path: Path) -> list[Schedule]:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no file of schedules, as scripts/schedules/find.py writes them: {error}") from error
+        raise UserError(
+            f"{path} is no file of schedules, as scripts/schedules/find.py writes them: {error}"
+        ) from error
 
 
 def choose_schedule(

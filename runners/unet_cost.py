@@ -1,4 +1,4 @@
-"""What the denoising steps of a picture cost, counted from the model itself: calls of the UNet and their arithmetic."""
+"""What denoising a picture costs, counted from the model itself: calls of the UNet and their arithmetic."""
 
 from __future__ import annotations
 
@@ -64,5 +64,8 @@ def picture_cost(
         shallow = step_flops(config, shallow_rows, *size)[1]
     counted = steps or {"full_steps": calls, "shallow_steps": 0, "skipped_steps": 0}
     spent, plain = counted["full_steps"] * full + counted["shallow_steps"] * shallow, calls * full
-    samples = {"full_samples": counted["full_steps"] * rows, "shallow_samples": counted["shallow_steps"] * shallow_rows}
+    samples = {
+        "full_samples": counted["full_steps"] * rows,
+        "shallow_samples": counted["shallow_steps"] * shallow_rows,
+    }
     return {**counted, **samples, "gflops": spent / GIGA, "gflops_of_all_steps": plain / GIGA, "share": spent / plain}

@@ -23,8 +23,8 @@ from runners.devices import add_device_arguments
 from runners.model_dir import DEFAULTS, GUIDANCE_SCALE, guidance_scale_of
 from runners.schedule_file import FILE_NAME
 from runners.schedulers import SCHEDULERS
-from runners.stable_diffusion.fast import choose_cache
 from runners.stable_diffusion.adapters import Lora
+from runners.stable_diffusion.fast import choose_cache
 
 # In the folder of the runners:
 DEMO_MODEL = "demo_model"
@@ -179,7 +179,7 @@ def add_acceleration_arguments(parser: ArgumentParser) -> None:
         choices=BETWEEN,
         const=BETWEEN[0],
         metavar="BETWEEN",
-        help="of DeepCache: forecast what full steps would give; between them run shallow steps, some (mixed), or skip",
+        help="forecast what full steps would give; the others run shallow, some of them (mixed), or none (skip)",
     )
     add(
         "--fast",
@@ -223,7 +223,7 @@ def complete(args: argparse.Namespace) -> None:
     for name in ("graph_cache", "graph_cache_limit"):
         if getattr(args, name) is not None and not args.dynamo:
             raise UserError(f"--{name} has no effect without --dynamo, which makes graphs")
-    args.cache = choose_cache(args)
+    args.cache, args.fast_row = choose_cache(args)
 
 
 def choose_prompts(args: argparse.Namespace, folder: Path) -> list[str]:

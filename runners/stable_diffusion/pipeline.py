@@ -164,7 +164,7 @@ def accelerate(pipe: StableDiffusionPipeline, args: argparse.Namespace, report: 
         flags["FA"] |= {"kernel": select_kernel(call).name, "explain": explain(call).splitlines()}
     if args.cache:
         flags["DC"] = args.cache | args.cache_steps
-        flags["fast"] = args.fast
+        flags["fast"] = args.fast_row
     if args.dynamo:
         flags["dynamo"] = compile_pipeline(pipe, args.graph_cache, args.graph_cache_limit)
         for component, backend in flags["dynamo"].items():

@@ -54,7 +54,9 @@ def test_a_line_is_damped_by_how_far_it_was_off_row_by_row() -> None:
     forecast.push(2.0, torch.ones(4, 5))
     forecast.push(1.0, 1 + torch.tensor([1.0, 0.5, -1.0, 4.0])[:, None].expand(4, 5))
     moved = forecast.at(0.0) - torch.tensor([2.0, 1.5, 0.0, 5.0])[:, None]
-    torch.testing.assert_close(moved, (torch.tensor([1, 0.5, 0, 1.5]) * torch.tensor([1, 0.5, -1, 4]))[:, None].expand(4, 5))
+    torch.testing.assert_close(
+        moved, (torch.tensor([1, 0.5, 0, 1.5]) * torch.tensor([1, 0.5, -1, 4]))[:, None].expand(4, 5)
+    )
 
 
 def test_a_flat_quantity_stays_flat_and_float16_does_not_overflow() -> None:
@@ -159,7 +161,11 @@ def test_a_constant_unet_is_forecast_exactly(tiny_sd: StableDiffusionPipeline) -
     with torch.no_grad():
         tiny_sd.unet.conv_out.weight.zero_()
         tiny_sd.unet.conv_out.bias.copy_(torch.tensor([0.1, -0.2, 0.3, 0.05]))
-    for name, options in {"DDIMScheduler": {}, "EulerDiscreteScheduler": {}, "PNDMScheduler": {"skip_prk_steps": True}}.items():
+    for name, options in {
+        "DDIMScheduler": {},
+        "EulerDiscreteScheduler": {},
+        "PNDMScheduler": {"skip_prk_steps": True},
+    }.items():
         ddim(tiny_sd, name, clip_sample=False, **options)
         plain = draw(tiny_sd)
         for between in ("shallow", "mixed", "skip"):
@@ -236,6 +242,7 @@ def test_arguments_that_do_not_fit(tiny_sd: StableDiffusionPipeline, arguments: 
     ("name", "options", "message"),
     [
         ("EulerAncestralDiscreteScheduler", {}, "not with EulerAncestral"),
+        ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, "solver without noise"),
         ("DDPMScheduler", {}, "not with DDPMScheduler"),
         ("DDIMScheduler", {"prediction_type": "sample"}, "not 'sample'"),
         ("PNDMScheduler", {"skip_prk_steps": False}, "skip_prk_steps=True"),
