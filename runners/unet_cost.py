@@ -9,29 +9,39 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 
+from processors import enable_token_merging
+
 PROMPT_TOKENS = 77
 GIGA = 1e9
 
 
 def step_flops(
-    config: Mapping[str, Any], rows: int, height: int, width: int, branch: tuple[int, int] = (0, 0)
+    config: Mapping[str, Any],
+    rows: int,
+    height: int,
+    width: int,
+    branch: tuple[int, int] = (0, 0),
+    merging: Mapping[str, Any] | None = None,
 ) -> tuple[int, int]:
     """Floating-point operations of a full and of a shallow call, a multiplication and an addition counting as two.
 
-    Of the unaccelerated model: token merging and weights of fewer bits are not in it. Nothing is computed, as tensors
-    of torch's device "meta" have shapes only.
+    Of matrix products, convolutions and attention. Nothing is computed, as tensors of torch's device "meta" have shapes
+    only.
 
     Args:
         config: of the UNet.
         rows: of the batch, both branches of guidance counted.
         height, width: of the latents.
         branch: where DeepCache cuts.
+        merging: what `enable_token_merging` gets, None for no merging.
     """
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(dict(config)).eval()
         sample = torch.empty(rows, unet.config.in_channels, height, width)
         prompt = torch.empty(rows, PROMPT_TOKENS, unet.config.cross_attention_dim)
         timestep = torch.empty((), dtype=torch.int64)
+    if merging:
+        enable_token_merging(unet, **merging)
     counts = []
     feature = None
     for _ in range(2):
@@ -49,6 +59,7 @@ def picture_cost(
     rows: int,
     shallow_rows: int,
     size: tuple[int, int],
+    merging: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What one call of a pipeline costs in its UNet, with a cache and without, for the report.
 
@@ -58,12 +69,14 @@ def picture_cost(
         calls: of the UNet without a cache.
         rows, shallow_rows: of the batch in full and in shallow steps, both branches of guidance counted.
         size: height and width of the latents.
+        merging: see `step_flops`.
     """
-    full, shallow = step_flops(config, rows, *size)
+    plain = calls * step_flops(config, rows, *size)[0]
+    full, shallow = step_flops(config, rows, *size, merging=merging)
     if shallow_rows != rows:
-        shallow = step_flops(config, shallow_rows, *size)[1]
+        shallow = step_flops(config, shallow_rows, *size, merging=merging)[1]
     counted = steps or {"full_steps": calls, "shallow_steps": 0, "skipped_steps": 0}
-    spent, plain = counted["full_steps"] * full + counted["shallow_steps"] * shallow, calls * full
+    spent = counted["full_steps"] * full + counted["shallow_steps"] * shallow
     samples = {
         "full_samples": counted["full_steps"] * rows,
         "shallow_samples": counted["shallow_steps"] * shallow_rows,

@@ -182,7 +182,9 @@ def cost_of_unet(args: argparse.Namespace, pipe: StableDiffusionPipeline) -> dic
     forecast = args.cache.get("cache_forecast", False)
     steps = args.cache_steps if args.cache else {}
     rows = args.num_images * (2 if args.guidance_scale > 1 else 1)
-    return picture_cost(pipe.unet.config, steps, calls, rows, args.num_images if forecast else rows, size)
+    shallow_rows = args.num_images if forecast else rows
+    merging = {"ratio": args.TOME} if args.TOME else None
+    return picture_cost(pipe.unet.config, steps, calls, rows, shallow_rows, size, merging)
 
 
 @contextmanager

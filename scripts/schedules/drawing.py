@@ -83,5 +83,10 @@ def draw(pipe: StableDiffusionPipeline, drawing: Drawing, method: Method, name: 
 
 def distance(pictures: np.ndarray, reference: np.ndarray) -> Distance:
     errors = np.square(pictures.astype(np.float64) - reference).mean((1, 2, 3))
-    psnr = np.sort(10 * np.log10(PEAK**2 / np.maximum(errors, PEAK**2 * 10 ** (-IDENTICAL / 10))))
-    return Distance(float(psnr.mean()), float(psnr[: max(1, round(WORST * len(psnr)))].mean()))
+    psnr = 10 * np.log10(PEAK**2 / np.maximum(errors, PEAK**2 * 10 ** (-IDENTICAL / 10)))
+    return Distance(float(psnr.mean()), worst_tenth(psnr))
+
+
+def worst_tenth(values: np.ndarray) -> float:
+    """The mean of the least tenth, of one at least."""
+    return float(np.sort(values)[: max(1, round(WORST * len(values)))].mean())
