@@ -25,7 +25,7 @@ def step_flops(
 ) -> tuple[int, int]:
     """Floating-point operations of a full and of a shallow call, a multiplication and an addition counting as two.
 
-    Of matrix products, convolutions and attention. Nothing is computed, as tensors of torch's device "meta" have shapes
+    Of matrix products, convolutions and attention. Nothing is computed: tensors of torch's device "meta" have shapes
     only.
 
     Args:

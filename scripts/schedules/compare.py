@@ -4,10 +4,10 @@
     python scripts/schedules/compare.py --num_prompts 200 --scheduler ddim   what the README has
     python scripts/schedules/compare.py --model_path DIR --prompts FILE      another model
 
-Every way draws the same pictures. PSNR and SSIM are to the picture of all steps, in the mean and in the worst tenth; of
-the demo model's scenes it is also seen by image analysis whether the right shapes are there. The cost is the share of
-the arithmetic of all steps in the UNet of Stable Diffusion 2.1, 512 x 512, whatever model draws: scripts/benchmarks/
-benchmark.py --model sd2.1-base measures times. Writes compare.json and compare.png to --output_dir.
+Every way draws the same pictures. PSNR and SSIM are to the picture of all steps, in the mean and in the worst tenth;
+of the demo model's scenes it is also seen by image analysis whether the right shapes are there. The cost is the share
+of the arithmetic of all steps in the UNet of Stable Diffusion 2.1, 512 x 512, whatever model draws; times are measured
+by scripts/benchmarks/benchmark.py --model sd2.1-base. Writes compare.json and compare.png to --output_dir.
 """
 
 from __future__ import annotations
