@@ -51,7 +51,7 @@ INTERVALS = (2, 3, 4, 5, 8)
 FEWER_STEPS = (8, 10, 12, 15, 20, 25, 30, 40)
 SOLVERS = ("ddim", "dpm++", "unipc")
 MERGING = {"ratio": RATIO, "max_downsample": 1}  # the blocks that tomesd chooses
-LATENTS = SD21_BASE_UNET["sample_size"]
+LATENTS = 64  # of each side, for 512 x 512 pixels
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
