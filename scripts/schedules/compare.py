@@ -186,8 +186,9 @@ def run(args: argparse.Namespace) -> None:
             print(
                 format_table(columns, [(name, list(row.values()), ".3f") for name, row in found.items()]), flush=True
             )
+    places = {name: str(value) for name, value in vars(args).items() if isinstance(value, Path)}
     report.sections = {
-        "settings": {**vars(args), "device": str(manager.device), "dtype": str(dtype)},
+        "settings": {**vars(args), **places, "device": str(manager.device), "dtype": str(dtype)},
         "results": results,
     }
     report.write(output_dir / "compare.json")
