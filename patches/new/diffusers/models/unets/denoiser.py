@@ -118,7 +118,9 @@ class Denoiser:
 
     def calls_unet(self, step: int, sample: torch.Tensor, condition: Any = None) -> bool:
         """Whether `predict` with the same arguments runs the UNet, and so has a use for what a ControlNet gives."""
-        return step in self._shallow_steps or self._is_full(step, sample, condition)
+        if self._solver is not None and step in self._solver.repeated:
+            return False
+        return step in self._full_steps or step in self._shallow_steps or self._is_stale(sample, condition)
 
     def predict(
         self, step: int, sample: torch.Tensor, timestep: torch.Tensor, condition: Any = None, **kwargs: Any
@@ -130,28 +132,26 @@ class Denoiser:
         ControlNet, is the `condition`: features of another one are not reused.
         """
         if self._branch is None:
-            return self._call(sample, timestep, self._prompt, kwargs)[0]
+            return self._call(sample, timestep, **self._prompt, **kwargs)[0]
         if self._solver is not None and step in self._solver.repeated:
             return self._latents(sample)  # of which no use is made
-        if self._is_full(step, sample, condition):
-            prediction, feature = self._call(sample, timestep, self._prompt, kwargs, None)
+        if self._is_stale(sample, condition):
+            self._forget()
+        if self._shape is None or step in self._full_steps:
+            prediction, feature = self._call(
+                sample, timestep, **self._prompt, **kwargs, cache_branch=self._branch, cached_feature=None
+            )
             self._keep(step, sample, prediction, feature)
             self._condition, self._shape = condition, sample.shape
             return prediction
         if self._solver is None:
-            return self._call(sample, timestep, self._prompt, kwargs, self._feature)[0]
-        if step not in self._shallow_steps:
-            return self._noise.skip(self._times[step], self._latents(sample))
-        if self._conditional_prompt is None:
-            self._conditional_prompt = self._conditional(self._prompt, sample)
-        prediction = self._call(
-            self._conditional(sample, sample),
-            timestep,
-            self._conditional_prompt,
-            self._conditional(kwargs, sample),
-            self._deep.at(self._times[step]),
-        )[0]
-        return self._noise.shallow(self._times[step], self._latents(sample), prediction)
+            return self._call(
+                sample, timestep, **self._prompt, **kwargs, cache_branch=self._branch, cached_feature=self._feature
+            )[0]
+        if step in self._shallow_steps:
+            prediction = self._shallow(step, sample, timestep, kwargs)
+            return self._noise.shallow(self._times[step], self._latents(sample), prediction)
+        return self._noise.skip(self._times[step], self._latents(sample))
 
     def step(self, step: int, prediction: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         """The latents after `step`, by the scheduler, for the guided prediction."""
@@ -186,42 +186,40 @@ class Denoiser:
             self._project(prompt_embeds)
             self._forget()
 
-    def _is_full(self, step: int, sample: torch.Tensor, condition: Any) -> bool:
-        if self._branch is None or step in self._full_steps:
+    def _is_stale(self, sample: torch.Tensor, condition: Any) -> bool:
+        """A callback may have changed the batch, by ending classifier free guidance for example, or the size."""
+        if self._shape is None or sample.shape != self._shape or condition != self._condition:
             return True
-        if self._solver is not None and step in self._solver.repeated:
-            return False
-        # A callback may have changed the batch, by ending classifier free guidance for example, or the size.
-        is_stale = self._shape is None or sample.shape != self._shape or condition != self._condition
-        return is_stale or (self._noise is not None and self._noise.guidance_scale != self._guidance_scale())
+        return self._noise is not None and self._noise.guidance_scale != self._guidance_scale()
 
-    def _call(
-        self,
-        sample: torch.Tensor,
-        timestep: torch.Tensor,
-        prompt: dict[str, Any],
-        kwargs: dict[str, Any],
-        *cached_feature: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, ...]:
-        cache_kwargs = {"cache_branch": self._branch, "cached_feature": cached_feature[0]} if cached_feature else {}
+    def _call(self, sample: torch.Tensor, timestep: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, ...]:
+        cross_attention_kwargs = self._pipe.cross_attention_kwargs
         return self._pipe.unet(
-            sample,
-            timestep,
-            cross_attention_kwargs=self._pipe.cross_attention_kwargs,
-            return_dict=False,
-            **prompt,
-            **cache_kwargs,
-            **kwargs,
+            sample, timestep, cross_attention_kwargs=cross_attention_kwargs, return_dict=False, **kwargs
         )
+
+    def _shallow(
+        self, step: int, sample: torch.Tensor, timestep: torch.Tensor, kwargs: dict[str, Any]
+    ) -> torch.Tensor:
+        """The prediction of the conditional branch, by the outer layers on a forecast of the deep features."""
+        if self._conditional_prompt is None:
+            self._conditional_prompt = self._conditional(self._prompt, sample)
+        return self._call(
+            self._conditional(sample, sample),
+            timestep,
+            **self._conditional_prompt,
+            **self._conditional(kwargs, sample),
+            cache_branch=self._branch,
+            cached_feature=self._deep.at(self._times[step]),
+        )[0]
 
     def _keep(self, step: int, sample: torch.Tensor, prediction: torch.Tensor, feature: torch.Tensor) -> None:
         """What later steps reuse of a full one."""
         if self._solver is None:
             self._feature = feature
             return
-        scale = self._guidance_scale()
-        if self._noise is None or self._noise.guidance_scale != scale or sample.shape != self._shape:
-            self._noise, self._deep = NoiseForecast(scale, self._solver.levels), Forecast()
+        if self._noise is None:
+            self._noise, self._deep = NoiseForecast(self._guidance_scale(), self._solver.levels), Forecast()
         self._noise.full(self._times[step], self._latents(sample), prediction)
         self._deep.push(self._times[step], self._conditional(feature, sample))
 
@@ -239,7 +237,8 @@ class Denoiser:
 
         def rows_of(leaf: Any) -> Any:
             # Not only a tensor: several devices that share a batch have other things with rows.
-            return leaf.chunk(branches)[-1] if hasattr(leaf, "chunk") and len(leaf) == len(sample) else leaf
+            has_rows = hasattr(leaf, "chunk") and getattr(leaf, "ndim", 1) > 0 and len(leaf) == len(sample)
+            return leaf.chunk(branches)[-1] if has_rows else leaf
 
         return pytree.tree_map(rows_of, value)
 
