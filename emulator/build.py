@@ -57,6 +57,8 @@ FLAGS = (
 PROTOBUF = "protobuf==7.36.2"  # of torchair
 ONNXRUNTIME_CANN = ("onnxruntime-cann==1.24.4", "numpy==1.26.4")
 PRECOMPILED = "ATen/ATen.h"  # takes longer to read than any kernel to compile
+# GCC takes a precompiled header before all others only, and never from within another header.
+INCLUDE_PRECOMPILED = ("-include", PRECOMPILED, "-Werror=invalid-pch")
 TORCH_LIBRARIES = ("torch_cpu", "c10")
 INCLUDED = re.compile(r'^#include "(.+)"', re.MULTILINE)
 KEPT_SECONDS = 14 * 24 * 3600  # an object that no build has used for so long
@@ -208,15 +210,25 @@ def _compile_all(site: Path, jobs: int) -> list[Path]:
 
     def compile_one(source: Path) -> Path:
         digest = toolchain.copy()
-        for path in sorted(_includes(source)):
-            digest.update(path.relative_to(SOURCES).as_posix().encode() + path.read_bytes())
+        contents = {path: path.read_bytes() for path in sorted(_includes(source))}
+        for path, content in contents.items():
+            digest.update(path.relative_to(SOURCES).as_posix().encode() + content)
+        is_with_torch = any(b"#include <ATen/" in content for content in contents.values())
         target = objects / f"{source.parent.name}.{source.stem}-{digest.hexdigest()[:16]}.o"
         if target.exists():
             target.touch()
         else:
             with tempfile.TemporaryDirectory(dir=objects) as scratch:
                 compiled = Path(scratch) / target.name
-                _run(_compiler(), *options, "-c", source, "-o", compiled)
+                _run(
+                    _compiler(),
+                    *options,
+                    *(INCLUDE_PRECOMPILED if is_with_torch else ()),
+                    "-c",
+                    source,
+                    "-o",
+                    compiled,
+                )
                 compiled.replace(target)
         progress.update()
         return target

@@ -24,7 +24,7 @@ from runners.files import write_atomically
 from runners.training.pictures import Picture
 
 BUCKET_STEP = 64  # pixels: a UNet of four levels halves latents, of an eighth of the pixels, three times
-FORMAT = 2  # of the files; another one is another name
+FORMAT = 3  # of the files; another one is another name
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class InputCache:
         """Write the picture's latents unless they are there.
 
         `mean` and `std` of the VAE's distribution, times its scaling factor, float32 [channels, height / 8,
-        width / 8], and the same of the mirrored picture.
+        width / 8], and the same of the mirrored picture; `enlarged`, whether the picture has fewer pixels, bool.
 
         Raises:
             UserError: the picture cannot be read.
@@ -89,7 +89,8 @@ class InputCache:
         tensors = self._latents(fitted, "")
         if self.flips:
             tensors |= self._latents(ImageOps.mirror(fitted), "_flipped")
-        write(path, tensors)
+        enlarged = torch.tensor(image.height < height or image.width < width)
+        write(path, tensors | {"enlarged": enlarged})
 
     @torch.no_grad()
     def _latents(self, image: Image.Image, suffix: str) -> dict[str, Tensor]:

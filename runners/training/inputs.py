@@ -21,12 +21,16 @@ from runners.training.settings import Settings
 
 
 class Example(NamedTuple):
-    """Where it is; `shape` is of the latents, `cut` how many tokens of the caption are beyond the text encoder's."""
+    """Where it is; `shape` is of the latents, `cut` how many tokens of the caption are beyond the text encoder's.
+
+    `enlarged` is whether the picture has fewer pixels than it is trained with.
+    """
 
     latents: Path
     text: Path
     shape: tuple[int, ...]
     cut: int
+    enlarged: bool
 
 
 class Batch(NamedTuple):
@@ -103,7 +107,8 @@ def prepare_inputs(cache: InputCache, settings: Settings, accelerator: Accelerat
         stored = {} if name in skipped.reasons else read(latents)
         if stored:
             text = cache.text_path(caption)
-            examples.append(Example(latents, text, tuple(stored["mean"].shape), int(required(text)["cut"])))
+            shape, enlarged = tuple(stored["mean"].shape), bool(stored["enlarged"])
+            examples.append(Example(latents, text, shape, int(required(text)["cut"]), enlarged))
     if not examples:
         name, reason = next(iter(skipped.reasons.items()))
         raise UserError(

@@ -34,7 +34,7 @@ from runners.report import Report
 from runners.training.arguments import parse_arguments
 from runners.training.cache import InputCache, Sizes
 from runners.training.checkpoints import Checkpoint, Checkpoints, one_training_in
-from runners.training.inputs import prepare_inputs
+from runners.training.inputs import Inputs, prepare_inputs
 from runners.training.loop import Trainer
 from runners.training.network import LORA_FILE, averaged, load_unet, make_trainable, save_adapter
 from runners.training.pictures import Skipped
@@ -132,9 +132,11 @@ def train_rank(settings: Settings, model: Model, accelerator: Accelerator, dtype
     inputs = prepare_inputs(cache, settings, accelerator, skipped)
     if accelerator.is_main_process:
         tell_skipped(skipped, settings, report)
-        cut = [example.cut for example in inputs.examples if example.cut]
-        if cut:
-            report.warn(f"{len(cut)} captions are cut, by up to {max(cut)} tokens: the text encoder reads no more")
+        tell_of_inputs(inputs, report)
+        if settings.full and accelerator.num_processes > 1 and accelerator.device.type == "cpu":
+            report.warn(
+                "--full on CPUs: every rank holds all weights, as accelerate shares them out on NPUs and GPUs only"
+            )
 
     unet = load_unet(model, settings.model_path, torch.float32 if settings.full else dtype)
     make_trainable(unet, settings)
@@ -164,6 +166,19 @@ def train_rank(settings: Settings, model: Model, accelerator: Accelerator, dtype
         }
         report.write(settings.output_dir / "report.json")
         print(f"{PIPELINE if settings.full else LORA_FILE} and report.json are in {settings.output_dir}")
+
+
+def tell_of_inputs(inputs: Inputs, report: Report) -> None:
+    """What of the examples is trained otherwise than it is given."""
+    cut = [example.cut for example in inputs.examples if example.cut]
+    if cut:
+        report.warn(f"{len(cut)} captions are cut, by up to {max(cut)} tokens: the text encoder reads no more")
+    enlarged = sum(example.enlarged for example in inputs.examples)
+    if enlarged:
+        report.warn(
+            f"{enlarged} of {len(inputs.examples)} pictures are smaller than they are trained, and are enlarged: a "
+            "lower --resolution would not blur them"
+        )
 
 
 def size_of(model: Model) -> int:

@@ -164,7 +164,6 @@ NOT_APPLICABLE: tuple[tuple[str, str, str], ...] = (
     ("Ascend310P*", "*TestFusedOptim::*", NO_GRADIENT),
     ("Ascend310P*", "*::test_matmul*bf16*", NO_BFLOAT16),
     ("Ascend310P*", "*TestCombineTensors::*_bfloat16", NO_BFLOAT16),
-    ("Ascend310P*", "*TestFusedOptim::*", "310P has no backward pass of batch normalisation"),
     ("Ascend310P*", "*TestChunkCat::test_chunk_cat_npu_supported_dtypes", NO_BFLOAT16),
     ("Ascend310P*", "*TestAmpForeachNonFiniteCheckAndUnscale::test_grad_scaling_unscale_float32", FLOAT32_FLAG),
     (

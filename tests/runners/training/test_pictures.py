@@ -105,6 +105,16 @@ def test_what_is_cached_is_named_by_what_it_depends_on(tmp_path: Path, small_sd_
     assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 2 * len(files)
 
 
+def test_pictures_that_are_enlarged_are_said(
+    tmp_path: Path, small_sd_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_pictures(tmp_path / "data", 2)
+    Image.new("RGB", (48, 512)).save(data / "1.png")
+    for _ in range(2):  # also where they are found on disk
+        train(data, small_sd_dir, tmp_path / "made", "--resume", "--resolution", "64", steps=1)
+        assert "1 of 2 pictures are smaller than they are trained" in capsys.readouterr().err
+
+
 def test_captions_that_are_cut_are_said(
     tmp_path: Path, small_sd_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
