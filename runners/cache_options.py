@@ -1,6 +1,7 @@
-"""--DC and --cache_schedule: which denoising steps run the whole UNet and which reuse deep features (DeepCache)."""
+"""--DC, --cache_schedule, --forecast and --fast: which steps run the whole UNet, which a part, which none."""
 
 import argparse
+from collections.abc import Mapping
 from typing import Any
 
 from diffusers import SchedulerMixin
@@ -8,6 +9,11 @@ from diffusers import SchedulerMixin
 from runners.cli import UserError, positive_int
 
 DEFAULT_INTERVAL = 3
+BETWEEN = ("shallow", "mixed", "skip")
+# Of --fast: how many steps are full ones, up to this guidance and beyond it. The stronger the guidance is, the less of
+# the early steps can be forecast. examples/sd2.1/README.md has what each row costs and what it changes.
+MODERATE_GUIDANCE = 4.0
+FAST = {"quality": (14, 18), "balanced": (10, 14), "turbo": (8, 10)}
 
 
 def cache_interval(text: str) -> int:
@@ -18,11 +24,13 @@ def cache_interval(text: str) -> int:
 
 
 def cache_schedule(text: str) -> dict[str, Any]:
-    """The pipeline's arguments for `uniform`, `quadratic`, `quadratic:15`, `quadratic:15,1.4` or `0,4,8`."""
+    """The pipeline's arguments for `uniform`, `quadratic[:15[,1.4]]`, `early[:12]` or `0,4,8`."""
     name, _, details = text.partition(":")
     try:
         if name == "uniform" and not details:
             return {"cache_schedule": name}
+        if name == "early":
+            return {"cache_schedule": name} | ({"cache_full_steps": int(details)} if details else {})
         if name == "quadratic":
             options: dict[str, Any] = {"cache_schedule": name}
             if details:
@@ -33,46 +41,67 @@ def cache_schedule(text: str) -> dict[str, Any]:
             return options
         return {"cache_schedule": [int(step) for step in text.split(",")]}
     except ValueError:
-        message = f"must be uniform, quadratic[:CENTRE[,POWER]] or step numbers 0,4,8, not '{text}'"
+        message = f"must be uniform, quadratic[:CENTRE[,POWER]], early[:STEPS] or step numbers 0,4,8, not '{text}'"
         raise argparse.ArgumentTypeError(message) from None
 
 
-def cache_options(interval: int | None, schedule: dict[str, Any] | None) -> dict[str, Any]:
-    """The pipeline's arguments for --DC and --cache_schedule together; empty without them.
+def cache_options(interval: int | None, schedule: dict[str, Any] | None, between: str | None = None) -> dict[str, Any]:
+    """The pipeline's arguments for --DC, --cache_schedule and --forecast together; empty without them.
 
-    `interval` is None without --DC and 0 for --DC without a number.
+    `interval` is None without --DC and 0 for --DC without a number; `between` is None without --forecast.
     """
     schedule = schedule or {}
-    if isinstance(schedule.get("cache_schedule"), list):
+    forecast = {} if between is None else {"cache_forecast": True, "cache_between": between}
+    name = schedule.get("cache_schedule")
+    if isinstance(name, list) or name == "early":
         if interval:
-            raise UserError(f"--DC {interval} has no meaning beside a --cache_schedule that lists the full steps")
-        return schedule
+            what = "lists" if isinstance(name, list) else "counts"
+            raise UserError(f"--DC {interval} has no meaning beside a --cache_schedule that {what} the full steps")
+        return schedule | forecast
     if interval is None:
         if schedule:
-            raise UserError(f"--cache_schedule {schedule['cache_schedule']} needs --DC")
+            raise UserError(f"--cache_schedule {name} needs --DC")
+        if forecast:
+            raise UserError("--forecast needs --DC, or a --cache_schedule that says which steps are full ones")
         return {}
-    return {"cache_interval": interval or DEFAULT_INTERVAL, **schedule}
+    return {"cache_interval": interval or DEFAULT_INTERVAL, **schedule, **forecast}
 
 
-def count_full_steps(
-    scheduler: SchedulerMixin, steps: int, options: dict[str, Any], skipped: int = 0
-) -> dict[str, int]:
-    """How many calls of the UNet run it whole and how many not, with `options` from `cache_options`.
+def fast_options(name: str, guidance_scale: float) -> dict[str, Any]:
+    """The pipeline's arguments for the row `name` of FAST."""
+    full_steps = FAST[name][guidance_scale > MODERATE_GUIDANCE]
+    forecast = {"cache_forecast": True, "cache_between": "mixed"}
+    return {"cache_schedule": "early", "cache_full_steps": full_steps, **forecast}
+
+
+def count_steps(scheduler: SchedulerMixin, steps: int, options: Mapping[str, Any], skipped: int = 0) -> dict[str, int]:
+    """How many steps run the UNet whole, in its outer layers and not at all, with `options` from `cache_options`.
 
     `skipped` are the first of the `steps`, which are not taken where a picture is changed.
 
     Raises:
-        UserError: the schedule does not fit `steps` or saves nothing.
+        UserError: the schedule does not fit `steps` or `scheduler`, or saves nothing.
     """
-    from diffusers.models.unets.deep_cache import get_full_steps  # which the patches add
+    # Of the fork, whose absence is said later
+    from diffusers.models.unets.deep_cache import get_full_steps, plan_between
+    from diffusers.models.unets.forecast_solver import ForecastSolver
 
     scheduler.set_timesteps(steps)
     # Some schedulers call once more than there are steps, or twice as often.
-    calls = len(scheduler.timesteps) - skipped * scheduler.order
+    times = scheduler.timesteps[skipped * scheduler.order :].tolist()
+    schedule = dict(options)
+    between = schedule.pop("cache_between", "shallow")
     try:
-        full_steps = len(get_full_steps(calls, **options))
+        calls = len(ForecastSolver(scheduler, times, {}).calls if schedule.pop("cache_forecast", False) else times)
+        full_steps = get_full_steps(calls, **schedule)
+        shallow_steps = plan_between(calls, full_steps, between)
     except ValueError as error:
-        raise UserError(f"--cache_schedule: {error}") from error
-    if full_steps == calls:
-        raise UserError(f"DeepCache has no effect: all {calls} steps are full ones with {options}")
-    return {"full_steps": full_steps, "shallow_steps": calls - full_steps}
+        raise UserError(f"{_flag_of(options)}: {error}") from error
+    if len(full_steps) == calls:
+        raise UserError(f"DeepCache has no effect: all {calls} steps are full ones with {dict(options)}")
+    skipped_steps = calls - len(full_steps) - len(shallow_steps)
+    return {"full_steps": len(full_steps), "shallow_steps": len(shallow_steps), "skipped_steps": skipped_steps}
+
+
+def _flag_of(options: Mapping[str, Any]) -> str:
+    return "--forecast, --fast or --cache_schedule" if options.get("cache_forecast") else "--cache_schedule"

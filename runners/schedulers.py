@@ -27,7 +27,10 @@ SCHEDULERS = {
 
 def make_scheduler(name: str, like: SchedulerMixin) -> SchedulerMixin:
     """The scheduler called `name`, a key of SCHEDULERS, with the betas, prediction type and step offset of `like`."""
-    return getattr(diffusers, SCHEDULERS[name]).from_config(like.config)
+    kind = getattr(diffusers, SCHEDULERS[name])
+    clips = "clip_sample" in inspect.signature(kind).parameters and "clip_sample" not in like.config
+    # Its default is to clip the predicted sample to the range of pixels, beyond which latents go.
+    return kind.from_config(like.config, **({"clip_sample": False} if clips else {}))
 
 
 def check_steps(scheduler: SchedulerMixin, steps: int) -> None:

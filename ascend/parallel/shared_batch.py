@@ -85,7 +85,8 @@ class SharedBatch:
     Args:
         module: its forward returns a tensor, or a tuple or an output class of one and of tensors that stay with their
             rank.
-        must_split: raise ParallelError for fewer rows than ranks; otherwise each rank computes all of them.
+        must_split: raise ParallelError for fewer rows than ranks; otherwise each rank computes all of them, as of a
+            shallow step of one branch, which is a small part of a full one.
 
     A module that takes a prompt begins a picture when that is another object than before, and the ranks then compare
     what they were given.
@@ -99,7 +100,8 @@ class SharedBatch:
         self.is_local = any(kind.__name__ in LOCAL_RESULTS for kind in type(module).__mro__)
         self.mesh = mesh
         self.must_split = must_split
-        self.constant: dict[str, tuple[Any, Any]] = {}  # what is the same in all steps, and this rank's rows of it
+        # What is the same in all steps that have as many rows, and this rank's rows of it.
+        self.constant: dict[tuple[str, int], tuple[Any, Any]] = {}
 
     def restore(self, module: nn.Module) -> None:
         """Give `module` the forward that it had."""
@@ -114,26 +116,30 @@ class SharedBatch:
         if not is_whole and not {PROMPT, *HIDREAM_PROMPTS}.isdisjoint(self.signature.parameters):
             self._require_agreement(batch, arguments)
         rows, ranks = len(batch), self.mesh.branch_size
-        if rows < ranks and self.must_split:
+        is_small = arguments.get("cached_feature") is not None
+        if rows < ranks and self.must_split and not is_small:
             raise ParallelError(f"{ranks} devices cannot share a batch of {rows}: there is no guidance to split")
         if rows < ranks or is_whole:
+            whole = {(name, rows): (arguments[name],) * 2 for name in CONSTANT_ARGUMENTS if name in arguments}
+            self.constant.update(whole)
             return self.forward(**arguments)
         results = self.forward(**{name: self._share(name, value, rows) for name, value in arguments.items()})
         if self.is_local:
-            return pytree.tree_map(lambda mine: LocalRows(mine, rows), results)
+            return pytree.tree_map(lambda mine: LocalRows(mine, rows, self._gather), results)
         if isinstance(results, torch.Tensor):
             return self._gather(results, rows)
         first, *others = results.values() if isinstance(results, dict) else results
-        gathered = self._gather(first, rows), *(LocalRows(other, rows) for other in others)
+        gathered = self._gather(first, rows), *(LocalRows(other, rows, self._gather) for other in others)
         # An output class of diffusers leaves out what is None.
         return type(results)(**dict(zip(results, gathered, strict=True))) if isinstance(results, dict) else gathered
 
     def _require_agreement(self, batch: torch.Tensor, arguments: dict[str, Any]) -> None:
         given = [arguments.get(name) for name in CONSTANT_ARGUMENTS]
-        known = [self.constant.get(name, (None, None))[0] for name in CONSTANT_ARGUMENTS]
+        known = [self.constant.get((name, len(batch)), (None, None))[0] for name in CONSTANT_ARGUMENTS]
         if all(value is before for value, before in zip(given, known, strict=True)):
             return
-        self.constant.clear()
+        for name in CONSTANT_ARGUMENTS:
+            self.constant.pop((name, len(batch)), None)
         *prompts, condition = given
         timestep = arguments["timestep" if "timestep" in arguments else "timesteps"]
         mine = fingerprint(batch, timestep, prompts, condition)
@@ -151,14 +157,14 @@ class SharedBatch:
 
     def _share(self, name: str, value: Any, rows: int) -> Any:
         """This rank's rows of an argument."""
-        known = self.constant.get(name)
+        known = self.constant.get((name, rows))
         if known is not None and value is known[0]:
             return known[1]
         if name == "cross_attention_kwargs" and value:
             return {key: self._share(f"{name}[{key}]", item, rows) for key, item in value.items()}
         share = pytree.tree_map(functools.partial(self._rows_of_tensor, name, rows), value)
         if name in CONSTANT_ARGUMENTS:
-            self.constant[name] = value, share
+            self.constant[name, rows] = value, share
         return share
 
     def _rows_of_tensor(self, name: str, rows: int, value: Any) -> Any:
@@ -195,9 +201,14 @@ class LocalRows:
 
     tensor: torch.Tensor
     rows: int
+    gather: Callable[[torch.Tensor, int], torch.Tensor]  # of all ranks
 
     def __len__(self) -> int:
         return self.rows
+
+    def chunk(self, chunks: int) -> tuple[torch.Tensor, ...]:
+        """As torch.Tensor.chunk, of the rows of all ranks, which must all call this."""
+        return self.gather(self.tensor, self.rows).chunk(chunks)
 
 
 def rows_of(rows: int, rank: int, ranks: int) -> tuple[int, int]:

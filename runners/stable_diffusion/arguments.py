@@ -7,7 +7,7 @@ from pathlib import Path
 from ascend.sizes import byte_size
 from processors.kernels.select import check_kernels, kernel_names
 from processors.merging.processor import check_ratio
-from runners.cache_options import DEFAULT_INTERVAL, cache_interval, cache_options, cache_schedule
+from runners.cache_options import BETWEEN, DEFAULT_INTERVAL, FAST, cache_interval, cache_schedule
 from runners.cli import (
     ArgumentParser,
     UserError,
@@ -21,8 +21,10 @@ from runners.cli import (
 )
 from runners.devices import add_device_arguments
 from runners.model_dir import DEFAULTS, GUIDANCE_SCALE, guidance_scale_of
+from runners.schedule_file import FILE_NAME
 from runners.schedulers import SCHEDULERS
 from runners.stable_diffusion.adapters import Lora
+from runners.stable_diffusion.fast import choose_cache
 
 # In the folder of the runners:
 DEMO_MODEL = "demo_model"
@@ -77,7 +79,7 @@ def parse_arguments(description: str | None, folder: Path, arguments: Sequence[s
     if args.seed + len(args.prompts) * args.num_images > MAX_SEED:
         parser.error(f"--seed {args.seed} is too large: seeds end at {MAX_SEED}")
     if args.compare and not (args.FA or args.TOME or args.cache or args.dynamo):
-        parser.error("--compare needs an acceleration to compare: --FA, --TOME, --DC or --dynamo")
+        parser.error("--compare needs an acceleration to compare: --FA, --TOME, --DC, --fast or --dynamo")
     if args.clip_model and not args.compare:
         parser.error("--clip_model has no effect without --compare, whose pictures it scores")
     if args.explain and not args.FA:
@@ -169,7 +171,29 @@ def add_acceleration_arguments(parser: ArgumentParser) -> None:
         "--cache_schedule",
         type=cache_schedule,
         metavar="S",
-        help="which steps are full ones: uniform, quadratic[:CENTRE[,POWER]] or a list 0,4,8,...",
+        help="which steps are full ones: uniform, quadratic[:CENTRE[,POWER]], early[:STEPS] or a list 0,4,8,...",
+    )
+    add(
+        "--forecast",
+        nargs="?",
+        choices=BETWEEN,
+        const=BETWEEN[0],
+        metavar="BETWEEN",
+        help="forecast what full steps would give; the others run shallow, some of them (mixed), or none (skip)",
+    )
+    add(
+        "--fast",
+        nargs="?",
+        choices=FAST,
+        const="balanced",
+        metavar="HOW",
+        help=f"few full steps, the others forecast: {', '.join(FAST)} (balanced)",
+    )
+    add(
+        "--schedule",
+        type=file_path,
+        metavar="FILE",
+        help=f"of --fast: steps found by scripts/schedules/find.py ({FILE_NAME} beside the model, where it has a row)",
     )
     add("--dynamo", action="store_true", help="compile to graphs: torchair on an NPU, inductor elsewhere")
     add(
@@ -199,7 +223,7 @@ def complete(args: argparse.Namespace) -> None:
     for name in ("graph_cache", "graph_cache_limit"):
         if getattr(args, name) is not None and not args.dynamo:
             raise UserError(f"--{name} has no effect without --dynamo, which makes graphs")
-    args.cache = cache_options(args.DC, args.cache_schedule)
+    args.cache, args.fast_row = choose_cache(args)
 
 
 def choose_prompts(args: argparse.Namespace, folder: Path) -> list[str]:

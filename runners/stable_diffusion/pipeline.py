@@ -16,7 +16,7 @@ from processors import AttnProcessor2_0Tome, enable_flash_attention, enable_toke
 from processors.kernels.call import AttentionCall
 from processors.kernels.select import explain, select_kernel
 from processors.models.self_attentions import largest_call
-from runners.cache_options import count_full_steps
+from runners.cache_options import count_steps
 from runners.cli import UserError
 from runners.devices import check_compiler
 from runners.files import make_output_dir
@@ -25,6 +25,7 @@ from runners.report import Report
 from runners.schedulers import check_steps, make_scheduler
 from runners.stable_diffusion.adapters import check_loras, fuse_loras
 from runners.stable_diffusion.inputs import pipeline_class, read_inputs, steps_drawn
+from runners.unet_cost import picture_cost
 
 SETTINGS = ("negative_prompt", "steps", "guidance_scale", "height", "width", "num_images", "seed", "warmup")
 
@@ -55,7 +56,7 @@ def check_before_loading(
     if skipped == args.steps:
         raise UserError(f"--strength {args.strength:g} of --steps {args.steps} leaves no step: take more of either")
     if args.cache:
-        args.cache_steps = count_full_steps(scheduler, args.steps, args.cache, skipped)
+        args.cache_steps = count_steps(scheduler, args.steps, args.cache, skipped)
     return scheduler
 
 
@@ -145,7 +146,7 @@ def accelerate(pipe: StableDiffusionPipeline, args: argparse.Namespace, report: 
 
     What a flag does not reach is warned of. Raises UserError where one can do nothing.
     """
-    flags: dict[str, Any] = dict.fromkeys(("FA", "TOME", "DC", "dynamo"))
+    flags: dict[str, Any] = dict.fromkeys(("FA", "TOME", "DC", "fast", "dynamo"))
     if args.FA:
         with refusals_of("--FA"):
             flags["FA"] = {"components": enable_flash_attention(pipe, kernels=args.kernels)}
@@ -163,12 +164,27 @@ def accelerate(pipe: StableDiffusionPipeline, args: argparse.Namespace, report: 
         flags["FA"] |= {"kernel": select_kernel(call).name, "explain": explain(call).splitlines()}
     if args.cache:
         flags["DC"] = args.cache | args.cache_steps
+        flags["fast"] = args.fast_row
     if args.dynamo:
         flags["dynamo"] = compile_pipeline(pipe, args.graph_cache, args.graph_cache_limit)
         for component, backend in flags["dynamo"].items():
             if backend == "eager" and (pipe.device.type == "npu" or component == "unet"):
                 report.warn(f"--dynamo, {component}: not compiled, as it is offloaded or not where the UNet is")
     return flags
+
+
+def cost_of_unet(args: argparse.Namespace, pipe: StableDiffusionPipeline) -> dict[str, Any]:
+    """See `picture_cost`, of one prompt's pictures."""
+    pipe.scheduler.set_timesteps(args.steps)
+    skipped = args.steps - steps_drawn(args)
+    calls = len(pipe.scheduler.timesteps) - skipped * pipe.scheduler.order
+    size = args.height // pipe.vae_scale_factor, args.width // pipe.vae_scale_factor
+    forecast = args.cache.get("cache_forecast", False)
+    steps = args.cache_steps if args.cache else {}
+    rows = args.num_images * (2 if args.guidance_scale > 1 else 1)
+    shallow_rows = args.num_images if forecast else rows
+    merging = {"ratio": args.TOME} if args.TOME else None
+    return picture_cost(pipe.unet.config, steps, calls, rows, shallow_rows, size, merging)
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from runners.stable_diffusion.pipeline import (
     SETTINGS,
     accelerate,
     check_before_loading,
+    cost_of_unet,
     make_pipeline,
     settings_in_use,
 )
@@ -126,6 +127,7 @@ def run_rank(args: argparse.Namespace, model: Model, manager: DeviceManager, mes
     if everywhere is None:
         return
     report.sections["images"] = sorted(sum(everywhere, []), key=lambda entry: entry["file"])
+    report.sections["unet"] = cost_of_unet(args, pipe)
     if plain:
         report.sections["comparison"] = compare((plain, before), (drawn, after), args, scorer)
     report.write(args.output_dir / "report.json")

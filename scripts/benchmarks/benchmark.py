@@ -2,6 +2,8 @@
 
     python scripts/benchmarks/benchmark.py                      the demo model, in about a minute for each round
     python scripts/benchmarks/benchmark.py --model sd2.1-base   the true configuration with random weights, 512 x 512
+    python scripts/benchmarks/benchmark.py --model sd2.1-base --steps 50 --guidance_scale 4 \\
+        --configs "tomesd + DeepCache" "fast balanced" "fast balanced + dynamo"
 
 Each round runs every configuration once, so that a machine that slows down slows all of them; a speed-up is a ratio
 within a round, and its median over the rounds is reported. Only the denoising loop is timed: text encoder and VAE are
@@ -30,10 +32,12 @@ sys.path.insert(0, str(ROOT))
 from ascend.device import DeviceManager
 from ascend.graphs.compile import compile_pipeline
 from processors import disable_flash_attention, disable_token_merging, enable_flash_attention, enable_token_merging
+from runners.cache_options import FAST, fast_options
 from runners.cli import (
     ArgumentParser,
     UserError,
     file_path,
+    finite_float,
     image_size,
     non_negative_int,
     one_line_errors,
@@ -43,6 +47,7 @@ from runners.devices import add_device_arguments, check_compiler, choose_device,
 from runners.files import make_output_dir
 from runners.model_dir import load_pipeline, require_patched_diffusers
 from runners.report import Report, format_table
+from runners.schedulers import make_scheduler
 
 BASELINE = "none"
 # Ours in capitals, as the runner's flags; the peers by the names of their packages.
@@ -54,6 +59,8 @@ CONFIGURATIONS: dict[str, tuple[str, ...]] = {
     "dynamo": ("dynamo",),
     "TOME + DC": ("TOME", "DC"),
     "all": ("FA", "TOME", "DC", "dynamo"),
+    **{f"fast {row}": (f"fast {row}",) for row in FAST},
+    **{f"fast {row} + dynamo": ("FA", f"fast {row}", "dynamo") for row in FAST},
     "tomesd": ("tomesd",),
     "DeepCache": ("DeepCache",),
     "tomesd + DeepCache": ("tomesd", "DeepCache"),
@@ -78,9 +85,18 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group("what to time").add_argument
     demo = ROOT / "examples/sd2.1/demo_model"
     add("--model", default=str(demo), metavar="NAME", help="sd2.1-base, or a pipeline's directory (the demo model)")
-    add("--configs", nargs="+", choices=CONFIGURATIONS, metavar="NAME", help=f"of {', '.join(CONFIGURATIONS)} (all)")
+    add(
+        "--configs",
+        nargs="+",
+        choices=CONFIGURATIONS,
+        metavar="NAME",
+        help=f"of {', '.join(CONFIGURATIONS)} (all but fast)",
+    )
     add("--steps", type=positive_int, default=12, metavar="N", help="DDIM steps (12)")
     add("--interval", type=positive_int, default=3, metavar="N", help="of full steps (3)")
+    add(
+        "--guidance_scale", type=finite_float, default=7.5, metavar="G", help="by which --fast chooses its steps (7.5)"
+    )
     add("--ratio", type=float, default=0.5, metavar="R", help="of merged tokens (0.5)")
     add("--height", type=image_size, metavar="PIXELS", help="(the model's)")
     add("--width", type=image_size, metavar="PIXELS", help="(the model's)")
@@ -89,7 +105,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add_device_arguments(parser)
     add("--output_dir", type=file_path, default=Path("outputs/benchmark"), metavar="DIR", help="(outputs/benchmark)")
     args = parser.parse_args(arguments)
-    args.configs = [BASELINE, *(name for name in args.configs or CONFIGURATIONS if name != BASELINE)]
+    # What --fast saves depends on the number of steps, which is a small one unless asked for.
+    configs = args.configs or [name for name in CONFIGURATIONS if not name.startswith("fast")]
+    args.configs = [BASELINE, *(name for name in configs if name != BASELINE)]
     return args
 
 
@@ -121,7 +139,7 @@ def make_pipeline(args: argparse.Namespace, manager: DeviceManager, dtype: torch
         ).to(dtype)
     else:
         pipe = load_pipeline(StableDiffusionPipeline, Path(args.model).expanduser(), dtype)
-        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+        pipe.scheduler = make_scheduler("ddim", like=pipe.scheduler)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(manager.device)
 
@@ -155,7 +173,11 @@ def switched_on(pipe: StableDiffusionPipeline, flags: Sequence[str], args: argpa
             helper.set_params(cache_interval=args.interval, cache_branch_id=0)
             helper.enable()
             undo.callback(helper.disable)
-        yield {"cache_interval": args.interval} if "DC" in flags else {}
+        options: dict[str, Any] = {"cache_interval": args.interval} if "DC" in flags else {}
+        for row in FAST:
+            if f"fast {row}" in flags:
+                options = fast_options(row, args.guidance_scale)
+        yield options
 
 
 def denoise(
@@ -173,6 +195,7 @@ def denoise(
         height=args.height,
         width=args.width,
         num_inference_steps=args.steps,
+        guidance_scale=args.guidance_scale,
         generator=generator,
         output_type="latent",
         **options,

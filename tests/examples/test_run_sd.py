@@ -47,7 +47,7 @@ def test_a_run_leaves_pictures_a_report_and_a_table(run_sd: Callable, tmp_path: 
             assert json.loads(image.text["settings"])["steps"] == 2
     assert report["device"]["type"] == "cpu" and report["device"]["dtype"] == "torch.float32"
     assert report["versions"]["diffusers"].startswith("0.42.1")
-    assert report["flags"] == {"FA": None, "TOME": None, "DC": None, "dynamo": None}
+    assert report["flags"] == {"FA": None, "TOME": None, "DC": None, "fast": None, "dynamo": None}
     assert report["load_seconds"] > 0
     assert 0 < report["costs"]["seconds_per_step"] * 2 <= report["costs"]["seconds_per_image"] * 2
     assert report["costs"]["peak_memory_bytes"] > 1e8
@@ -97,6 +97,11 @@ def test_one_picture_of_many_is_drawn_again_alone_from_its_metadata(run_sd: Call
             {"cache_interval": 2, "cache_center": 2, "cache_power": 1.2},
         ),
         (["--cache_schedule", "0,3"], "DC", {"cache_schedule": [0, 3], "full_steps": 2, "shallow_steps": 3}),
+        (
+            ["--cache_schedule", "early:2", "--forecast", "mixed"],
+            "DC",
+            {"cache_forecast": True, "full_steps": 2, "shallow_steps": 1, "skipped_steps": 2},
+        ),
     ],
 )
 def test_each_acceleration_takes_effect_and_is_reported(

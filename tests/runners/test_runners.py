@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DDIMScheduler, PNDMScheduler, StableDiffusionPipeline
 from PIL import Image
 
 from ascend.sizes import byte_size
@@ -120,6 +120,12 @@ def test_each_scheduler_draws_with_the_models_own_betas(tiny_sd: StableDiffusion
         "a", num_inference_steps=4, generator=generator, height=64, width=64, output_type="latent"
     ).images
     assert latents.isfinite().all() and latents.std() < 10
+
+
+@pytest.mark.parametrize("name", ["ddim", "ddpm"])
+def test_latents_are_not_clipped_as_pixels_unless_the_model_says_so(name: str) -> None:
+    assert not make_scheduler(name, like=PNDMScheduler()).config.clip_sample  # which knows no such thing
+    assert make_scheduler(name, like=DDIMScheduler(clip_sample=True)).config.clip_sample
 
 
 def test_a_black_picture_is_reported_and_a_dark_one_is_not() -> None:

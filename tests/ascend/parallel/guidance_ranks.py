@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,25 @@ from diffusers import StableDiffusionPipeline
 
 from ascend.parallel import Mesh, ParallelError, process_group, share_guidance, shared_batch, unshare_guidance
 
+INTERVAL = {"cache_interval": 2}
+FORECAST = {"cache_schedule": [0, 1, 3, 6], "cache_forecast": True, "cache_between": "mixed"}
 
-def draw(pipe: StableDiffusionPipeline, prompt: str = "a cat", steps: int = 4, seed: int | None = 0) -> torch.Tensor:
+
+def draw(
+    pipe: StableDiffusionPipeline,
+    prompt: str = "a cat",
+    steps: int = 4,
+    seed: int | None = 0,
+    number: int = 3,
+    cache: Mapping[str, Any] = INTERVAL,
+) -> torch.Tensor:
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     size = {"height": 64, "width": 64, "num_inference_steps": steps, "output_type": "latent"}
-    return pipe(prompt, num_images_per_prompt=3, cache_interval=2, generator=generator, **size).images
+    return pipe(prompt, num_images_per_prompt=number, generator=generator, **size, **cache).images
+
+
+def draw_with_forecasts(pipe: StableDiffusionPipeline) -> list[torch.Tensor]:
+    return [draw(pipe, steps=8, number=number, cache=FORECAST) for number in (1, 3)]
 
 
 @torch.no_grad()
@@ -41,6 +56,7 @@ def refusal(pipe: StableDiffusionPipeline, **options: Any) -> str:
 def run(pipe: StableDiffusionPipeline, mesh: Mesh) -> dict[str, Any]:
     alone = [draw(pipe), draw(pipe, "a dog", seed=1)]
     alone_by_name = call_by_name(pipe)
+    forecast_alone = draw_with_forecasts(pipe)
     compared: list[int] = []
     differences = shared_batch.differences
     shared_batch.differences = lambda *fingerprints: compared.append(1) or differences(*fingerprints)
@@ -48,6 +64,9 @@ def run(pipe: StableDiffusionPipeline, mesh: Mesh) -> dict[str, Any]:
     together = [draw(pipe), draw(pipe, "a dog", seed=1)]
     comparisons = len(compared)
     by_name = call_by_name(pipe)
+    compared.clear()
+    forecast_together = draw_with_forecasts(pipe)
+    comparisons_of_forecasts = len(compared)
     seen: dict[str, Any] = {
         "latents": refusal(pipe, seed=None),
         "prompts": refusal(pipe, prompt=f"a picture of {mesh.rank}"),
@@ -60,6 +79,10 @@ def run(pipe: StableDiffusionPipeline, mesh: Mesh) -> dict[str, Any]:
         "difference of two pictures": max((one - two).abs().max().item() for one, two in pictures),
         "difference with keyword arguments and an output class": (alone_by_name - by_name).abs().max().item(),
         "comparisons of two pictures": comparisons,
+        "difference with forecasts": max(
+            (one - two).abs().max().item() for one, two in zip(forecast_alone, forecast_together, strict=True)
+        ),
+        "comparisons with forecasts": comparisons_of_forecasts,
     }
 
 

@@ -216,6 +216,12 @@ def test_ranks_compare_once_a_picture(guidance: list[dict[str, Any]]) -> None:
     assert [rank["comparisons of two pictures"] for rank in guidance] == [2, 2]
 
 
+def test_forecasts_are_those_of_one_device_and_compare_each_kind_of_step_once(guidance: list[dict[str, Any]]) -> None:
+    for rank in guidance:
+        assert rank["difference with forecasts"] < 1e-4
+        assert rank["comparisons with forecasts"] == 2 * 2  # two pictures, full and shallow steps
+
+
 def test_a_fingerprint_tells_other_noise_and_prompts_and_not_the_last_bits() -> None:
     generator = torch.Generator().manual_seed(0)
     latents, prompt = torch.randn(2, 4, 64, 64, generator=generator), torch.randn(2, 77, 1024, generator=generator)
@@ -230,4 +236,6 @@ def test_a_fingerprint_tells_other_noise_and_prompts_and_not_the_last_bits() -> 
 
 
 def test_a_feature_is_as_long_as_the_batch() -> None:
-    assert len(LocalRows(torch.zeros(2, 3), 4)) == 4
+    rows = LocalRows(torch.zeros(2, 3), 4, lambda mine, _: torch.cat([mine, mine + 1]))
+    assert len(rows) == 4
+    assert torch.equal(rows.chunk(2)[1], torch.ones(2, 3))

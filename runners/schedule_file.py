@@ -1,0 +1,69 @@
+"""Schedules that scripts/schedules/find.py found for a model: which steps run the UNet whole, which a part of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from runners.cli import UserError
+
+FILE_NAME = "schedules.json"  # beside the model
+VERSION = 1
+
+
+class Schedule(NamedTuple):
+    """One that was found for a row of --fast.
+
+    Attributes:
+        name: of the row.
+        scheduler: class name.
+        steps: of the scheduler.
+        guidance_scale: up to which it was found good.
+        full_steps, shallow_steps: numbers of calls; those in neither are forecast.
+        psnr, psnr_worst_tenth: dB on pictures that it was not chosen by, to those of all steps; the mean, and the mean
+            of the worst tenth.
+        share: of the arithmetic of all steps.
+    """
+
+    name: str
+    scheduler: str
+    steps: int
+    guidance_scale: float
+    full_steps: list[int]
+    shallow_steps: list[int]
+    psnr: float
+    psnr_worst_tenth: float
+    share: float
+
+    def options(self) -> dict[str, Any]:
+        """The pipeline's arguments."""
+        return {"cache_schedule": self.full_steps, "cache_forecast": True, "cache_between": self.shallow_steps}
+
+
+def read_schedules(path: Path) -> list[Schedule]:
+    """Raises UserError: there is no such file, or it is none of schedules."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["version"] != VERSION:
+            raise UserError(f"{path} is of version {content['version']}, and version {VERSION} is read here")
+        return [Schedule(**row) for row in content["schedules"]]
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} is no file of schedules, as scripts/schedules/find.py writes them: {error}"
+        ) from error
+
+
+def choose_schedule(
+    schedules: list[Schedule], name: str, scheduler: str, steps: int, guidance_scale: float
+) -> Schedule | None:
+    """The one for the least guidance that is not below `guidance_scale`; None where there is none."""
+    fitting = [
+        schedule
+        for schedule in schedules
+        if (schedule.name, schedule.scheduler, schedule.steps) == (name, scheduler, steps)
+        and schedule.guidance_scale >= guidance_scale
+    ]
+    return min(fitting, key=lambda schedule: schedule.guidance_scale, default=None)

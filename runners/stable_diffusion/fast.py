@@ -1,0 +1,53 @@
+"""Which steps --fast takes: as found for the model, else by a rule."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from runners.cache_options import cache_options, fast_options
+from runners.cli import UserError
+from runners.schedule_file import FILE_NAME, choose_schedule, read_schedules
+from runners.schedulers import SCHEDULERS
+
+DEFAULT = "by guidance"
+
+
+def choose_cache(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, str] | None]:
+    """The pipeline's arguments for --DC, --cache_schedule, --forecast, --fast and --schedule; empty without them.
+
+    Beside them what --fast took: its row, and the file that has the steps, or DEFAULT; None without --fast.
+
+    Raises:
+        UserError: two of them say the same, or no schedule in --schedule fits.
+    """
+    if args.fast is None:
+        if args.schedule:
+            raise UserError(f"--schedule {args.schedule} has no effect without --fast, whose steps it says")
+        return cache_options(args.DC, args.cache_schedule, args.forecast), None
+    for name in ("DC", "cache_schedule", "forecast"):
+        if getattr(args, name) is not None:
+            raise UserError(f"--{name} has no meaning beside --fast, which chooses the steps itself")
+    beside = args.model_path / FILE_NAME
+    path = args.schedule or (beside if beside.is_file() else None)
+    by_guidance = fast_options(args.fast, args.guidance_scale), {"row": args.fast, "schedule": DEFAULT}
+    if path is None:
+        return by_guidance
+    scheduler = SCHEDULERS[args.scheduler] if args.scheduler else scheduler_of(args.config or args.model_path)
+    found = choose_schedule(read_schedules(path), args.fast, scheduler, args.steps, args.guidance_scale)
+    if found is None and args.schedule:
+        raise UserError(
+            f"--schedule {path} has none for --fast {args.fast} with {scheduler}, --steps {args.steps} and "
+            f"--guidance_scale {args.guidance_scale:g} or more: scripts/schedules/find.py finds one"
+        )
+    return (found.options(), {"row": args.fast, "schedule": str(path)}) if found else by_guidance
+
+
+def scheduler_of(folder: Path) -> str:
+    """Class name of a model's own scheduler; empty where the folder does not say, which loading it will."""
+    try:
+        return json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
