@@ -152,7 +152,7 @@ def test_a_quadratic_schedule_of_power_one_is_uniform() -> None:
     ("arguments", "message"),
     [
         ({"cache_interval": 0}, "at least 1, but is 0"),
-        ({"cache_schedule": "cubic"}, "'uniform', 'quadratic' or a list of steps, but is 'cubic'"),
+        ({"cache_schedule": "cubic"}, "'uniform', 'quadratic', 'early' or a list of steps, but is 'cubic'"),
         ({"cache_schedule": [0, 10]}, r"names steps \[10\], but the steps go from 0 to 9"),
         ({"cache_schedule": [1, 2]}, "must contain step 0"),
         ({"cache_schedule": "quadratic", "cache_center": 10}, "must lie in 0 to 9, but is 10"),

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 from pathlib import Path
 
@@ -74,7 +75,7 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
             TieredStore([Tier(folder, MIB)])
 
 
-def test_a_folder_that_becomes_read_only(tmp_path: Path) -> None:
+def test_a_folder_that_becomes_read_only() -> None:
     """As an ordinary user: the superuser may write wherever nobody else may."""
     program = """
         if os.geteuid() == 0:
@@ -93,15 +94,13 @@ def test_a_folder_that_becomes_read_only(tmp_path: Path) -> None:
         own.chmod(0o700)
         store.close()
     """
-    folder = Path(os.path.realpath(tmp_path)) / "shared"
-    folder.mkdir()
-    for parent in (tmp_path, *tmp_path.parents):
-        if not parent.stat().st_mode & 0o001:  # of pytest's, which are its user's alone
-            parent.chmod(parent.stat().st_mode | 0o011)
-    said = run(program, folder).splitlines()
-    assert "cannot be written (Permission denied): nothing is lost" in said[0]
-    assert said[1] == "[1.0, 2.0, 1.0, 2.0]"
-    assert not list(folder.iterdir())
+    # Not in tmp_path, whose folders each start of pytest makes its user's alone.
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(os.path.realpath(name))
+        said = run(program, folder).splitlines()
+        assert "cannot be written (Permission denied): nothing is lost" in said[0]
+        assert said[1] == "[1.0, 2.0, 1.0, 2.0]"
+        assert not list(folder.iterdir())
 
 
 def start(program: str, folder: Path) -> subprocess.Popen[str]:
