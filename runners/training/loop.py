@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.tensor import DTensor
+from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from ascend.memory import read_memory
@@ -31,7 +32,7 @@ from processors.presets.training import offloaded_activations
 from runners.cli import UserError
 from runners.files import write_atomically
 from runners.training.batches import Batches, share_of
-from runners.training.checkpoints import Checkpoints, random_states, restore_random_states
+from runners.training.checkpoints import Checkpoint, Checkpoints, random_states, restore_random_states
 from runners.training.drawing import draw_validation, save_validation
 from runners.training.inputs import Inputs
 from runners.training.network import averaged, trained
@@ -80,9 +81,7 @@ class Trainer:
         self.batches = Batches(inputs.buckets(), settings.examples_a_step(accelerator.num_processes), settings.seed)
         optimizer = torch.optim.AdamW(trained(unet), lr=settings.learning_rate, weight_decay=settings.weight_decay)
         self.unet, self.optimizer = accelerator.prepare(unet, optimizer)
-        self.learning_rate = get_scheduler(
-            settings.lr_schedule, self.optimizer.optimizer, None, settings.warmup_steps, settings.steps
-        )
+        self.learning_rate = self._new_schedule(done=0)
         self.average = self._new_average() if settings.switches["ema"] else None
         self.checkpoints = Checkpoints(settings.output_dir / "checkpoints", settings.keep_checkpoints)
         self.log = settings.output_dir / LOG
@@ -96,6 +95,15 @@ class Trainer:
         """The trained weights, whole and in host memory, on rank 0. All ranks have to call it."""
         weights: dict[str, Tensor] = get_model_state_dict(self.model, options=_WHOLE)  # type: ignore[assignment]
         return {name: weight.clone() for name, weight in weights.items()}  # on the CPU they are the model's own
+
+    def _new_schedule(self, done: int) -> LambdaLR:
+        """Of the learning rate after `done` steps, by these settings, whatever an optimizer out of a checkpoint had."""
+        settings, optimizer = self.settings, self.optimizer.optimizer
+        for group in optimizer.param_groups:
+            group |= {"initial_lr": settings.learning_rate, "weight_decay": settings.weight_decay}
+        return get_scheduler(
+            settings.lr_schedule, optimizer, None, settings.warmup_steps, settings.steps, last_epoch=done - 1
+        )
 
     def _new_average(self) -> EMAModel:
         return EMAModel(trained(self.model), decay=self.settings.ema_decay, use_ema_warmup=True, foreach=True)
@@ -202,7 +210,6 @@ class Trainer:
         state = {
             "weights": self.weights(),
             "optimizer": get_optimizer_state_dict(self.model, self.optimizer.optimizer, options=_WHOLE),
-            "learning_rate": self.learning_rate.state_dict(),
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
             "random": states,
         }
@@ -214,15 +221,16 @@ class Trainer:
             self.checkpoints.save(done, self.about, state)
         self.accelerator.wait_for_everyone()
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, checkpoint: Checkpoint) -> None:
         """Go back to what `save` had."""
+        state = checkpoint.state
         if self.average is not None:  # by way of the model, as weights in shards have their places there
             set_model_state_dict(self.model, state["average"], options=_WHOLE)
             self.average = self._new_average()
             self.average.optimization_step = state["averaged_steps"]
         set_model_state_dict(self.model, state["weights"], options=_WHOLE)
         set_optimizer_state_dict(self.model, self.optimizer.optimizer, state["optimizer"], options=_WHOLE)
-        self.learning_rate.load_state_dict(state["learning_rate"])
+        self.learning_rate = self._new_schedule(checkpoint.step)
         if self.accelerator.scaler and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         if self.accelerator.process_index < len(state["random"]):

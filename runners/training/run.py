@@ -147,7 +147,7 @@ def train_rank(settings: Settings, model: Model, accelerator: Accelerator, dtype
     trainer = Trainer(settings, accelerator, unet, presets, noise_schedule, inputs, about, encoder.for_drawing())
     start = 0
     if checkpoint is not None:
-        trainer.restore(checkpoint.state)
+        trainer.restore(checkpoint)
         start = checkpoint.step
     if accelerator.is_main_process:
         print(presets, flush=True)

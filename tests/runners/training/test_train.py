@@ -159,6 +159,18 @@ def test_another_model_is_not_resumed(
     assert "is damaged" in refusal(capsys, 2, train, pictures, small_sd_dir, made, "--resume", steps=8)
 
 
+def test_a_resumed_training_obeys_its_own_settings(
+    pictures: Path, small_sd_dir: Path, trained_dir: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(trained_dir, tmp_path / "made")
+    more = ("--resume", "--learning_rate", "1e-4", "--lr_schedule", "linear", "--weight_decay", "0.5")
+    made = train(pictures, small_sd_dir, tmp_path / "made", *more, steps=8)
+    rows = [json.loads(line) for line in (made / loop.LOG).read_text().splitlines()]
+    assert [row["learning_rate"] for row in rows[6:]] == pytest.approx([1e-4 * 2 / 8, 1e-4 * 1 / 8])
+    groups = Checkpoints(made / "checkpoints", 3).load(8).state["optimizer"]["param_groups"]
+    assert {group["weight_decay"] for group in groups} == {0.5}
+
+
 def test_one_training_at_a_time(pictures: Path, small_sd_dir: Path, tmp_path: Path, capsys: Any) -> None:
     with one_training_in(tmp_path):
         assert "another training runs" in refusal(capsys, 2, train, pictures, small_sd_dir, tmp_path)
