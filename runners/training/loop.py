@@ -59,6 +59,7 @@ class Trainer:
     Args:
         unet: on the CPU, made trainable.
         presets: what `prepare_for_training` did to it.
+        noise_schedule: says what the UNet is to predict, too.
         about: what checkpoints have to agree in to go on from them; see `Checkpoints`.
         pipe: draws the validation pictures; its UNet is set for that time. None without such prompts.
     """
@@ -76,7 +77,7 @@ class Trainer:
     ) -> None:
         self.settings, self.accelerator, self.presets, self.inputs = settings, accelerator, presets, inputs
         self.about, self.pipe = about, pipe
-        self.prediction = settings.prediction_type or noise_schedule.config.prediction_type
+        self.prediction = noise_schedule.config.prediction_type
         self.alphas_cumprod = noise_schedule.alphas_cumprod
         self.batches = Batches(inputs.buckets(), settings.examples_a_step(accelerator.num_processes), settings.seed)
         optimizer = torch.optim.AdamW(trained(unet), lr=settings.learning_rate, weight_decay=settings.weight_decay)

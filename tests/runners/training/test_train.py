@@ -9,11 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
+from runners.images import MARGIN
 from runners.training import checkpoints, loop
 from runners.training.checkpoints import Checkpoints, one_training_in
 from tests.training_work import adapter, losses, same, step_names, train
@@ -106,6 +108,32 @@ def test_velocity_offset_and_weights_change_the_loss(
     for more in (("--prediction_type", "v_prediction"), ("--noise_offset", "0.1"), ("--snr_gamma", "1")):
         made = train(pictures, small_sd_dir, tmp_path / more[0], *more, steps=1)
         assert losses(made)[0] != losses(trained_dir)[0]
+
+
+def test_what_was_trained_to_say_velocity_draws_by_velocity(
+    pictures: Path, small_sd_dir: Path, trained_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ("--prediction_type", "v_prediction", "--validation_prompt", "one", "--validation_steps", 2)
+    made = train(pictures, small_sd_dir, tmp_path / "made", *more, "--full", "--no-ema", steps=1)
+    assert "the adapter draws only" not in capsys.readouterr().err
+    pipe = StableDiffusionPipeline.from_pretrained(made / "pipeline")
+    assert pipe.scheduler.config.prediction_type == "v_prediction"
+    drawn = pipe("one", num_inference_steps=2, generator=torch.Generator().manual_seed(0), height=64, width=64)
+    sheet = Image.open(made / "validation/step-00000001.png")
+    bottom = sheet.height - 2 * MARGIN
+    assert (np.asarray(sheet.crop((MARGIN, bottom - 64, MARGIN + 64, bottom))) == np.asarray(drawn.images[0])).all()
+    train(pictures, small_sd_dir, tmp_path / "adapter", *more[:2], steps=1)
+    assert "whose scheduler/scheduler_config.json has that prediction_type" in capsys.readouterr().err
+
+
+def test_a_model_that_predicts_pictures_is_refused(
+    pictures: Path, small_sd_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(small_sd_dir, model)
+    config = model / "scheduler/scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"prediction_type": "sample"}))
+    assert "prediction_type 'sample'" in refusal(capsys, 2, train, pictures, model, tmp_path / "made", steps=1)
 
 
 def test_a_loss_that_is_no_number_ends_the_training(
