@@ -251,6 +251,8 @@ def find_checkpoint(
     Raises:
         UserError: there are some and --resume was not asked for, or the last one is of another model or adapter.
     """
+    if main:
+        checkpoints.remove_scratch()
     steps = checkpoints.steps()
     if not settings.resume:
         if steps:
@@ -259,8 +261,6 @@ def find_checkpoint(
                 "another --output_dir"
             )
         return None
-    if main:
-        checkpoints.remove_scratch()
     if not steps:
         return None
     checkpoint = checkpoints.load(steps[-1])

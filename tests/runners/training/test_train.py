@@ -172,6 +172,12 @@ def test_a_full_disk_leaves_the_last_checkpoint(
     assert step_names(tmp_path / "made") == ["step-00000002"]
 
 
+def test_what_a_killed_training_left_is_in_nobodys_way(pictures: Path, small_sd_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "made/checkpoints" / f".step-00000002.{os.getpid()}.part").mkdir(parents=True)  # ids come again
+    train(pictures, small_sd_dir, tmp_path / "made", steps=2)
+    assert step_names(tmp_path / "made") == ["step-00000002"]
+
+
 def test_another_model_is_not_resumed(
     pictures: Path, small_sd_dir: Path, tiny_sd_dir: Path, trained_dir: Path, tmp_path: Path, capsys: Any
 ) -> None:
