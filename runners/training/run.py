@@ -249,7 +249,8 @@ def find_checkpoint(
     """The one to go on from; None to begin.
 
     Raises:
-        UserError: there are some and --resume was not asked for, or the last one is of another model or adapter.
+        UserError: there are some and --resume was not asked for, or the last one is of another model or adapter, or of
+            a step after the last that is asked for.
     """
     if main:
         checkpoints.remove_scratch()
@@ -272,6 +273,11 @@ def find_checkpoint(
     if shapes:
         changes = ", ".join(f"{name} was {before.get(name)!r} and is {now.get(name)!r}" for name in shapes)
         raise UserError(f"--resume: {checkpoints.folder} holds other weights than these settings train: {changes}")
+    if checkpoint.step > settings.steps:
+        raise UserError(
+            f"--resume: the last checkpoint in {checkpoints.folder} is of step {checkpoint.step}, beyond --steps "
+            f"{settings.steps}: remove those after that step to go on from an earlier one"
+        )
     if different and main:
         changes = ", ".join(f"{name} was {before.get(name)!r} and is {now.get(name)!r}" for name in different)
         report.warn(f"--resume with other settings, so not to the weights of an uninterrupted training: {changes}")

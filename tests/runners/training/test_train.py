@@ -187,6 +187,8 @@ def test_another_model_is_not_resumed(
     said = refusal(capsys, 2, train, pictures, small_sd_dir, made, "--resume", "--lora_rank", 2)
     assert "lora_rank was 4 and is 2" in said
     assert "go on with --resume" in refusal(capsys, 2, train, pictures, small_sd_dir, made)
+    said = refusal(capsys, 2, train, pictures, small_sd_dir, made, "--resume", steps=5)
+    assert "is of step 6, beyond --steps 5" in said
     train(pictures, small_sd_dir, made, "--resume", "--learning_rate", "1e-4", steps=7)
     assert "learning_rate was 0.001 and is 0.0001" in capsys.readouterr().err
     (made / "checkpoints/step-00000007/state.pt").write_bytes(b"")
