@@ -291,6 +291,7 @@ def json_words(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def tell_skipped(skipped: Skipped, settings: Settings, report: Report) -> None:
+    (settings.output_dir / SKIPPED).unlink(missing_ok=True)  # of the part of a training before --resume
     if skipped.reasons:
         write_json(settings.output_dir / SKIPPED, dict(skipped.reasons))
         name, reason = next(iter(skipped.reasons.items()))

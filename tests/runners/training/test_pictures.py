@@ -70,6 +70,9 @@ def test_broken_pictures_are_left_out(tmp_path: Path, small_sd_dir: Path, capsys
     assert skipped.keys() == {"3.png"}
     assert "1 pictures are left out, as 3.png" in capsys.readouterr().err
     assert len(losses(made)) == 1
+    (data / "3.png").write_bytes(whole)
+    train(data, small_sd_dir, made, "--resume", steps=2)
+    assert not (made / "skipped.json").exists()
 
 
 def test_transparency_is_white_and_other_modes_are_rgb() -> None:
