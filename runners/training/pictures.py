@@ -63,11 +63,11 @@ def read_pictures(source: Path, image_column: str, caption_column: str, skipped:
     """
     if not source.exists():
         raise UserError(f"--data {source} does not exist")
-    parquet = sorted(source.rglob("*.parquet")) if source.is_dir() else [source]
+    root, parquet = (source, sorted(source.rglob("*.parquet"))) if source.is_dir() else (source.parent, [source])
     if source.is_file() and source.suffix != ".parquet":
         raise UserError(f"--data {source} is neither a folder nor a .parquet file")
     if parquet:
-        yield from _from_parquet(parquet, image_column, caption_column, skipped)
+        yield from _from_parquet(root, parquet, image_column, caption_column, skipped)
     else:
         yield from _from_folder(source, caption_column, skipped)
 
@@ -123,7 +123,9 @@ def _caption_beside(path: Path) -> str | None:
         return None
 
 
-def _from_parquet(files: list[Path], image_column: str, caption_column: str, skipped: Skipped) -> Iterator[Picture]:
+def _from_parquet(
+    root: Path, files: list[Path], image_column: str, caption_column: str, skipped: Skipped
+) -> Iterator[Picture]:
     """Row group by row group: the whole need not fit in memory, and no copy of it is made on disk."""
     from pyarrow import ArrowInvalid
     from pyarrow.parquet import ParquetFile
@@ -142,7 +144,7 @@ def _from_parquet(files: list[Path], image_column: str, caption_column: str, ski
         number = 0
         for batch in table.iter_batches(batch_size=64, columns=[image_column, caption_column]):
             for row in batch.to_pylist():
-                name = f"{path.name}:{number}"
+                name = f"{path.relative_to(root)}:{number}"
                 number += 1
                 data, caption = _bytes_of(row[image_column]), row[caption_column]
                 if data is None:

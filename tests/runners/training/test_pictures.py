@@ -50,6 +50,14 @@ def test_rows_of_parquet(tmp_path: Path) -> None:
     assert skipped.reasons.keys() == {"rows.parquet:1", "rows.parquet:2"}
     with pytest.raises(UserError, match=r"no words: see --image_column and --caption_column"):
         list(read_pictures(tmp_path / "rows.parquet", "image", "words", skipped))
+    (tmp_path / "sub").mkdir()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows[1:]), tmp_path / "sub/rows.parquet")
+    skipped = Skipped()
+    assert found(tmp_path, skipped) == {"rows.parquet:0": "one"}
+    assert skipped.reasons.keys() == {
+        f"{file}:{row}"
+        for file, row in (("rows.parquet", 1), ("rows.parquet", 2), ("sub/rows.parquet", 0), ("sub/rows.parquet", 1))
+    }
     (tmp_path / "bad.parquet").write_bytes(b"no table")
     with pytest.raises(UserError, match="is no Parquet file"):
         found(tmp_path / "bad.parquet", skipped)
