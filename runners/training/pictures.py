@@ -126,33 +126,35 @@ def _caption_beside(path: Path) -> str | None:
 def _from_parquet(
     root: Path, files: list[Path], image_column: str, caption_column: str, skipped: Skipped
 ) -> Iterator[Picture]:
+    for path in files:
+        for number, row in enumerate(_rows(path, image_column, caption_column)):
+            name = f"{path.relative_to(root)}:{number}"
+            data, caption = _bytes_of(row[image_column]), row[caption_column]
+            if data is None:
+                skipped.add(name, f"no bytes of a picture in {image_column!r}")
+            elif not isinstance(caption, str) or not caption.strip():
+                skipped.add(name, f"no caption in {caption_column!r}")
+            else:
+                yield Picture(name, caption.strip(), data)
+
+
+def _rows(path: Path, *columns: str) -> Iterator[dict[str, Any]]:
     """Row group by row group: the whole need not fit in memory, and no copy of it is made on disk."""
-    from pyarrow import ArrowInvalid
+    from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
-    for path in files:
-        try:
-            table = ParquetFile(path)
-        except (ArrowInvalid, OSError) as error:
-            raise UserError(f"--data {path} is no Parquet file: {first_line(error)}") from error
-        lacking = {image_column, caption_column} - set(table.schema_arrow.names)
+    try:
+        table = ParquetFile(path)
+        lacking = set(columns) - set(table.schema_arrow.names)
         if lacking:
             raise UserError(
                 f"--data {path} has the columns {', '.join(table.schema_arrow.names)} and no "
                 f"{' and no '.join(sorted(lacking))}: see --image_column and --caption_column"
             )
-        number = 0
-        for batch in table.iter_batches(batch_size=64, columns=[image_column, caption_column]):
-            for row in batch.to_pylist():
-                name = f"{path.relative_to(root)}:{number}"
-                number += 1
-                data, caption = _bytes_of(row[image_column]), row[caption_column]
-                if data is None:
-                    skipped.add(name, f"no bytes of a picture in {image_column!r}")
-                elif not isinstance(caption, str) or not caption.strip():
-                    skipped.add(name, f"no caption in {caption_column!r}")
-                else:
-                    yield Picture(name, caption.strip(), data)
+        for batch in table.iter_batches(batch_size=64, columns=list(columns)):
+            yield from batch.to_pylist()
+    except (ArrowException, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--data {path} is no Parquet file, or damaged: {first_line(error)}") from error
 
 
 def _bytes_of(cell: Any) -> bytes | None:

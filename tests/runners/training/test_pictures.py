@@ -61,6 +61,19 @@ def test_rows_of_parquet(tmp_path: Path) -> None:
     (tmp_path / "bad.parquet").write_bytes(b"no table")
     with pytest.raises(UserError, match="is no Parquet file"):
         found(tmp_path / "bad.parquet", skipped)
+    damaged = bytearray((tmp_path / "rows.parquet").read_bytes())
+    damaged[4:80] = b"\xff" * 76  # where pages begin: their header, and what is compressed
+    (tmp_path / "bad.parquet").write_bytes(damaged)
+    with pytest.raises(UserError, match="or damaged"):
+        found(tmp_path / "bad.parquet", skipped)
+
+
+def test_no_row_at_all_is_said(tmp_path: Path, small_sd_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    nothing = pyarrow.table({"image": pyarrow.array([], pyarrow.binary()), "text": pyarrow.array([], pyarrow.string())})
+    pyarrow.parquet.write_table(nothing, tmp_path / "rows.parquet")
+    with pytest.raises(SystemExit):
+        train(tmp_path / "rows.parquet", small_sd_dir, tmp_path / "made", steps=1)
+    assert "there is no row" in capsys.readouterr().err
 
 
 def test_metadata_that_is_none_names_the_line(tmp_path: Path) -> None:
