@@ -79,10 +79,8 @@ def _from_folder(folder: Path, caption_column: str, skipped: Skipped) -> Iterato
         raise UserError(f"--data {folder} holds no picture ({', '.join(PICTURES)}) and no .parquet file")
     for path in sorted(files | set(captions)):
         name = str(path.relative_to(folder)) if path.is_relative_to(folder) else str(path)
-        caption = captions.get(path)
-        if caption is None:
-            caption = _caption_beside(path)
-        if caption is None:
+        own = captions.get(path) or _captions_beside(path)
+        if not own:
             skipped.add(name, f"no caption: no row in {METADATA} and no {path.with_suffix('.txt').name}")
             continue
         try:
@@ -90,11 +88,13 @@ def _from_folder(folder: Path, caption_column: str, skipped: Skipped) -> Iterato
         except OSError as error:
             skipped.add(name, f"cannot be read: {error.strerror}")
             continue
-        yield Picture(name, caption, data)
+        for caption in own:
+            yield Picture(name, caption, data)
 
 
-def _captions_of_metadata(folder: Path, column: str, skipped: Skipped) -> dict[Path, str]:
-    captions: dict[Path, str] = {}
+def _captions_of_metadata(folder: Path, column: str, skipped: Skipped) -> dict[Path, list[str]]:
+    """In the order of their rows: a picture that has several is learnt with each."""
+    captions: dict[Path, list[str]] = {}
     for table in sorted(folder.rglob(METADATA)):
         for number, line in enumerate(table.read_text(encoding="utf-8").splitlines(), start=1):
             if not line.strip():
@@ -110,17 +110,18 @@ def _captions_of_metadata(folder: Path, column: str, skipped: Skipped) -> dict[P
                 ) from error
             caption = row.get(column)
             if isinstance(caption, str) and caption.strip():
-                captions[path] = caption.strip()
+                captions.setdefault(path, []).append(caption.strip())
             else:
                 skipped.add(where, f"no caption in {column!r} for {row['file_name']}")
     return captions
 
 
-def _caption_beside(path: Path) -> str | None:
+def _captions_beside(path: Path) -> list[str]:
     try:
-        return path.with_suffix(".txt").read_text(encoding="utf-8").strip() or None
+        caption = path.with_suffix(".txt").read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):
-        return None
+        return []
+    return [caption] if caption else []
 
 
 def _from_parquet(

@@ -36,6 +36,16 @@ def test_captions_of_metadata_and_beside_pictures(tmp_path: Path) -> None:
     assert skipped.reasons.keys() == {"silent.png", "sub/gone.png", "sub/metadata.jsonl:5"}
 
 
+def test_each_row_of_a_picture_is_an_example(tmp_path: Path, small_sd_dir: Path) -> None:
+    data = write_pictures(tmp_path / "data", 2)
+    with (data / "metadata.jsonl").open("a") as metadata:
+        metadata.write(json.dumps({"file_name": "0.png", "text": "another"}))
+    captions = [picture.caption for picture in read_pictures(data, "image", "text", Skipped())]
+    assert captions == ["picture 0", "another", "picture 1"]
+    made = train(data, small_sd_dir, tmp_path / "made", steps=1)
+    assert json.loads((made / "report.json").read_text())["pictures"] == 3
+
+
 def test_rows_of_parquet(tmp_path: Path) -> None:
     data = io.BytesIO()
     Image.new("RGB", (8, 8)).save(data, "png")
