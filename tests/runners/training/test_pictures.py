@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,29 @@ def test_captions_of_metadata_and_beside_pictures(tmp_path: Path) -> None:
     skipped = Skipped()
     assert found(tmp_path, skipped) == {"alone.jpg": "beside", "sub/0.png": "picture 0", "sub/1.png": "picture 1"}
     assert skipped.reasons.keys() == {"silent.png", "sub/gone.png", "sub/metadata.jsonl:5"}
+
+
+def test_text_files_of_any_editor(tmp_path: Path) -> None:
+    write_pictures(tmp_path, 3)
+    (tmp_path / "metadata.jsonl").write_bytes(
+        '\ufeff{"file_name": "0.png", "text": "a\u2028b\x85"}\r\n{"file_name": "1.png", "text": "c"}\r\n'.encode()
+    )
+    (tmp_path / "2.txt").write_bytes("\ufeffd\r\n".encode())
+    assert found(tmp_path, Skipped()) == {"0.png": "a\u2028b", "1.png": "c", "2.png": "d"}
+    (tmp_path / "metadata.jsonl").write_bytes('{"file_name": "0.png", "text": "é"}'.encode("latin-1"))
+    with pytest.raises(UserError, match=r"metadata\.jsonl is no UTF-8 text"):
+        found(tmp_path, Skipped())
+
+
+def test_names_and_captions_that_are_no_text_are_left_out(tmp_path: Path, small_sd_dir: Path) -> None:
+    data = write_pictures(tmp_path / "data", 2)
+    (data / "0.png").rename(data / os.fsdecode(b"\xe9.png"))
+    rows = [("0\0.png", "a"), ("0\ud800.png", "a"), ("1.png", "a\ud83d"), ("1.png", "b")]
+    (data / "metadata.jsonl").write_text("".join(json.dumps({"file_name": a, "text": b}) + "\n" for a, b in rows))
+    made = train(data, small_sd_dir, tmp_path / "made", steps=1)
+    assert json.loads((made / "report.json").read_text())["pictures"] == 1
+    skipped = json.loads((made / "skipped.json").read_text())
+    assert skipped.keys() == {"0\0.png", "0?.png", "metadata.jsonl:3", "?.png"}
 
 
 def test_each_row_of_a_picture_is_an_example(tmp_path: Path, small_sd_dir: Path) -> None:
@@ -79,7 +103,9 @@ def test_rows_of_parquet(tmp_path: Path) -> None:
 
 
 def test_no_row_at_all_is_said(tmp_path: Path, small_sd_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    nothing = pyarrow.table({"image": pyarrow.array([], pyarrow.binary()), "text": pyarrow.array([], pyarrow.string())})
+    nothing = pyarrow.table(
+        {"image": pyarrow.array([], pyarrow.binary()), "text": pyarrow.array([], pyarrow.string())}
+    )
     pyarrow.parquet.write_table(nothing, tmp_path / "rows.parquet")
     with pytest.raises(SystemExit):
         train(tmp_path / "rows.parquet", small_sd_dir, tmp_path / "made", steps=1)
