@@ -98,7 +98,7 @@ class Trainer:
         return {name: weight.clone() for name, weight in weights.items()}  # on the CPU they are the model's own
 
     def _new_schedule(self, done: int) -> LambdaLR:
-        """Of the learning rate after `done` steps, by these settings, whatever an optimizer out of a checkpoint had."""
+        """Of the learning rate after `done` steps, by these settings and not by a checkpoint's optimizer."""
         settings, optimizer = self.settings, self.optimizer.optimizer
         for group in optimizer.param_groups:
             group |= {"initial_lr": settings.learning_rate, "weight_decay": settings.weight_decay}
