@@ -139,6 +139,17 @@ def test_transparency_is_white_and_other_modes_are_rgb() -> None:
         assert Picture("a", "", data.getvalue()).decode().getpixel((0, 0)) == (255, 255, 255)
 
 
+def test_a_damaged_exif_tag_is_an_error_of_the_picture() -> None:
+    exif, data = Image.Exif(), io.BytesIO()
+    exif[0x010E], exif[0x0112] = "text", 6  # a description, and turned
+    Image.new("RGB", (8, 8)).save(data, "jpeg", exif=exif)
+    description = b"\x01\x0e\x00\x02"  # the tag, and that it is text
+    for tag in (b"\x01\x02", b"\x01\x1b"):  # of bits and of resolution, which are numbers
+        damaged = data.getvalue().replace(description, tag + description[2:])
+        with pytest.raises(UserError, match="a has damaged EXIF data"):
+            Picture("a", "", damaged).decode()
+
+
 def test_buckets_keep_shapes(tmp_path: Path, small_sd_dir: Path) -> None:
     sizes = Sizes.of(512, aspect_ratio_buckets=True)
     assert sizes.of_picture(Image.new("RGB", (1600, 900))) == (384, 704)
