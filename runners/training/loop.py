@@ -240,7 +240,8 @@ class Trainer:
     def validate(self, done: int) -> None:
         """The validation pictures after `done` steps, by the averaged weights where there are some."""
         assert self.pipe is not None
-        with averaged(self.model, self.average):
+        # Prompts are projected outside of the UNet's forward pass, which alone has the products' dtype by itself.
+        with averaged(self.model, self.average), self.accelerator.autocast():
             pictures = draw_validation(self.pipe, self.model, self.settings, self.accelerator.device)
         if self.accelerator.is_main_process:
             save_validation(pictures, self.settings, done, self.settings.output_dir / "validation")

@@ -102,6 +102,12 @@ def test_validation_pictures_are_a_sheet(pictures: Path, small_sd_dir: Path, tmp
     assert same(adapter(made), adapter(plain))  # drawing changes nothing
 
 
+def test_validation_in_mixed_precision(pictures: Path, small_sd_dir: Path, tmp_path: Path) -> None:
+    more = ("--dtype", "bfloat16", "--validation_prompt", "one", "--validation_steps", 1)
+    made = train(pictures, small_sd_dir, tmp_path / "made", *more, steps=1)
+    assert (made / "validation/step-00000001.png").exists()
+
+
 def test_velocity_offset_and_weights_change_the_loss(
     pictures: Path, small_sd_dir: Path, trained_dir: Path, tmp_path: Path
 ) -> None:
