@@ -151,7 +151,7 @@ class Trainer:
             losses.append(loss.detach())
         self.progress.losses.append(torch.stack(losses).mean())
         self.progress.norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-        self.progress.rates.append(self.learning_rate.get_last_lr()[0])
+        self.progress.rates.append(float(self.learning_rate.get_last_lr()[0]))
         self.learning_rate.step()
         if self.average is not None:
             self.average.step(trained(self.model))
