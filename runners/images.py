@@ -1,6 +1,7 @@
 """Pictures read, and saved with their settings inside, side-by-side grids, and how far two pictures are apart."""
 
 import io
+import struct
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -63,8 +64,11 @@ def open_picture(name: str, source: Path | BinaryIO, formats: tuple[str, ...] | 
 
 
 def upright(name: str, image: Image.Image) -> Image.Image:
-    """`image` the right way up, in a mode of 8 bits. Raises UserError: it is of 32 bits."""
-    picture = ImageOps.exif_transpose(image)
+    """`image` the right way up, in a mode of 8 bits. Raises UserError: it is of 32 bits, or its EXIF is damaged."""
+    try:
+        picture = ImageOps.exif_transpose(image)
+    except (struct.error, TypeError) as error:  # of Pillow, which writes the data anew once the picture is turned
+        raise UserError(f"{name} has damaged EXIF data ({error}): save it without") from error
     if picture.mode.startswith("I;16"):  # which Pillow would clip at 255
         return picture.point(lambda value: value / 257, "L")
     if picture.mode in ("I", "F"):

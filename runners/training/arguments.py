@@ -21,11 +21,12 @@ from runners.cli import (
 )
 from runners.devices import DTYPES
 from runners.model_dir import DEFAULTS, GUIDANCE_SCALE, guidance_scale_of
-from runners.stable_diffusion.arguments import DEMO_MODEL
+from runners.stable_diffusion.arguments import DEMO_MODEL, MAX_SEED
 from runners.training.objective import PREDICTIONS
 from runners.training.settings import LORA_LAYERS, Settings
 
 LR_SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
+POLYNOMIAL_END = 1e-7  # the last learning rate of diffusers' polynomial schedule
 LORA_LEARNING_RATE, FULL_LEARNING_RATE = 1e-4, 1e-5
 SWITCHES = {
     "fused_kernels": "attention by the device's fused kernels, with their gradients",
@@ -68,6 +69,16 @@ def settings_of(args: dict[str, Any]) -> Settings:
         raise UserError(
             f"--warmup_steps {args['warmup_steps']} has no effect with --lr_schedule constant: take "
             "constant_with_warmup"
+        )
+    if args["lr_schedule"] == "polynomial" and args["learning_rate"] <= POLYNOMIAL_END:
+        raise UserError(
+            f"--learning_rate {args['learning_rate']:g} is not above {POLYNOMIAL_END:g}, at which --lr_schedule "
+            "polynomial ends: take linear"
+        )
+    last_seed = args["seed"] + max(0, len(args["validation_prompts"]) - 1)
+    if last_seed > MAX_SEED:
+        raise UserError(
+            f"--seed {args['seed']} is too large: seeds, one for each validation prompt, end at {MAX_SEED}"
         )
     return Settings(switches=switches, **args)
 
@@ -130,7 +141,7 @@ def add_training_arguments(parser: ArgumentParser) -> None:
     )
     add("--lr_schedule", choices=LR_SCHEDULES, default="constant", help="of the learning rate (constant)")
     add("--warmup_steps", type=non_negative_int, default=0, metavar="N", help="over which it rises from 0 (0)")
-    add("--weight_decay", type=finite_float, default=0.01, metavar="X", help="of AdamW (0.01)")
+    add("--weight_decay", type=non_negative_float, default=0.01, metavar="X", help="of AdamW (0.01)")
     add("--max_norm", type=positive_float, default=1.0, metavar="X", help="to which gradients are cut (1)")
     add("--ema_decay", type=share, default=0.999, metavar="X", help="of the average of --ema (0.999)")
     add("--snr_gamma", type=positive_float, metavar="X", help="min-SNR weights of errors; the paper takes 5 (none)")
@@ -173,6 +184,13 @@ def add_output_arguments(parser: ArgumentParser) -> None:
         metavar="G",
         help=f"of these pictures (what {DEFAULTS} in the model's folder says, else {GUIDANCE_SCALE})",
     )
+
+
+def non_negative_float(argument: str) -> float:
+    number = finite_float(argument)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"must be 0 or more, not {argument}")
+    return number
 
 
 def share(argument: str) -> float:

@@ -109,6 +109,8 @@ def prepare_inputs(cache: InputCache, settings: Settings, accelerator: Accelerat
             text = cache.text_path(caption)
             shape, enlarged = tuple(stored["mean"].shape), bool(stored["enlarged"])
             examples.append(Example(latents, text, shape, int(required(text)["cut"]), enlarged))
+    if not found and not skipped.reasons:
+        raise UserError(f"--data {settings.data}: there is no row in any of its Parquet files")
     if not examples:
         name, reason = next(iter(skipped.reasons.items()))
         raise UserError(

@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.tensor import DTensor
+from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from ascend.memory import read_memory
@@ -31,7 +32,7 @@ from processors.presets.training import offloaded_activations
 from runners.cli import UserError
 from runners.files import write_atomically
 from runners.training.batches import Batches, share_of
-from runners.training.checkpoints import Checkpoints, random_states, restore_random_states
+from runners.training.checkpoints import Checkpoint, Checkpoints, random_states, restore_random_states
 from runners.training.drawing import draw_validation, save_validation
 from runners.training.inputs import Inputs
 from runners.training.network import averaged, trained
@@ -58,6 +59,7 @@ class Trainer:
     Args:
         unet: on the CPU, made trainable.
         presets: what `prepare_for_training` did to it.
+        noise_schedule: says what the UNet is to predict, too.
         about: what checkpoints have to agree in to go on from them; see `Checkpoints`.
         pipe: draws the validation pictures; its UNet is set for that time. None without such prompts.
     """
@@ -75,14 +77,12 @@ class Trainer:
     ) -> None:
         self.settings, self.accelerator, self.presets, self.inputs = settings, accelerator, presets, inputs
         self.about, self.pipe = about, pipe
-        self.prediction = settings.prediction_type or noise_schedule.config.prediction_type
+        self.prediction = noise_schedule.config.prediction_type
         self.alphas_cumprod = noise_schedule.alphas_cumprod
         self.batches = Batches(inputs.buckets(), settings.examples_a_step(accelerator.num_processes), settings.seed)
         optimizer = torch.optim.AdamW(trained(unet), lr=settings.learning_rate, weight_decay=settings.weight_decay)
         self.unet, self.optimizer = accelerator.prepare(unet, optimizer)
-        self.learning_rate = get_scheduler(
-            settings.lr_schedule, self.optimizer.optimizer, None, settings.warmup_steps, settings.steps
-        )
+        self.learning_rate = self._new_schedule(done=0)
         self.average = self._new_average() if settings.switches["ema"] else None
         self.checkpoints = Checkpoints(settings.output_dir / "checkpoints", settings.keep_checkpoints)
         self.log = settings.output_dir / LOG
@@ -96,6 +96,15 @@ class Trainer:
         """The trained weights, whole and in host memory, on rank 0. All ranks have to call it."""
         weights: dict[str, Tensor] = get_model_state_dict(self.model, options=_WHOLE)  # type: ignore[assignment]
         return {name: weight.clone() for name, weight in weights.items()}  # on the CPU they are the model's own
+
+    def _new_schedule(self, done: int) -> LambdaLR:
+        """Of the learning rate after `done` steps, by these settings and not by a checkpoint's optimizer."""
+        settings, optimizer = self.settings, self.optimizer.optimizer
+        for group in optimizer.param_groups:
+            group |= {"initial_lr": settings.learning_rate, "weight_decay": settings.weight_decay}
+        return get_scheduler(
+            settings.lr_schedule, optimizer, None, settings.warmup_steps, settings.steps, last_epoch=done - 1
+        )
 
     def _new_average(self) -> EMAModel:
         return EMAModel(trained(self.model), decay=self.settings.ema_decay, use_ema_warmup=True, foreach=True)
@@ -142,7 +151,7 @@ class Trainer:
             losses.append(loss.detach())
         self.progress.losses.append(torch.stack(losses).mean())
         self.progress.norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-        self.progress.rates.append(self.learning_rate.get_last_lr()[0])
+        self.progress.rates.append(float(self.learning_rate.get_last_lr()[0]))
         self.learning_rate.step()
         if self.average is not None:
             self.average.step(trained(self.model))
@@ -202,7 +211,6 @@ class Trainer:
         state = {
             "weights": self.weights(),
             "optimizer": get_optimizer_state_dict(self.model, self.optimizer.optimizer, options=_WHOLE),
-            "learning_rate": self.learning_rate.state_dict(),
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
             "random": states,
         }
@@ -214,15 +222,16 @@ class Trainer:
             self.checkpoints.save(done, self.about, state)
         self.accelerator.wait_for_everyone()
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, checkpoint: Checkpoint) -> None:
         """Go back to what `save` had."""
+        state = checkpoint.state
         if self.average is not None:  # by way of the model, as weights in shards have their places there
             set_model_state_dict(self.model, state["average"], options=_WHOLE)
             self.average = self._new_average()
             self.average.optimization_step = state["averaged_steps"]
         set_model_state_dict(self.model, state["weights"], options=_WHOLE)
         set_optimizer_state_dict(self.model, self.optimizer.optimizer, state["optimizer"], options=_WHOLE)
-        self.learning_rate.load_state_dict(state["learning_rate"])
+        self.learning_rate = self._new_schedule(checkpoint.step)
         if self.accelerator.scaler and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         if self.accelerator.process_index < len(state["random"]):
@@ -231,7 +240,8 @@ class Trainer:
     def validate(self, done: int) -> None:
         """The validation pictures after `done` steps, by the averaged weights where there are some."""
         assert self.pipe is not None
-        with averaged(self.model, self.average):
+        # Prompts are projected outside of the UNet's forward pass, which alone has the products' dtype by itself.
+        with averaged(self.model, self.average), self.accelerator.autocast():
             pictures = draw_validation(self.pipe, self.model, self.settings, self.accelerator.device)
         if self.accelerator.is_main_process:
             save_validation(pictures, self.settings, done, self.settings.output_dir / "validation")

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from PIL import Image
 
@@ -20,6 +20,7 @@ from runners.images import PICTURES, decode_picture
 from runners.weight_files import first_line
 
 METADATA = "metadata.jsonl"
+UTF_8 = "utf-8-sig"  # which leaves out the mark that editors on Windows begin a file with
 
 
 @dataclass(frozen=True)
@@ -63,11 +64,11 @@ def read_pictures(source: Path, image_column: str, caption_column: str, skipped:
     """
     if not source.exists():
         raise UserError(f"--data {source} does not exist")
-    parquet = sorted(source.rglob("*.parquet")) if source.is_dir() else [source]
+    root, parquet = (source, sorted(source.rglob("*.parquet"))) if source.is_dir() else (source.parent, [source])
     if source.is_file() and source.suffix != ".parquet":
         raise UserError(f"--data {source} is neither a folder nor a .parquet file")
     if parquet:
-        yield from _from_parquet(parquet, image_column, caption_column, skipped)
+        yield from _from_parquet(root, parquet, image_column, caption_column, skipped)
     else:
         yield from _from_folder(source, caption_column, skipped)
 
@@ -79,24 +80,33 @@ def _from_folder(folder: Path, caption_column: str, skipped: Skipped) -> Iterato
         raise UserError(f"--data {folder} holds no picture ({', '.join(PICTURES)}) and no .parquet file")
     for path in sorted(files | set(captions)):
         name = str(path.relative_to(folder)) if path.is_relative_to(folder) else str(path)
-        caption = captions.get(path)
-        if caption is None:
-            caption = _caption_beside(path)
-        if caption is None:
-            skipped.add(name, f"no caption: no row in {METADATA} and no {path.with_suffix('.txt').name}")
+        name = name.encode(errors="replace").decode()  # as bytes that are no UTF-8 have no place in a report
+        own = captions.get(path) or _captions_beside(path)
+        if not own:
+            skipped.add(
+                name, f"no caption: no row in {METADATA} and no UTF-8 text in {Path(name).with_suffix('.txt').name}"
+            )
             continue
         try:
             data = path.read_bytes()
-        except OSError as error:
-            skipped.add(name, f"cannot be read: {error.strerror}")
+        except (OSError, ValueError) as error:  # the latter of what cannot be a file's name
+            skipped.add(name, f"cannot be read: {getattr(error, 'strerror', None) or error}")
             continue
-        yield Picture(name, caption, data)
+        for caption in own:
+            yield Picture(name, caption, data)
 
 
-def _captions_of_metadata(folder: Path, column: str, skipped: Skipped) -> dict[Path, str]:
-    captions: dict[Path, str] = {}
+def _captions_of_metadata(folder: Path, column: str, skipped: Skipped) -> dict[Path, list[str]]:
+    """In the order of their rows: a picture that has several is learnt with each."""
+    captions: dict[Path, list[str]] = {}
     for table in sorted(folder.rglob(METADATA)):
-        for number, line in enumerate(table.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            lines = table.read_text(encoding=UTF_8).split("\n")  # not splitlines(): captions may have U+2028
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{table} is no UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8"
+            ) from error
+        for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             where = f"{table.relative_to(folder)}:{number}"
@@ -109,48 +119,58 @@ def _captions_of_metadata(folder: Path, column: str, skipped: Skipped) -> dict[P
                     f"{type(error).__name__}: {first_line(error)}"
                 ) from error
             caption = row.get(column)
-            if isinstance(caption, str) and caption.strip():
-                captions[path] = caption.strip()
+            if is_caption(caption):
+                captions.setdefault(path, []).append(caption.strip())
             else:
-                skipped.add(where, f"no caption in {column!r} for {row['file_name']}")
+                skipped.add(where, f"no caption in {column!r} for {row['file_name']!r}")
     return captions
 
 
-def _caption_beside(path: Path) -> str | None:
+def _captions_beside(path: Path) -> list[str]:
     try:
-        return path.with_suffix(".txt").read_text(encoding="utf-8").strip() or None
+        caption = path.with_suffix(".txt").read_text(encoding=UTF_8).strip()
     except (OSError, UnicodeDecodeError):
-        return None
+        return []
+    return [caption] if caption else []
 
 
-def _from_parquet(files: list[Path], image_column: str, caption_column: str, skipped: Skipped) -> Iterator[Picture]:
+def _from_parquet(
+    root: Path, files: list[Path], image_column: str, caption_column: str, skipped: Skipped
+) -> Iterator[Picture]:
+    for path in files:
+        for number, row in enumerate(_rows(path, image_column, caption_column)):
+            name = f"{path.relative_to(root)}:{number}"
+            data, caption = _bytes_of(row[image_column]), row[caption_column]
+            if data is None:
+                skipped.add(name, f"no bytes of a picture in {image_column!r}")
+            elif not is_caption(caption):
+                skipped.add(name, f"no caption in {caption_column!r}")
+            else:
+                yield Picture(name, caption.strip(), data)
+
+
+def _rows(path: Path, *columns: str) -> Iterator[dict[str, Any]]:
     """Row group by row group: the whole need not fit in memory, and no copy of it is made on disk."""
-    from pyarrow import ArrowInvalid
+    from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
-    for path in files:
-        try:
-            table = ParquetFile(path)
-        except (ArrowInvalid, OSError) as error:
-            raise UserError(f"--data {path} is no Parquet file: {first_line(error)}") from error
-        lacking = {image_column, caption_column} - set(table.schema_arrow.names)
+    try:
+        table = ParquetFile(path)
+        lacking = set(columns) - set(table.schema_arrow.names)
         if lacking:
             raise UserError(
                 f"--data {path} has the columns {', '.join(table.schema_arrow.names)} and no "
                 f"{' and no '.join(sorted(lacking))}: see --image_column and --caption_column"
             )
-        number = 0
-        for batch in table.iter_batches(batch_size=64, columns=[image_column, caption_column]):
-            for row in batch.to_pylist():
-                name = f"{path.name}:{number}"
-                number += 1
-                data, caption = _bytes_of(row[image_column]), row[caption_column]
-                if data is None:
-                    skipped.add(name, f"no bytes of a picture in {image_column!r}")
-                elif not isinstance(caption, str) or not caption.strip():
-                    skipped.add(name, f"no caption in {caption_column!r}")
-                else:
-                    yield Picture(name, caption.strip(), data)
+        for batch in table.iter_batches(batch_size=64, columns=list(columns)):
+            yield from batch.to_pylist()
+    except (ArrowException, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--data {path} is no Parquet file, or damaged: {first_line(error)}") from error
+
+
+def is_caption(cell: Any) -> TypeGuard[str]:
+    """Whether it is text that says something; halves of surrogate pairs, which JSON can hold, are none."""
+    return isinstance(cell, str) and bool(cell.strip()) and cell.encode(errors="ignore").decode() == cell
 
 
 def _bytes_of(cell: Any) -> bytes | None:

@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import FullyShardedDataParallelPlugin
-from diffusers import DDPMScheduler, StableDiffusionPipeline
+from diffusers import DDPMScheduler, SchedulerMixin, StableDiffusionPipeline
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 
@@ -37,6 +37,7 @@ from runners.training.checkpoints import Checkpoint, Checkpoints, one_training_i
 from runners.training.inputs import Inputs, prepare_inputs
 from runners.training.loop import Trainer
 from runners.training.network import LORA_FILE, averaged, load_unet, make_trainable, save_adapter
+from runners.training.objective import PREDICTIONS
 from runners.training.pictures import Skipped
 from runners.training.settings import Settings
 
@@ -121,7 +122,7 @@ def train_rank(settings: Settings, model: Model, accelerator: Accelerator, dtype
     resolution = settings.resolution or size_of(model)
     settings = replace(settings, resolution=resolution)
     report, skipped, digest = Report(), Skipped(), model.digest()
-    noise_schedule = DDPMScheduler.from_config(model.configs["scheduler"])
+    noise_schedule = load_noise_schedule(model, settings)
     checkpoints = Checkpoints(settings.output_dir / "checkpoints", settings.keep_checkpoints)
     about = {"model": digest, "settings": settings.decisive(accelerator.num_processes)}
     checkpoint = find_checkpoint(checkpoints, settings, about, report, accelerator.is_main_process)
@@ -133,6 +134,7 @@ def train_rank(settings: Settings, model: Model, accelerator: Accelerator, dtype
     if accelerator.is_main_process:
         tell_skipped(skipped, settings, report)
         tell_of_inputs(inputs, report)
+        tell_of_prediction(noise_schedule, settings, model, report)
         if settings.full and accelerator.num_processes > 1 and accelerator.device.type == "cpu":
             report.warn(
                 "--full on CPUs: every rank holds all weights, as accelerate shares them out on NPUs and GPUs only"
@@ -147,7 +149,7 @@ def train_rank(settings: Settings, model: Model, accelerator: Accelerator, dtype
     trainer = Trainer(settings, accelerator, unet, presets, noise_schedule, inputs, about, encoder.for_drawing())
     start = 0
     if checkpoint is not None:
-        trainer.restore(checkpoint.state)
+        trainer.restore(checkpoint)
         start = checkpoint.step
     if accelerator.is_main_process:
         print(presets, flush=True)
@@ -181,6 +183,35 @@ def tell_of_inputs(inputs: Inputs, report: Report) -> None:
         )
 
 
+def tell_of_prediction(noise_schedule: DDPMScheduler, settings: Settings, model: Model, report: Report) -> None:
+    """An adapter's file has no place for what the UNet says with it."""
+    said, own = noise_schedule.config.prediction_type, DDPMScheduler.from_config(model.configs["scheduler"])
+    if not settings.full and said != own.config.prediction_type:
+        report.warn(
+            f"--prediction_type {said}: the adapter draws only with a model whose scheduler/scheduler_config.json has "
+            f"that prediction_type, and {settings.model_path} has {own.config.prediction_type}"
+        )
+
+
+def load_noise_schedule(model: Model, settings: Settings) -> DDPMScheduler:
+    """The model's, with the prediction that is trained. Raises UserError: there is no loss for that one."""
+    noise_schedule = DDPMScheduler.from_config(model.configs["scheduler"])
+    set_prediction(noise_schedule, settings)
+    prediction = noise_schedule.config.prediction_type
+    if prediction not in PREDICTIONS:
+        raise UserError(
+            f"the scheduler of {settings.model_path} has prediction_type {prediction!r}, which is not trained here: "
+            f"--prediction_type is one of {', '.join(PREDICTIONS)}"
+        )
+    return noise_schedule
+
+
+def set_prediction(scheduler: SchedulerMixin, settings: Settings) -> None:
+    """Have a scheduler take what the UNet says for what it is trained to say."""
+    if settings.prediction_type:
+        scheduler.register_to_config(prediction_type=settings.prediction_type)
+
+
 def size_of(model: Model) -> int:
     """The side of the pictures that a model was made for, in pixels."""
     factor = 2 ** (len(model.configs["vae"]["block_out_channels"]) - 1)
@@ -200,6 +231,7 @@ class Encoder:
             self.pipe = load_pipeline(
                 StableDiffusionPipeline, self.settings.model_path, torch.float32, self.model, unet=None
             ).to(self.device)
+            set_prediction(self.pipe.scheduler, self.settings)
         return self.pipe
 
     def for_drawing(self) -> StableDiffusionPipeline | None:
@@ -217,8 +249,11 @@ def find_checkpoint(
     """The one to go on from; None to begin.
 
     Raises:
-        UserError: there are some and --resume was not asked for, or the last one is of another model or adapter.
+        UserError: there are some and --resume was not asked for, or the last one is of another model or adapter, or of
+            a step after the last that is asked for.
     """
+    if main:
+        checkpoints.remove_scratch()
     steps = checkpoints.steps()
     if not settings.resume:
         if steps:
@@ -227,8 +262,6 @@ def find_checkpoint(
                 "another --output_dir"
             )
         return None
-    if main:
-        checkpoints.remove_scratch()
     if not steps:
         return None
     checkpoint = checkpoints.load(steps[-1])
@@ -240,6 +273,11 @@ def find_checkpoint(
     if shapes:
         changes = ", ".join(f"{name} was {before.get(name)!r} and is {now.get(name)!r}" for name in shapes)
         raise UserError(f"--resume: {checkpoints.folder} holds other weights than these settings train: {changes}")
+    if checkpoint.step > settings.steps:
+        raise UserError(
+            f"--resume: the last checkpoint in {checkpoints.folder} is of step {checkpoint.step}, beyond --steps "
+            f"{settings.steps}: remove those after that step to go on from an earlier one"
+        )
     if different and main:
         changes = ", ".join(f"{name} was {before.get(name)!r} and is {now.get(name)!r}" for name in different)
         report.warn(f"--resume with other settings, so not to the weights of an uninterrupted training: {changes}")
@@ -253,6 +291,7 @@ def json_words(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def tell_skipped(skipped: Skipped, settings: Settings, report: Report) -> None:
+    (settings.output_dir / SKIPPED).unlink(missing_ok=True)  # of the part of a training before --resume
     if skipped.reasons:
         write_json(settings.output_dir / SKIPPED, dict(skipped.reasons))
         name, reason = next(iter(skipped.reasons.items()))
@@ -271,7 +310,7 @@ def save_result(trainer: Trainer, settings: Settings, model: Model) -> None:
         name = PIPELINE if settings.full else LORA_FILE
         target, made = settings.output_dir / name, Path(scratch, name)
         if settings.full:
-            save_pipeline(model, settings.model_path, weights, made)
+            save_pipeline(model, settings, weights, made)
             if target.exists():
                 target.replace(Path(scratch, "old"))
         else:
@@ -279,13 +318,14 @@ def save_result(trainer: Trainer, settings: Settings, model: Model) -> None:
         made.replace(target)
 
 
-def save_pipeline(model: Model, folder: Path, weights: dict[str, torch.Tensor], made: Path) -> None:
-    """Write to `made` the pipeline in `folder` with other weights of its UNet, all in float32."""
-    pipe = load_pipeline(StableDiffusionPipeline, folder, torch.float32, model)
+def save_pipeline(model: Model, settings: Settings, weights: dict[str, torch.Tensor], made: Path) -> None:
+    """Write to `made` the pipeline that was trained with other weights of its UNet, all in float32."""
+    pipe = load_pipeline(StableDiffusionPipeline, settings.model_path, torch.float32, model)
+    set_prediction(pipe.scheduler, settings)
     pipe.unet.load_state_dict(weights)
     pipe.save_pretrained(made)
-    if (folder / DEFAULTS).exists():
-        shutil.copy(folder / DEFAULTS, made)
+    if (settings.model_path / DEFAULTS).exists():
+        shutil.copy(settings.model_path / DEFAULTS, made)
 
 
 def main(description: str | None, folder: Path, arguments: Sequence[str] | None = None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,39 @@ def test_captions_of_metadata_and_beside_pictures(tmp_path: Path) -> None:
     assert skipped.reasons.keys() == {"silent.png", "sub/gone.png", "sub/metadata.jsonl:5"}
 
 
+def test_text_files_of_any_editor(tmp_path: Path) -> None:
+    write_pictures(tmp_path, 3)
+    (tmp_path / "metadata.jsonl").write_bytes(
+        '\ufeff{"file_name": "0.png", "text": "a\u2028b\x85"}\r\n{"file_name": "1.png", "text": "c"}\r\n'.encode()
+    )
+    (tmp_path / "2.txt").write_bytes("\ufeffd\r\n".encode())
+    assert found(tmp_path, Skipped()) == {"0.png": "a\u2028b", "1.png": "c", "2.png": "d"}
+    (tmp_path / "metadata.jsonl").write_bytes('{"file_name": "0.png", "text": "é"}'.encode("latin-1"))
+    with pytest.raises(UserError, match=r"metadata\.jsonl is no UTF-8 text"):
+        found(tmp_path, Skipped())
+
+
+def test_names_and_captions_that_are_no_text_are_left_out(tmp_path: Path, small_sd_dir: Path) -> None:
+    data = write_pictures(tmp_path / "data", 2)
+    (data / "0.png").rename(data / os.fsdecode(b"\xe9.png"))
+    rows = [("0\0.png", "a"), ("0\ud800.png", "a"), ("1.png", "a\ud83d"), ("1.png", "b")]
+    (data / "metadata.jsonl").write_text("".join(json.dumps({"file_name": a, "text": b}) + "\n" for a, b in rows))
+    made = train(data, small_sd_dir, tmp_path / "made", steps=1)
+    assert json.loads((made / "report.json").read_text())["pictures"] == 1
+    skipped = json.loads((made / "skipped.json").read_text())
+    assert skipped.keys() == {"0\0.png", "0?.png", "metadata.jsonl:3", "?.png"}
+
+
+def test_each_row_of_a_picture_is_an_example(tmp_path: Path, small_sd_dir: Path) -> None:
+    data = write_pictures(tmp_path / "data", 2)
+    with (data / "metadata.jsonl").open("a") as metadata:
+        metadata.write(json.dumps({"file_name": "0.png", "text": "another"}))
+    captions = [picture.caption for picture in read_pictures(data, "image", "text", Skipped())]
+    assert captions == ["picture 0", "another", "picture 1"]
+    made = train(data, small_sd_dir, tmp_path / "made", steps=1)
+    assert json.loads((made / "report.json").read_text())["pictures"] == 3
+
+
 def test_rows_of_parquet(tmp_path: Path) -> None:
     data = io.BytesIO()
     Image.new("RGB", (8, 8)).save(data, "png")
@@ -50,9 +84,32 @@ def test_rows_of_parquet(tmp_path: Path) -> None:
     assert skipped.reasons.keys() == {"rows.parquet:1", "rows.parquet:2"}
     with pytest.raises(UserError, match=r"no words: see --image_column and --caption_column"):
         list(read_pictures(tmp_path / "rows.parquet", "image", "words", skipped))
+    (tmp_path / "sub").mkdir()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows[1:]), tmp_path / "sub/rows.parquet")
+    skipped = Skipped()
+    assert found(tmp_path, skipped) == {"rows.parquet:0": "one"}
+    assert skipped.reasons.keys() == {
+        f"{file}:{row}"
+        for file, row in (("rows.parquet", 1), ("rows.parquet", 2), ("sub/rows.parquet", 0), ("sub/rows.parquet", 1))
+    }
     (tmp_path / "bad.parquet").write_bytes(b"no table")
     with pytest.raises(UserError, match="is no Parquet file"):
         found(tmp_path / "bad.parquet", skipped)
+    damaged = bytearray((tmp_path / "rows.parquet").read_bytes())
+    damaged[4:80] = b"\xff" * 76  # where pages begin: their header, and what is compressed
+    (tmp_path / "bad.parquet").write_bytes(damaged)
+    with pytest.raises(UserError, match="or damaged"):
+        found(tmp_path / "bad.parquet", skipped)
+
+
+def test_no_row_at_all_is_said(tmp_path: Path, small_sd_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    nothing = pyarrow.table(
+        {"image": pyarrow.array([], pyarrow.binary()), "text": pyarrow.array([], pyarrow.string())}
+    )
+    pyarrow.parquet.write_table(nothing, tmp_path / "rows.parquet")
+    with pytest.raises(SystemExit):
+        train(tmp_path / "rows.parquet", small_sd_dir, tmp_path / "made", steps=1)
+    assert "there is no row" in capsys.readouterr().err
 
 
 def test_metadata_that_is_none_names_the_line(tmp_path: Path) -> None:
@@ -70,6 +127,9 @@ def test_broken_pictures_are_left_out(tmp_path: Path, small_sd_dir: Path, capsys
     assert skipped.keys() == {"3.png"}
     assert "1 pictures are left out, as 3.png" in capsys.readouterr().err
     assert len(losses(made)) == 1
+    (data / "3.png").write_bytes(whole)
+    train(data, small_sd_dir, made, "--resume", steps=2)
+    assert not (made / "skipped.json").exists()
 
 
 def test_transparency_is_white_and_other_modes_are_rgb() -> None:
@@ -77,6 +137,17 @@ def test_transparency_is_white_and_other_modes_are_rgb() -> None:
         data = io.BytesIO()
         image.save(data, "png")
         assert Picture("a", "", data.getvalue()).decode().getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_a_damaged_exif_tag_is_an_error_of_the_picture() -> None:
+    exif, data = Image.Exif(), io.BytesIO()
+    exif[0x010E], exif[0x0112] = "text", 6  # a description, and turned
+    Image.new("RGB", (8, 8)).save(data, "jpeg", exif=exif)
+    description = b"\x01\x0e\x00\x02"  # the tag, and that it is text
+    for tag in (b"\x01\x02", b"\x01\x1b"):  # of bits and of resolution, which are numbers
+        damaged = data.getvalue().replace(description, tag + description[2:])
+        with pytest.raises(UserError, match="a has damaged EXIF data"):
+            Picture("a", "", damaged).decode()
 
 
 def test_buckets_keep_shapes(tmp_path: Path, small_sd_dir: Path) -> None:

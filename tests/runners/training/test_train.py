@@ -9,11 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
+from runners.images import MARGIN
 from runners.training import checkpoints, loop
 from runners.training.checkpoints import Checkpoints, one_training_in
 from tests.training_work import adapter, losses, same, step_names, train
@@ -100,12 +102,44 @@ def test_validation_pictures_are_a_sheet(pictures: Path, small_sd_dir: Path, tmp
     assert same(adapter(made), adapter(plain))  # drawing changes nothing
 
 
+def test_validation_in_mixed_precision(pictures: Path, small_sd_dir: Path, tmp_path: Path) -> None:
+    more = ("--dtype", "bfloat16", "--validation_prompt", "one", "--validation_steps", 1)
+    made = train(pictures, small_sd_dir, tmp_path / "made", *more, steps=1)
+    assert (made / "validation/step-00000001.png").exists()
+
+
 def test_velocity_offset_and_weights_change_the_loss(
     pictures: Path, small_sd_dir: Path, trained_dir: Path, tmp_path: Path
 ) -> None:
     for more in (("--prediction_type", "v_prediction"), ("--noise_offset", "0.1"), ("--snr_gamma", "1")):
         made = train(pictures, small_sd_dir, tmp_path / more[0], *more, steps=1)
         assert losses(made)[0] != losses(trained_dir)[0]
+
+
+def test_what_was_trained_to_say_velocity_draws_by_velocity(
+    pictures: Path, small_sd_dir: Path, trained_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ("--prediction_type", "v_prediction", "--validation_prompt", "one", "--validation_steps", 2)
+    made = train(pictures, small_sd_dir, tmp_path / "made", *more, "--full", "--no-ema", steps=1)
+    assert "the adapter draws only" not in capsys.readouterr().err
+    pipe = StableDiffusionPipeline.from_pretrained(made / "pipeline")
+    assert pipe.scheduler.config.prediction_type == "v_prediction"
+    drawn = pipe("one", num_inference_steps=2, generator=torch.Generator().manual_seed(0), height=64, width=64)
+    sheet = Image.open(made / "validation/step-00000001.png")
+    bottom = sheet.height - 2 * MARGIN
+    assert (np.asarray(sheet.crop((MARGIN, bottom - 64, MARGIN + 64, bottom))) == np.asarray(drawn.images[0])).all()
+    train(pictures, small_sd_dir, tmp_path / "adapter", *more[:2], steps=1)
+    assert "whose scheduler/scheduler_config.json has that prediction_type" in capsys.readouterr().err
+
+
+def test_a_model_that_predicts_pictures_is_refused(
+    pictures: Path, small_sd_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(small_sd_dir, model)
+    config = model / "scheduler/scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"prediction_type": "sample"}))
+    assert "prediction_type 'sample'" in refusal(capsys, 2, train, pictures, model, tmp_path / "made", steps=1)
 
 
 def test_a_loss_that_is_no_number_ends_the_training(
@@ -144,6 +178,12 @@ def test_a_full_disk_leaves_the_last_checkpoint(
     assert step_names(tmp_path / "made") == ["step-00000002"]
 
 
+def test_what_a_killed_training_left_is_in_nobodys_way(pictures: Path, small_sd_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "made/checkpoints" / f".step-00000002.{os.getpid()}.part").mkdir(parents=True)  # ids come again
+    train(pictures, small_sd_dir, tmp_path / "made", steps=2)
+    assert step_names(tmp_path / "made") == ["step-00000002"]
+
+
 def test_another_model_is_not_resumed(
     pictures: Path, small_sd_dir: Path, tiny_sd_dir: Path, trained_dir: Path, tmp_path: Path, capsys: Any
 ) -> None:
@@ -153,10 +193,24 @@ def test_another_model_is_not_resumed(
     said = refusal(capsys, 2, train, pictures, small_sd_dir, made, "--resume", "--lora_rank", 2)
     assert "lora_rank was 4 and is 2" in said
     assert "go on with --resume" in refusal(capsys, 2, train, pictures, small_sd_dir, made)
+    said = refusal(capsys, 2, train, pictures, small_sd_dir, made, "--resume", steps=5)
+    assert "is of step 6, beyond --steps 5" in said
     train(pictures, small_sd_dir, made, "--resume", "--learning_rate", "1e-4", steps=7)
     assert "learning_rate was 0.001 and is 0.0001" in capsys.readouterr().err
     (made / "checkpoints/step-00000007/state.pt").write_bytes(b"")
     assert "is damaged" in refusal(capsys, 2, train, pictures, small_sd_dir, made, "--resume", steps=8)
+
+
+def test_a_resumed_training_obeys_its_own_settings(
+    pictures: Path, small_sd_dir: Path, trained_dir: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(trained_dir, tmp_path / "made")
+    more = ("--resume", "--learning_rate", "1e-4", "--lr_schedule", "linear", "--weight_decay", "0.5")
+    made = train(pictures, small_sd_dir, tmp_path / "made", *more, steps=8)
+    rows = [json.loads(line) for line in (made / loop.LOG).read_text().splitlines()]
+    assert [row["learning_rate"] for row in rows[6:]] == pytest.approx([1e-4 * 2 / 8, 1e-4 * 1 / 8])
+    groups = Checkpoints(made / "checkpoints", 3).load(8).state["optimizer"]["param_groups"]
+    assert {group["weight_decay"] for group in groups} == {0.5}
 
 
 def test_one_training_at_a_time(pictures: Path, small_sd_dir: Path, tmp_path: Path, capsys: Any) -> None:
@@ -172,6 +226,11 @@ def test_bad_settings_are_one_line(pictures: Path, small_sd_dir: Path, tmp_path:
     assert "float16" in said("--dtype", "float16")
     assert "constant_with_warmup" in said("--warmup_steps", 3)
     assert "must be from 0 to 1" in said("--caption_dropout", 2)
+    assert "must be 0 or more" in said("--weight_decay", -1)
+    assert "take linear" in said("--learning_rate", "1e-8", "--lr_schedule", "polynomial")
+    prompts = ("--validation_prompt", "a", "--validation_prompt", "b")
+    assert "is too large" in said("--seed", 2**63 - 1, *prompts)
+    assert "is too large" in said("--seed", 2**70)
     assert "does not exist" in said("--data", tmp_path / "nothing")
     (tmp_path / "empty").mkdir()
     assert "holds no picture" in said("--data", tmp_path / "empty")
