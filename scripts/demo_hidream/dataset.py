@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from scripts.demo_hidream.edits import KINDS, pairs_among, sample_family
 from scripts.demo_hidream.networks import NEGATIVE_PROMPTS, TEXT_LENGTH
 from scripts.demo_hidream.scenes import Scene
-from scripts.demo_model.train import to_tensor
+from scripts.demo_model.stages import to_tensor
 
 INSTRUCTIONS = 4  # wordings of an edit
 DESCRIPTIONS = 2  # of a scene

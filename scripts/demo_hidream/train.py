@@ -57,7 +57,8 @@ from scripts.demo_hidream.networks import build_scheduler, build_tokenizer
 from scripts.demo_hidream.scenes import sample_scene
 from scripts.demo_hidream.training import Networks, draw_batch, losses
 from scripts.demo_model.scenes import BACKGROUNDS, IMAGE_SIZE
-from scripts.demo_model.train import LATENT_NOISE, reconstruction_error, to_tensor
+from scripts.demo_model.stages import to_tensor
+from scripts.demo_model.train import LATENT_NOISE, reconstruction_error
 from scripts.demo_model.training import MAX_GRADIENT_NORM, fit, save_tensors, update_average
 
 DEMO_MODEL = ROOT / "examples/hidream_e1/demo_model"

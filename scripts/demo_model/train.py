@@ -19,36 +19,24 @@ at, because each step draws its data from the seed and its own number alone.
 from __future__ import annotations
 
 import argparse
-import os
 import random
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import CLIPTextModel, CLIPTokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline
 
-from ascend.device import DeviceManager
-from ascend.memory import keep_freed_memory
-from runners.cli import ArgumentParser, UserError, file_path, non_negative_int, one_line_errors, positive_int
-from runners.files import make_output_dir, write_json
-from runners.model_dir import DEFAULTS
-from runners.training.objective import add_noise, levels, weighted_error
+from runners.cli import ArgumentParser, one_line_errors, positive_int
 from scripts.demo_model.networks import (
-    TEXT_LENGTH,
     SceneReader,
     build_scheduler,
     build_text_encoder,
@@ -65,30 +53,38 @@ from scripts.demo_model.scenes import (
     sample_scene,
     score_image,
 )
-from scripts.demo_model.training import fit, save_grid, save_tensors
+from scripts.demo_model.stages import (
+    CAPTION_DROPOUT,
+    Run,
+    add_run_arguments,
+    assemble,
+    cache_latents,
+    denoising_loss,
+    draw_pictures,
+    export,
+    latent_penalty,
+    run_stages,
+    start_with_clean_latents,
+    to_images,
+    to_tensor,
+    tokenize,
+)
+from scripts.demo_model.training import fit, save_grid
 
-Model = TypeVar("Model", bound=torch.nn.Module)
 DEMO_MODEL = ROOT / "examples/sd2.1/demo_model"
-CAPTION_DROPOUT = 0.1  # share of captions replaced by the empty one, which classifier-free guidance subtracts
 MIN_SNR_GAMMA = 5.0
 CLOSE_UP_SHARE = 0.85  # of the VAE's steps
-INITIAL_LOGVAR = -6.0  # start with nearly no noise in the latents
-THUMBNAIL_WEIGHT = 5.0  # of the rule that three latent channels hold the picture, reduced eight times
 SHAPE_WEIGHT = 4.0  # extra weight of the pixels of shapes: they are a twentieth of a picture, and all that is scored
-KL_WEIGHT = 1e-3  # per latent number
 LATENT_NOISE = 0.2  # up to which the decoder learns to see through; the latents themselves have a size of about 0.7
 PREVIEW_STEPS = 20
+STEPS_AND_BATCHES = {"vae": (2200, 8), "decoder": (2000, 8), "text": (600, 64), "unet": (5000, 16)}
 GUIDANCE_SCALE = 1.5  # so small a model draws worse pictures with stronger guidance
 
 
 @dataclass(frozen=True)
-class Run:
+class SceneRun(Run):
     """What the stages share."""
 
-    work_dir: Path
-    output_dir: Path
-    device: torch.device
-    seed: int
     scenes: int
     vae_steps: int
     decoder_steps: int
@@ -98,61 +94,22 @@ class Run:
     decoder_batch: int
     text_batch: int
     unet_batch: int
-    save_every: int
     preview_pictures: int
-
-    def rng(self, stage: str, step: int) -> random.Random:
-        """The only source of chance in a step of a stage. Also seeds torch, whose generators draw the noise."""
-        rng = random.Random(f"{self.seed}/{stage}/{step}")
-        torch.manual_seed(rng.getrandbits(63))
-        return rng
 
     def training_scene(self, index: int) -> tuple[Scene, random.Random]:
         """A scene of the UNet's training set, and the rng to render it with."""
         rng = random.Random(f"{self.seed}/scene/{index}")
         return sample_scene(rng), rng
 
-    def need(self, name: str, stage: str) -> Path:
-        """The path of a file or folder in the work folder.
 
-        Raises:
-            UserError: it is not there; says which stage makes it.
-        """
-        path = self.work_dir / name
-        if not path.exists():
-            raise UserError(f"{path} is missing: run --stage {stage} first")
-        return path
-
-    def load(self, model: Model, stage: str) -> Model:
-        """`model` with the weights a stage left, frozen, on the device."""
-        model.load_state_dict(load_file(self.need(f"{stage}.safetensors", stage)))
-        return model.requires_grad_(False).eval().to(self.device)
-
-    def save(self, model: torch.nn.Module, stage: str) -> None:
-        temporary = self.work_dir / f"{stage}.safetensors.tmp"
-        save_file({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, temporary)
-        os.replace(temporary, self.work_dir / f"{stage}.safetensors")
-
-
-def to_tensor(images: Sequence[np.ndarray], device: torch.device) -> Tensor:
-    """uint8 pictures [128, 128, 3] as one float tensor [count, 3, 128, 128] in -1 to 1."""
-    return torch.from_numpy(np.stack(images)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-def to_images(tensor: Tensor) -> np.ndarray:
-    """The reverse of `to_tensor`, as one array [count, 128, 128, 3]."""
-    return ((tensor.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-
-
-def run_tokenizer(run: Run) -> None:
+def run_tokenizer(run: SceneRun) -> None:
     rng = run.rng("tokenizer", 0)
     train_tokenizer(sample_scene(rng).caption(rng) for _ in range(2000)).save_pretrained(run.work_dir / "tokenizer")
 
 
-def run_vae(run: Run) -> None:
+def run_vae(run: SceneRun) -> None:
     run.rng("vae", -1)
-    vae = build_vae().to(run.device)
-    nn.init.constant_(vae.quant_conv.bias[4:], INITIAL_LOGVAR)
+    vae = start_with_clean_latents(build_vae()).to(run.device)
     test_scenes = held_out_scenes(run.preview_pictures, run.seed)
     test_pictures = [scene.render() for scene in test_scenes]
 
@@ -162,10 +119,7 @@ def run_vae(run: Run) -> None:
         pictures, shapes = render_batch([(sample_scene(rng), rng) for _ in range(run.vae_batch)], run.device, close_up)
         posterior = vae.encode(pictures).latent_dist
         error = reconstruction_error(vae.decode(posterior.sample()).sample - pictures, shapes)
-        # Without this rule the encoder takes thousands of steps to tell yellow from orange.
-        thumbnail_error = (posterior.mean[:, :3] - F.avg_pool2d(pictures, 8)).square().mean()
-        divergence = posterior.kl().mean() / posterior.mean[0].numel()
-        return error + THUMBNAIL_WEIGHT * thumbnail_error + KL_WEIGHT * divergence
+        return error + latent_penalty(posterior, pictures)
 
     @torch.no_grad()
     def preview(step: int) -> None:
@@ -177,24 +131,20 @@ def run_vae(run: Run) -> None:
     run.save(vae, "vae")
 
 
-def run_latents(run: Run) -> None:
+def run_latents(run: SceneRun) -> None:
     vae = run.load(build_vae(), "vae")
-    chunks = []
-    for start in tqdm(range(0, run.scenes, 64), desc="latents", unit="batch"):
-        pictures = []
-        for index in range(start, min(start + 64, run.scenes)):
-            scene, rng = run.training_scene(index)
-            pictures.append(scene.render(rng))
-        with torch.no_grad():
-            chunks.append(vae.encode(to_tensor(pictures, run.device)).latent_dist.mode().cpu())
-    latents = torch.cat(chunks)
-    save_tensors({"latents": latents, "scaling_factor": 1 / latents.std().item()}, run.work_dir / "latents.pt")
+
+    def picture(index: int) -> np.ndarray:
+        scene, rng = run.training_scene(index)
+        return scene.render(rng)
+
+    cache_latents(run, vae, picture, run.scenes)
 
 
-def run_decoder(run: Run) -> None:
+def run_decoder(run: SceneRun) -> None:
     """Teach the decoder to forgive errors like a UNet's. The encoder stays, and with it the latents."""
     vae = run.load(build_vae(), "vae")
-    cache = torch.load(run.need("latents.pt", "latents"), weights_only=True)
+    cache = run.load_latents()
     run.rng("decoder", -1)
     decoder = nn.ModuleDict({"post_quant_conv": vae.post_quant_conv, "decoder": vae.decoder}).requires_grad_(True)
     test_scenes = held_out_scenes(run.preview_pictures, run.seed)
@@ -222,8 +172,8 @@ def run_decoder(run: Run) -> None:
     run.save(vae, "decoder")
 
 
-def run_text(run: Run) -> None:
-    tokenizer = load_tokenizer(run)
+def run_text(run: SceneRun) -> None:
+    tokenizer = run.load_tokenizer()
     run.rng("text", -1)
     networks = nn.ModuleDict({"encoder": build_text_encoder(tokenizer), "reader": SceneReader()}).to(run.device)
 
@@ -237,11 +187,11 @@ def run_text(run: Run) -> None:
     run.save(networks["encoder"], "text")
 
 
-def run_unet(run: Run) -> None:
-    tokenizer = load_tokenizer(run)
+def run_unet(run: SceneRun) -> None:
+    tokenizer = run.load_tokenizer()
     text_encoder = run.load(build_text_encoder(tokenizer), "text")
     vae = run.load(build_vae(), "decoder")
-    cache = torch.load(run.need("latents.pt", "latents"), weights_only=True)
+    cache = run.load_latents()
     latents = cache["latents"] * cache["scaling_factor"]
     scenes = [run.training_scene(index)[0] for index in range(len(latents))]
     noise_schedule = build_scheduler()
@@ -254,15 +204,10 @@ def run_unet(run: Run) -> None:
         captions = ["" if rng.random() < CAPTION_DROPOUT else scenes[i].caption(rng) for i in chosen]
         with torch.no_grad():
             text = text_encoder(tokenize(tokenizer, captions).to(run.device)).last_hidden_state
-        noise = torch.randn(run.unet_batch, *latents.shape[1:])
-        timesteps = torch.randint(0, noise_schedule.config.num_train_timesteps, (run.unet_batch,))
-        at = levels(noise_schedule.alphas_cumprod, timesteps, "epsilon", MIN_SNR_GAMMA)
-        noisy = add_noise(latents[chosen], noise, at)
-        predicted = unet(noisy.to(run.device), timesteps.to(run.device), text).sample
-        return weighted_error(predicted, noise.to(run.device), at.weight.to(run.device))
+        return denoising_loss(unet, latents[chosen], text, noise_schedule, MIN_SNR_GAMMA)
 
     vae.register_to_config(scaling_factor=cache["scaling_factor"])
-    pipeline = assemble(vae, text_encoder, tokenizer, unet)
+    pipeline = assemble(vae, text_encoder, tokenizer, unet, build_scheduler())
     fit(
         unet,
         loss,
@@ -275,17 +220,16 @@ def run_unet(run: Run) -> None:
     run.save(unet, "unet")
 
 
-def preview(run: Run, pipeline: StableDiffusionPipeline, step: int) -> None:
+def preview(run: SceneRun, pipeline: StableDiffusionPipeline, step: int) -> None:
     """Draw held-out scenes with the weights so far, write the pictures to the work folder and print their scores."""
     scenes = held_out_scenes(run.preview_pictures, run.seed)
-    pictures = pipeline(
+    pictures = draw_pictures(
+        pipeline,
         [scene.caption() for scene in scenes],
+        run.seed,
         num_inference_steps=PREVIEW_STEPS,
         guidance_scale=GUIDANCE_SCALE,
-        generator=torch.Generator().manual_seed(run.seed),
-        output_type="np",
-    ).images
-    pictures = (pictures * 255).round().astype(np.uint8)
+    )
     save_grid(pictures, run.work_dir / "unet.png")
     report("unet", step, pictures, scenes)
 
@@ -326,45 +270,16 @@ def report(stage: str, step: int, pictures: np.ndarray, scenes: Sequence[Scene])
     tqdm.write(f"{stage} step {step}: " + ", ".join(f"{name} {share:.0%}" for name, share in shares.items()))
 
 
-def assemble(
-    vae: AutoencoderKL, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, unet: UNet2DConditionModel
-) -> StableDiffusionPipeline:
-    pipeline = StableDiffusionPipeline(
-        vae, text_encoder, tokenizer, unet, build_scheduler(), None, None, requires_safety_checker=False
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def run_export(run: Run) -> None:
-    tokenizer = load_tokenizer(run)
+def run_export(run: SceneRun) -> None:
+    tokenizer = run.load_tokenizer()
     vae = run.load(build_vae(), "decoder")
-    vae.register_to_config(
-        scaling_factor=torch.load(run.need("latents.pt", "latents"), weights_only=True)["scaling_factor"]
-    )
+    vae.register_to_config(scaling_factor=run.load_latents()["scaling_factor"])
     text_encoder = run.load(build_text_encoder(tokenizer), "text")
-    pipeline = assemble(vae, text_encoder, tokenizer, run.load(build_unet(), "unet")).to(dtype=torch.float16)
-    temporary = run.output_dir.with_name(run.output_dir.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    pipeline.save_pretrained(temporary)
-    tokenizer.backend_tokenizer.model.save(str(temporary / "tokenizer"))  # vocab.json and merges.txt, as in SD2.1
-    write_json(temporary / DEFAULTS, {"guidance_scale": GUIDANCE_SCALE})
-    shutil.rmtree(run.output_dir, ignore_errors=True)
-    os.replace(temporary, run.output_dir)
-    size = sum(file.stat().st_size for file in run.output_dir.rglob("*") if file.is_file())
-    print(f"{run.output_dir}: {size / 1e6:.1f} MB")
+    unet = run.load(build_unet(), "unet")
+    export(assemble(vae, text_encoder, tokenizer, unet, build_scheduler()), run.output_dir, GUIDANCE_SCALE)
 
 
-def load_tokenizer(run: Run) -> CLIPTokenizer:
-    return CLIPTokenizer.from_pretrained(run.need("tokenizer", "tokenizer"))
-
-
-def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Tensor:
-    """Captions as the pipeline would read them, int64 [count, 77]."""
-    return tokenizer(captions, padding="max_length", max_length=TEXT_LENGTH, return_tensors="pt").input_ids
-
-
-STAGES: dict[str, Callable[[Run], None]] = {
+STAGES: dict[str, Callable[[SceneRun], None]] = {
     "tokenizer": run_tokenizer,
     "vae": run_vae,
     "latents": run_latents,
@@ -377,29 +292,9 @@ STAGES: dict[str, Callable[[Run], None]] = {
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = ArgumentParser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_run_arguments(parser, STAGES, DEMO_MODEL, Path("outputs/demo_training"), STEPS_AND_BATCHES)
     add = parser.add_argument
-    add("--stage", choices=("all", *STAGES), default="all", metavar="NAME", help="run this stage only (all)")
-    add(
-        "--output_dir",
-        type=file_path,
-        default=DEMO_MODEL,
-        metavar="DIR",
-        help="of the model (examples/sd2.1/demo_model)",
-    )
-    add(
-        "--work_dir",
-        type=file_path,
-        default=Path("outputs/demo_training"),
-        metavar="DIR",
-        help="of checkpoints, latents and previews (outputs/demo_training)",
-    )
-    add("--device", metavar="NAME", help="npu, cuda or cpu, or one of several as npu:1 (the best there is)")
-    add("--seed", type=non_negative_int, default=0, metavar="N", help="(0)")
     add("--scenes", type=positive_int, default=12_000, metavar="N", help="training pictures for the UNet (12000)")
-    for stage, steps, batch in (("vae", 2200, 8), ("decoder", 2000, 8), ("text", 600, 64), ("unet", 5000, 16)):
-        add(f"--{stage}_steps", type=positive_int, default=steps, metavar="N", help=f"({steps})")
-        add(f"--{stage}_batch", type=positive_int, default=batch, metavar="N", help=f"examples in a step ({batch})")
-    add("--save_every", type=positive_int, default=250, metavar="N", help="steps from checkpoint to checkpoint (250)")
     add(
         "--preview_pictures",
         type=positive_int,
@@ -412,13 +307,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     with one_line_errors():
-        args = vars(parse_arguments(arguments))
-        stage = args.pop("stage")
-        keep_freed_memory()
-        device, work_dir = DeviceManager(args.pop("device")).device, make_output_dir(args.pop("work_dir"))
-        run = Run(device=device, work_dir=work_dir, **args)
-        for name in STAGES if stage == "all" else [stage]:
-            STAGES[name](run)
+        run_stages(parse_arguments(arguments), SceneRun, STAGES)
 
 
 if __name__ == "__main__":
