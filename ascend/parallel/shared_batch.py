@@ -100,7 +100,8 @@ class SharedBatch:
         self.is_local = any(kind.__name__ in LOCAL_RESULTS for kind in type(module).__mro__)
         self.mesh = mesh
         self.must_split = must_split
-        # What is the same in all steps that have as many rows, and this rank's rows of it.
+        # Of steps with as many rows, what is the same in all: what ranks agreed on, and this rank's rows of it.
+        self.agreed: dict[int, list[Any]] = {}
         self.constant: dict[tuple[str, int], tuple[Any, Any]] = {}
 
     def restore(self, module: nn.Module) -> None:
@@ -120,8 +121,6 @@ class SharedBatch:
         if rows < ranks and self.must_split and not is_small:
             raise ParallelError(f"{ranks} devices cannot share a batch of {rows}: there is no guidance to split")
         if rows < ranks or is_whole:
-            whole = {(name, rows): (arguments[name],) * 2 for name in CONSTANT_ARGUMENTS if name in arguments}
-            self.constant.update(whole)
             return self.forward(**arguments)
         results = self.forward(**{name: self._share(name, value, rows) for name, value in arguments.items()})
         if self.is_local:
@@ -135,11 +134,10 @@ class SharedBatch:
 
     def _require_agreement(self, batch: torch.Tensor, arguments: dict[str, Any]) -> None:
         given = [arguments.get(name) for name in CONSTANT_ARGUMENTS]
-        known = [self.constant.get((name, len(batch)), (None, None))[0] for name in CONSTANT_ARGUMENTS]
+        known = self.agreed.pop(len(batch), [None] * len(given))
         if all(value is before for value, before in zip(given, known, strict=True)):
+            self.agreed[len(batch)] = given
             return
-        for name in CONSTANT_ARGUMENTS:
-            self.constant.pop((name, len(batch)), None)
         *prompts, condition = given
         timestep = arguments["timestep" if "timestep" in arguments else "timesteps"]
         mine = fingerprint(batch, timestep, prompts, condition)
@@ -154,6 +152,7 @@ class SharedBatch:
                     f"ranks {first} and {first + branch} cannot share a picture, as their {' and '.join(different)} "
                     "differ: give each rank a generator with the same seed, and the same arguments"
                 )
+        self.agreed[len(batch)] = given
 
     def _share(self, name: str, value: Any, rows: int) -> Any:
         """This rank's rows of an argument."""
