@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps, PngImagePlugin, UnidentifiedImageError
@@ -16,9 +16,13 @@ from runners.cli import UserError
 from runners.files import write_atomically
 from runners.fonts import default_font, readable, wrap
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")  # endings of files that are looked for
 LINE_HEIGHT = 18
 MARGIN = 8
+FIGURE_DPI = 120
 LEAST_CELL_WIDTH = 192  # so that captions of small pictures stay readable
 
 
@@ -29,6 +33,13 @@ def save_png(image: Image.Image, path: Path, metadata: Mapping[str, str]) -> Non
         chunks.add_itxt(key, value)
     data = io.BytesIO()
     image.save(data, format="png", pnginfo=chunks)
+    write_atomically(path, data.getvalue())
+
+
+def save_figure(figure: "Figure", path: Path) -> None:
+    """Save a plot of matplotlib's as PNG."""
+    data = io.BytesIO()
+    figure.savefig(data, format="png", dpi=FIGURE_DPI)
     write_atomically(path, data.getvalue())
 
 

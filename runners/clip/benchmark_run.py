@@ -13,6 +13,7 @@ from runners.clip.arguments import MODEL, TEXTS
 from runners.clip.benchmark import PerformanceBenchmark, comparison_table, merge
 from runners.clip.inputs import open_rgb
 from runners.files import make_output_dir, write_json
+from runners.images import save_figure
 
 DEVICES = ("npu", "cuda", "cpu")
 
@@ -89,9 +90,7 @@ def plot(results: dict[str, dict[str, Any]], path: Path) -> None:
         right.plot([*map(int, batches)], [each["throughput_per_sec"] for each in batches.values()], "o-", label=name)
     right.set(xlabel="pictures in a batch", ylabel="pictures a second", ylim=(0, None))
     right.legend()
-    partial = path.with_name(f".{path.name}.part.png")
-    figure.savefig(partial, dpi=120)
-    partial.replace(path)
+    save_figure(figure, path)
 
 
 def main(program: str, description: str | None, arguments: Sequence[str] | None = None) -> None:

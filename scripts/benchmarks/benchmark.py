@@ -45,6 +45,7 @@ from runners.cli import (
 )
 from runners.devices import add_device_arguments, check_compiler, choose_device, choose_dtype
 from runners.files import make_output_dir
+from runners.images import save_figure
 from runners.model_dir import load_pipeline, require_patched_diffusers
 from runners.report import Report, format_table
 from runners.schedulers import make_scheduler
@@ -251,9 +252,7 @@ def plot(results: dict[str, dict[str, Any]], title: str, path: Path) -> None:
     axes.bar_label(bars, fmt="%.2fx", padding=3)
     axes.set(xlabel="speed-up of the denoising loop", title=title)
     axes.margins(x=0.12)
-    partial = path.with_suffix(".partial.png")
-    figure.savefig(partial, dpi=120)
-    partial.replace(path)
+    save_figure(figure, path)
 
 
 def run(args: argparse.Namespace) -> None:
