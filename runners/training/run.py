@@ -185,11 +185,11 @@ def tell_of_inputs(inputs: Inputs, report: Report) -> None:
 
 def tell_of_prediction(noise_schedule: DDPMScheduler, settings: Settings, model: Model, report: Report) -> None:
     """An adapter's file has no place for what the UNet says with it."""
-    said, own = noise_schedule.config.prediction_type, DDPMScheduler.from_config(model.configs["scheduler"])
-    if not settings.full and said != own.config.prediction_type:
+    said, own = noise_schedule.config.prediction_type, model.configs["scheduler"].get("prediction_type", "epsilon")
+    if not settings.full and said != own:
         report.warn(
             f"--prediction_type {said}: the adapter draws only with a model whose scheduler/scheduler_config.json has "
-            f"that prediction_type, and {settings.model_path} has {own.config.prediction_type}"
+            f"that prediction_type, and {settings.model_path} has {own}"
         )
 
 

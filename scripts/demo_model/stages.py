@@ -33,7 +33,7 @@ from runners.cli import ArgumentParser, UserError, file_path, non_negative_int, 
 from runners.files import make_output_dir, write_json
 from runners.model_dir import DEFAULTS
 from runners.training.objective import add_noise, levels, target, weighted_error
-from scripts.demo_model.networks import TEXT_LENGTH
+from scripts.demo_model.networks import TEXT_LENGTH, build_text_encoder, build_unet, build_vae
 from scripts.demo_model.training import save_tensors
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -166,6 +166,18 @@ def assemble(
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def load_parts(run: Run, vae_stage: str, scheduler: DDIMScheduler | PNDMScheduler) -> StableDiffusionPipeline:
+    """The pipeline with all that was trained before the UNet, and a UNet that knows nothing.
+
+    `vae_stage` is the last that trained the VAE.
+    """
+    tokenizer = run.load_tokenizer()
+    vae = run.load(build_vae(), vae_stage)
+    vae.register_to_config(scaling_factor=run.load_latents()["scaling_factor"])
+    text_encoder = run.load(build_text_encoder(tokenizer), "text")
+    return assemble(vae, text_encoder, tokenizer, build_unet(), scheduler)
 
 
 def draw_pictures(pipeline: StableDiffusionPipeline, captions: Sequence[str], seed: int, **options: Any) -> np.ndarray:

@@ -63,6 +63,7 @@ from scripts.demo_model.stages import (
     draw_pictures,
     export,
     latent_penalty,
+    load_parts,
     run_stages,
     start_with_clean_latents,
     to_images,
@@ -271,12 +272,9 @@ def report(stage: str, step: int, pictures: np.ndarray, scenes: Sequence[Scene])
 
 
 def run_export(run: SceneRun) -> None:
-    tokenizer = run.load_tokenizer()
-    vae = run.load(build_vae(), "decoder")
-    vae.register_to_config(scaling_factor=run.load_latents()["scaling_factor"])
-    text_encoder = run.load(build_text_encoder(tokenizer), "text")
-    unet = run.load(build_unet(), "unet")
-    export(assemble(vae, text_encoder, tokenizer, unet, build_scheduler()), run.output_dir, GUIDANCE_SCALE)
+    pipeline = load_parts(run, "decoder", build_scheduler())
+    run.load(pipeline.unet, "unet")
+    export(pipeline, run.output_dir, GUIDANCE_SCALE)
 
 
 STAGES: dict[str, Callable[[SceneRun], None]] = {

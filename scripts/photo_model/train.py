@@ -13,7 +13,7 @@ The stages run in order, each from what the ones before left in --work_dir:
     latents     encode the training pictures once, so that the UNet never waits for the VAE
     text        teach the text encoder to tell of which photograph a caption is
     unet        learn to predict the velocity of a latent, given the frozen text encoder's view of its caption
-    export      write the float16 folder that StableDiffusionPipeline.from_pretrained loads
+    export      write the float16 folder that StableDiffusionPipeline.from_pretrained loads, and prompts.txt
     grid        load it, and draw grid.png in --work_dir, a column for each photograph
 
 Stop it any time: the same command goes on from the last checkpoint, and ends at the weights an uninterrupted run ends
@@ -42,19 +42,20 @@ sys.path.insert(0, str(ROOT))
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 from runners.cli import ArgumentParser, one_line_errors, positive_int
+from runners.files import write_atomically
 from runners.model_dir import load_pipeline
-from scripts.demo_model.networks import TEXT_WIDTH, build_text_encoder, build_unet, build_vae, train_tokenizer
+from scripts.demo_model.networks import TEXT_WIDTH, build_text_encoder, build_vae, train_tokenizer
 from scripts.demo_model.scenes import IMAGE_SIZE
 from scripts.demo_model.stages import (
     CAPTION_DROPOUT,
     Run,
     add_run_arguments,
-    assemble,
     cache_latents,
     denoising_loss,
     draw_pictures,
     export,
     latent_penalty,
+    load_parts,
     run_stages,
     start_with_clean_latents,
     to_images,
@@ -154,7 +155,7 @@ def run_text(run: PhotoRun) -> None:
 
 def run_unet(run: PhotoRun) -> None:
     run.rng("unet", -1)
-    pipeline = load_parts(run)
+    pipeline = load_parts(run, "vae", build_scheduler())
     unet, schedule = pipeline.unet.to(run.device), build_scheduler()
     latents = run.load_latents()["latents"] * pipeline.vae.config.scaling_factor
     captions = ["", *(caption for name in NAMES for caption in CAPTIONS[name])]
@@ -175,15 +176,6 @@ def run_unet(run: PhotoRun) -> None:
     fit(unet, loss, run.unet_steps, 1e-3, run.work_dir / "unet.pt", run.save_every, preview)
 
 
-def load_parts(run: PhotoRun) -> StableDiffusionPipeline:
-    """The pipeline with all that was trained before the UNet, and one that knows nothing."""
-    tokenizer = run.load_tokenizer()
-    vae = run.load(build_vae(), "vae")
-    vae.register_to_config(scaling_factor=run.load_latents()["scaling_factor"])
-    text_encoder = run.load(build_text_encoder(tokenizer), "text")
-    return assemble(vae, text_encoder, tokenizer, build_unet(), build_scheduler())
-
-
 def draw_row(run: PhotoRun, pipeline: StableDiffusionPipeline, seed: int) -> np.ndarray:
     """A picture of each class, uint8 [classes, 128, 128, 3]."""
     captions = [CAPTIONS[name][0] for name in NAMES]
@@ -192,9 +184,11 @@ def draw_row(run: PhotoRun, pipeline: StableDiffusionPipeline, seed: int) -> np.
 
 
 def run_export(run: PhotoRun) -> None:
-    pipeline = load_parts(run)
+    pipeline = load_parts(run, "vae", build_scheduler())
     run.load(pipeline.unet, "unet")
     export(pipeline, run.output_dir, GUIDANCE_SCALE)
+    prompts = [caption for name in NAMES for caption in CAPTIONS[name]]
+    write_atomically(run.output_dir / "prompts.txt", ("\n".join(prompts) + "\n").encode())
 
 
 def run_grid(run: PhotoRun) -> None:
