@@ -74,10 +74,24 @@ def fast_options(name: str, guidance_scale: float) -> dict[str, Any]:
     return {"cache_schedule": "early", "cache_full_steps": full_steps, **forecast}
 
 
+def listed_options(full_steps: list[int], shallow_steps: list[int]) -> dict[str, Any]:
+    """The pipeline's arguments for these numbers of calls; those in neither are forecast."""
+    return {"cache_schedule": full_steps, "cache_forecast": True, "cache_between": shallow_steps}
+
+
+def unet_times(scheduler: SchedulerMixin, steps: int, skipped: int = 0) -> list[Any]:
+    """The timesteps of the UNet's calls: some schedulers call once more than there are steps, or twice as often.
+
+    `skipped` are the first of the `steps`, which are not taken where a picture is changed.
+    """
+    scheduler.set_timesteps(steps)
+    return scheduler.timesteps[skipped * scheduler.order :].tolist()
+
+
 def count_steps(scheduler: SchedulerMixin, steps: int, options: Mapping[str, Any], skipped: int = 0) -> dict[str, int]:
     """How many steps run the UNet whole, in its outer layers and not at all, with `options` from `cache_options`.
 
-    `skipped` are the first of the `steps`, which are not taken where a picture is changed.
+    `skipped` is as for `unet_times`.
 
     Raises:
         UserError: the schedule does not fit `steps` or `scheduler`, or saves nothing.
@@ -86,9 +100,7 @@ def count_steps(scheduler: SchedulerMixin, steps: int, options: Mapping[str, Any
     from diffusers.models.unets.deep_cache import get_full_steps, plan_between
     from diffusers.models.unets.forecast_solver import ForecastSolver
 
-    scheduler.set_timesteps(steps)
-    # Some schedulers call once more than there are steps, or twice as often.
-    times = scheduler.timesteps[skipped * scheduler.order :].tolist()
+    times = unet_times(scheduler, steps, skipped)
     schedule = dict(options)
     between = schedule.pop("cache_between", "shallow")
     try:

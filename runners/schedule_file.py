@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from runners.cache_options import listed_options
 from runners.cli import UserError
 
 FILE_NAME = "schedules.json"  # beside the model
@@ -38,7 +39,7 @@ class Schedule(NamedTuple):
 
     def options(self) -> dict[str, Any]:
         """The pipeline's arguments."""
-        return {"cache_schedule": self.full_steps, "cache_forecast": True, "cache_between": self.shallow_steps}
+        return listed_options(self.full_steps, self.shallow_steps)
 
 
 def read_schedules(path: Path) -> list[Schedule]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -15,30 +15,35 @@ PROMPT_TOKENS = 77
 GIGA = 1e9
 
 
+class StepFlops(NamedTuple):
+    """Floating-point operations for each row of the batch, a multiplication and an addition counting as two."""
+
+    full: int
+    shallow: int
+
+
 def step_flops(
     config: Mapping[str, Any],
-    rows: int,
     height: int,
     width: int,
     branch: tuple[int, int] = (0, 0),
     merging: Mapping[str, Any] | None = None,
-) -> tuple[int, int]:
-    """Floating-point operations of a full and of a shallow call, a multiplication and an addition counting as two.
+) -> StepFlops:
+    """What a call of the UNet computes, whole and in its outer layers.
 
     Of matrix products, convolutions and attention. Nothing is computed: tensors of torch's device "meta" have shapes
     only.
 
     Args:
         config: of the UNet.
-        rows: of the batch, both branches of guidance counted.
         height, width: of the latents.
         branch: where DeepCache cuts.
         merging: what `enable_token_merging` gets, None for no merging.
     """
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(dict(config)).eval()
-        sample = torch.empty(rows, unet.config.in_channels, height, width)
-        prompt = torch.empty(rows, PROMPT_TOKENS, unet.config.cross_attention_dim)
+        sample = torch.empty(1, unet.config.in_channels, height, width)
+        prompt = torch.empty(1, PROMPT_TOKENS, unet.config.cross_attention_dim)
         timestep = torch.empty((), dtype=torch.int64)
     if merging:
         enable_token_merging(unet, **merging)
@@ -49,7 +54,7 @@ def step_flops(
             results = unet(sample, timestep, prompt, cache_branch=branch, cached_feature=feature, return_dict=False)
         feature = feature if feature is not None else results[1]
         counts.append(counter.get_total_flops())
-    return counts[0], counts[1]
+    return StepFlops(*counts)
 
 
 def picture_cost(
@@ -71,14 +76,12 @@ def picture_cost(
         size: height and width of the latents.
         merging: see `step_flops`.
     """
-    plain = calls * step_flops(config, rows, *size)[0]
-    full, shallow = step_flops(config, rows, *size, merging=merging)
-    if shallow_rows != rows:
-        shallow = step_flops(config, shallow_rows, *size, merging=merging)[1]
+    without = step_flops(config, *size)
+    cost = step_flops(config, *size, merging=merging) if merging else without
+    plain = calls * rows * without.full
     counted = steps or {"full_steps": calls, "shallow_steps": 0, "skipped_steps": 0}
-    spent = counted["full_steps"] * full + counted["shallow_steps"] * shallow
-    samples = {
-        "full_samples": counted["full_steps"] * rows,
-        "shallow_samples": counted["shallow_steps"] * shallow_rows,
-    }
+    full_samples = counted["full_steps"] * rows
+    shallow_samples = counted["shallow_steps"] * shallow_rows
+    spent = full_samples * cost.full + shallow_samples * cost.shallow
+    samples = {"full_samples": full_samples, "shallow_samples": shallow_samples}
     return {**counted, **samples, "gflops": spent / GIGA, "gflops_of_all_steps": plain / GIGA, "share": spent / plain}

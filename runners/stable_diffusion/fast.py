@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 from runners.cache_options import cache_options, fast_options
 from runners.cli import UserError
+from runners.model_dir import read_json
 from runners.schedule_file import FILE_NAME, choose_schedule, read_schedules
 from runners.schedulers import SCHEDULERS
 
@@ -48,6 +48,6 @@ def choose_cache(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, st
 def scheduler_of(folder: Path) -> str:
     """Class name of a model's own scheduler; empty where the folder does not say, which loading it will."""
     try:
-        return json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))["_class_name"]
-    except (OSError, ValueError, KeyError, TypeError):
+        return read_json(folder / "scheduler" / "scheduler_config.json").get("_class_name", "")
+    except UserError:
         return ""

@@ -16,7 +16,7 @@ from processors import AttnProcessor2_0Tome, enable_flash_attention, enable_toke
 from processors.kernels.call import AttentionCall
 from processors.kernels.select import explain, select_kernel
 from processors.models.self_attentions import largest_call
-from runners.cache_options import count_steps
+from runners.cache_options import count_steps, unet_times
 from runners.cli import UserError
 from runners.devices import check_compiler
 from runners.files import make_output_dir
@@ -175,9 +175,7 @@ def accelerate(pipe: StableDiffusionPipeline, args: argparse.Namespace, report: 
 
 def cost_of_unet(args: argparse.Namespace, pipe: StableDiffusionPipeline) -> dict[str, Any]:
     """See `picture_cost`, of one prompt's pictures."""
-    pipe.scheduler.set_timesteps(args.steps)
-    skipped = args.steps - steps_drawn(args)
-    calls = len(pipe.scheduler.timesteps) - skipped * pipe.scheduler.order
+    calls = len(unet_times(pipe.scheduler, args.steps, args.steps - steps_drawn(args)))
     size = args.height // pipe.vae_scale_factor, args.width // pipe.vae_scale_factor
     forecast = args.cache.get("cache_forecast", False)
     steps = args.cache_steps if args.cache else {}

@@ -1,7 +1,7 @@
 """Quality against cost of --fast, of the packages that it is measured against, and of fewer steps.
 
     python scripts/schedules/compare.py                                      the demo model, 32 held-out prompts
-    python scripts/schedules/compare.py --num_prompts 200 --scheduler ddim   what the README has
+    python scripts/schedules/compare.py --num_prompts 200 --scheduler ddim   more of them, and another scheduler
     python scripts/schedules/compare.py --model_path DIR --prompts FILE      another model
 
 Every way draws the same pictures. PSNR and SSIM are to the picture of all steps, in the mean and in the worst tenth;
@@ -27,24 +27,15 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from runners.cache_options import FAST, count_steps, fast_options
-from runners.cli import (
-    ArgumentParser,
-    file_path,
-    finite_float,
-    non_negative_int,
-    one_line_errors,
-    positive_int,
-)
-from runners.devices import add_device_arguments, choose_device, choose_dtype
+from runners.cli import ArgumentParser, file_path, one_line_errors
 from runners.files import make_output_dir
-from runners.model_dir import load_pipeline, require_patched_diffusers
+from runners.images import save_figure
 from runners.report import Report, format_table
-from runners.schedulers import SCHEDULERS, make_scheduler
 from runners.unet_cost import step_flops
 from scripts.benchmarks.benchmark import SD21_BASE_UNET
 from scripts.demo_model.scenes import held_out_scenes, score_image
-from scripts.schedules.drawing import Drawing, Method, distance, draw, worst_tenth
-from scripts.schedules.find import DEMO_MODEL, RATIO, prompts_of
+from scripts.schedules.drawing import RATIO, Drawing, Method, distance, draw, worst_tenth
+from scripts.schedules.inputs import add_arguments, load, read_prompts_of
 
 ALL_STEPS = "all steps"
 INTERVALS = (2, 3, 4, 5, 8)
@@ -58,28 +49,14 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = ArgumentParser(
         prog="compare.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add = parser.add_argument_group("what to draw").add_argument
-    add("--model_path", type=file_path, default=DEMO_MODEL, metavar="DIR", help="(the demo model)")
-    add(
-        "--prompts", type=file_path, metavar="FILE", help="UTF-8 text, a prompt on each line (the demo model's scenes)"
-    )
-    add("--num_prompts", type=positive_int, default=32, metavar="N", help="(32)")
-    add("--steps", type=positive_int, default=50, metavar="N", help="(50)")
-    add("--scheduler", choices=SCHEDULERS, metavar="NAME", help="(the model's)")
-    add("--guidance_scales", type=finite_float, nargs="+", default=[1.5, 4.0, 7.5], metavar="G", help="(1.5 4 7.5)")
-    add("--seed", type=non_negative_int, default=1000, metavar="N", help="of the first picture (1000)")
-    add("--batch_size", type=positive_int, default=16, metavar="N", help="pictures made together (16)")
+    add_arguments(parser, num_prompts="", seed=1000)
     kinds = ("fast", "peers", "steps")
-    add("--kinds", nargs="+", choices=kinds, default=list(kinds), metavar="KIND", help=f"({' '.join(kinds)})")
-    add_device_arguments(parser)
-    folder = Path("outputs/compare")
-    parser.add_argument_group("output").add_argument(
-        "--output_dir", type=file_path, default=folder, metavar="DIR", help=f"({folder})"
+    parser.add_argument(
+        "--kinds", nargs="+", choices=kinds, default=list(kinds), metavar="KIND", help=f"({' '.join(kinds)})"
     )
-    args = parser.parse_args(arguments)
-    if not args.prompts and args.model_path.resolve() != DEMO_MODEL:
-        parser.error("--model_path needs --prompts, which the model was trained for")
-    return args
+    folder = Path("outputs/compare")
+    parser.add_argument("--output_dir", type=file_path, default=folder, metavar="DIR", help=f"({folder})")
+    return parser.parse_args(arguments)
 
 
 def methods(args: argparse.Namespace, guidance_scale: float) -> dict[str, Method]:
@@ -100,27 +77,27 @@ class Costs:
     """Shares of the arithmetic of all steps, of the true UNet."""
 
     def __init__(self, guided: bool) -> None:
-        rows = 2 if guided else 1
-        self.full, self.shallow = step_flops(SD21_BASE_UNET, rows, LATENTS, LATENTS)
-        self.one_branch = step_flops(SD21_BASE_UNET, 1, LATENTS, LATENTS)[1]
-        self.merged = step_flops(SD21_BASE_UNET, rows, LATENTS, LATENTS, merging=MERGING)
+        self.plain = step_flops(SD21_BASE_UNET, LATENTS, LATENTS)
+        self.merged = step_flops(SD21_BASE_UNET, LATENTS, LATENTS, merging=MERGING)
+        self.rows = 2 if guided else 1
 
     def share(self, pipe: StableDiffusionPipeline, steps: int, method: Method) -> float:
-        full, shallow = self.merged if method.ratio else (self.full, self.shallow)
         if method.steps:
             return method.steps / steps
+        cost = self.merged if method.ratio else self.plain
         if not method.options:
-            return full / self.full
+            return cost.full / self.plain.full
         counted = count_steps(pipe.scheduler, steps, method.options)
-        if method.options.get("cache_forecast"):
-            shallow = self.one_branch
-        spent = counted["full_steps"] * full + counted["shallow_steps"] * shallow
-        return spent / (sum(counted.values()) * self.full)
+        shallow_rows = 1 if method.options.get("cache_forecast") else self.rows
+        spent = counted["full_steps"] * self.rows * cost.full + counted["shallow_steps"] * shallow_rows * cost.shallow
+        return spent / (sum(counted.values()) * self.rows * self.plain.full)
 
 
-def measure(pipe: StableDiffusionPipeline, args: argparse.Namespace, guidance_scale: float) -> dict[str, Any]:
+def measure(
+    pipe: StableDiffusionPipeline, args: argparse.Namespace, prompts: list[str], guidance_scale: float
+) -> dict[str, Any]:
     """For each method its distances, share and, of the demo model's scenes, the share of right pictures."""
-    drawing = Drawing(prompts_of(args), args.seed, args.steps, guidance_scale, args.batch_size)
+    drawing = Drawing(prompts, args.seed, args.steps, guidance_scale, args.batch_size)
     scenes = None if args.prompts else held_out_scenes(args.num_prompts, args.seed)
     costs = Costs(guidance_scale > 1)
     results: dict[str, Any] = {}
@@ -162,33 +139,26 @@ def plot(results: dict[str, dict[str, Any]], title: str, path: Path) -> None:
         axes.set_title(f"guidance {guidance_scale}")
         axes.legend(fontsize=8)
     figure.suptitle(title)
-    partial = path.with_suffix(".partial.png")
-    figure.savefig(partial, dpi=120)
-    partial.replace(path)
+    save_figure(figure, path)
 
 
 def run(args: argparse.Namespace) -> None:
-    require_patched_diffusers()
     report = Report()
+    prompts = read_prompts_of(args)
     output_dir = make_output_dir(args.output_dir)
-    manager = choose_device(args, report)
-    dtype = choose_dtype(args, manager, report)
-    pipe = load_pipeline(StableDiffusionPipeline, args.model_path, dtype).to(manager.device)
-    pipe.set_progress_bar_config(disable=True)
-    if args.scheduler:
-        pipe.scheduler = make_scheduler(args.scheduler, like=pipe.scheduler)
+    pipe = load(args, report)
     results: dict[str, dict[str, Any]] = {}
     columns = ["share", "PSNR", "worst tenth", "SSIM", "worst tenth", *([] if args.prompts else ["right %"])]
     with torch.no_grad():
         for guidance_scale in args.guidance_scales:
-            found = results[f"{guidance_scale:g}"] = measure(pipe, args, guidance_scale)
+            found = results[f"{guidance_scale:g}"] = measure(pipe, args, prompts, guidance_scale)
             print(f"guidance {guidance_scale:g}, {type(pipe.scheduler).__name__}, {args.num_prompts} pictures")
             print(
                 format_table(columns, [(name, list(row.values()), ".3f") for name, row in found.items()]), flush=True
             )
     places = {name: str(value) for name, value in vars(args).items() if isinstance(value, Path)}
     report.sections = {
-        "settings": {**vars(args), **places, "device": str(manager.device), "dtype": str(dtype)},
+        "settings": {**vars(args), **places, "device": str(pipe.device), "dtype": str(pipe.dtype)},
         "results": results,
     }
     report.write(output_dir / "compare.json")

@@ -17,6 +17,7 @@ from runners.schedulers import make_scheduler
 PEAK = 1.0  # of pictures as floating-point numbers
 IDENTICAL = 100.0  # dB, of pictures without a difference
 WORST = 0.1  # share of the pictures
+RATIO = 0.5  # of merged tokens, where a method is measured against tomesd
 
 
 class Method(NamedTuple):

@@ -24,29 +24,15 @@ from diffusers import StableDiffusionPipeline
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from runners.cache_options import count_steps
-from runners.cli import (
-    ArgumentParser,
-    UserError,
-    file_path,
-    finite_float,
-    non_negative_int,
-    one_line_errors,
-    positive_int,
-    read_prompts,
-)
-from runners.devices import add_device_arguments, choose_device, choose_dtype
+from runners.cache_options import count_steps, listed_options
+from runners.cli import ArgumentParser, UserError, file_path, one_line_errors
 from runners.files import write_json
-from runners.model_dir import load_pipeline, require_patched_diffusers
 from runners.report import Report, format_table
 from runners.schedule_file import FILE_NAME, VERSION, Schedule
-from runners.schedulers import SCHEDULERS, make_scheduler
 from runners.unet_cost import step_flops
-from scripts.demo_model.scenes import held_out_scenes
-from scripts.schedules.drawing import Distance, Drawing, Method, distance, draw
+from scripts.schedules.drawing import RATIO, Distance, Drawing, Method, distance, draw
+from scripts.schedules.inputs import add_arguments, load, read_prompts_of
 
-DEMO_MODEL = ROOT / "examples/sd2.1/demo_model"
-RATIO = 0.5
 GOALS = {
     "quality": Method({"cache_interval": 3}),
     "balanced": Method({"cache_interval": 3}, ratio=RATIO),
@@ -62,54 +48,29 @@ class Candidate(NamedTuple):
     share: float  # of the arithmetic of all steps
 
     def method(self) -> Method:
-        options = {"cache_schedule": self.full_steps, "cache_forecast": True, "cache_between": self.shallow_steps}
-        return Method(options)
+        return Method(listed_options(self.full_steps, self.shallow_steps))
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = ArgumentParser(prog="find.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument_group("what to draw").add_argument
-    add("--model_path", type=file_path, default=DEMO_MODEL, metavar="DIR", help="(the demo model)")
-    add(
-        "--prompts", type=file_path, metavar="FILE", help="UTF-8 text, a prompt on each line (the demo model's scenes)"
-    )
-    add("--num_prompts", type=positive_int, default=32, metavar="N", help="half to choose by, half to check by (32)")
-    add("--steps", type=positive_int, default=50, metavar="N", help="(50)")
-    add("--scheduler", choices=SCHEDULERS, metavar="NAME", help="(the model's)")
-    add("--guidance_scales", type=finite_float, nargs="+", default=[1.5, 4.0, 7.5], metavar="G", help="(1.5 4 7.5)")
+    add_arguments(parser, num_prompts="half to choose by, half to check by ", seed=0)
+    add = parser.add_argument
     add("--rows", nargs="+", choices=GOALS, default=list(GOALS), metavar="NAME", help=f"({' '.join(GOALS)})")
-    add("--seed", type=non_negative_int, default=0, metavar="N", help="of the first picture (0)")
-    add("--batch_size", type=positive_int, default=16, metavar="N", help="pictures made together (16)")
-    add_device_arguments(parser)
     default = Path("outputs/schedules") / FILE_NAME
-    parser.add_argument_group("output").add_argument(
-        "--output", type=file_path, default=default, metavar="FILE", help=f"({default})"
-    )
+    add("--output", type=file_path, default=default, metavar="FILE", help=f"({default})")
     args = parser.parse_args(arguments)
     if args.num_prompts < 2:
         parser.error("--num_prompts 1: there must be one to choose by and one to check by")
-    if not args.prompts and args.model_path.resolve() != DEMO_MODEL:
-        parser.error("--model_path needs --prompts, which the model was trained for")
     return args
-
-
-def prompts_of(args: argparse.Namespace) -> list[str]:
-    if not args.prompts:
-        return [scene.caption() for scene in held_out_scenes(args.num_prompts, args.seed)]
-    prompts = read_prompts(args.prompts)
-    if len(prompts) < args.num_prompts:
-        raise UserError(f"--prompts {args.prompts} has {len(prompts)} prompts of the --num_prompts {args.num_prompts}")
-    return prompts[: args.num_prompts]
 
 
 def candidates(pipe: StableDiffusionPipeline, args: argparse.Namespace, guidance_scale: float) -> list[Candidate]:
     """All that are tried, the cheapest first."""
     from diffusers.models.unets.deep_cache import get_full_steps, plan_between
 
-    guided = guidance_scale > 1
     config = pipe.unet.config
-    full, shallow = step_flops(config, 2 if guided else 1, config.sample_size, config.sample_size)
-    part = (step_flops(config, 1, config.sample_size, config.sample_size)[1] if guided else shallow) / full
+    cost = step_flops(config, config.sample_size, config.sample_size)
+    part = cost.shallow / (cost.full * (2 if guidance_scale > 1 else 1))  # a shallow step is of one branch
     options = {"cache_schedule": [0], "cache_forecast": True}
     calls = sum(count_steps(pipe.scheduler, args.steps, options).values())
     found = {}
@@ -136,10 +97,9 @@ class Half:
 
 
 def search(
-    pipe: StableDiffusionPipeline, args: argparse.Namespace, guidance_scale: float
+    pipe: StableDiffusionPipeline, args: argparse.Namespace, prompts: list[str], guidance_scale: float
 ) -> Iterator[tuple[Schedule, dict[str, Any]]]:
     """For each row the schedule, and what was measured for it on both halves."""
-    prompts = prompts_of(args)
     middle = len(prompts) // 2
     parts = {"choose": (prompts[:middle], args.seed), "check": (prompts[middle:], args.seed + middle)}
     choose, check = (
@@ -187,25 +147,19 @@ def schedule_of(
 
 
 def run(args: argparse.Namespace) -> None:
-    require_patched_diffusers()
-    report = Report()
-    manager = choose_device(args, report)
-    dtype = choose_dtype(args, manager, report)
-    pipe = load_pipeline(StableDiffusionPipeline, args.model_path, dtype).to(manager.device)
-    pipe.set_progress_bar_config(disable=True)
-    if args.scheduler:
-        pipe.scheduler = make_scheduler(args.scheduler, like=pipe.scheduler)
+    prompts = read_prompts_of(args)
+    pipe = load(args, Report())
     args.output.parent.mkdir(parents=True, exist_ok=True)
     schedules, rows, details = [], [], []
     with torch.no_grad():
         for guidance_scale in args.guidance_scales:
-            for schedule, measured in search(pipe, args, guidance_scale):
+            for schedule, measured in search(pipe, args, prompts, guidance_scale):
                 schedules.append(schedule._asdict())
-                details.append({name: measured[name] for name in measured} | {"guidance_scale": guidance_scale})
+                details.append(measured | {"guidance_scale": guidance_scale})
                 numbers = [guidance_scale, len(schedule.full_steps), len(schedule.shallow_steps), schedule.share]
                 numbers += [*measured["chosen_by"], *measured["checked_by"], *measured["goals"][1]]
                 rows.append((schedule.name, numbers, ".2f"))
-    settings = {"prompts": args.num_prompts, "seed": args.seed, "device": str(manager.device), "dtype": str(dtype)}
+    settings = {"prompts": args.num_prompts, "seed": args.seed, "device": str(pipe.device), "dtype": str(pipe.dtype)}
     write_json(args.output, {"version": VERSION, "schedules": schedules, "found_with": settings, "measured": details})
     columns = ["guidance", "full", "shallow", "share", "chosen dB", "worst", "checked dB", "worst", "goal dB", "worst"]
     print(format_table(columns, rows))

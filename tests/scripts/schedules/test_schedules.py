@@ -83,7 +83,7 @@ def test_candidates_are_tried_from_the_cheapest_on(small_sd: StableDiffusionPipe
 
 def test_the_costs_are_those_of_the_true_unet(tiny_sd: StableDiffusionPipeline) -> None:
     costs = compare.Costs(guided=True)
-    assert costs.full == pytest.approx(1.6e12, rel=0.02)
+    assert costs.plain.full == pytest.approx(0.8e12, rel=0.02)
     share = costs.share
     assert share(tiny_sd, 50, Method(steps=10, scheduler="ddim")) == 0.2
     skip: dict[str, Any] = {"cache_schedule": [0, 10], "cache_forecast": True, "cache_between": "skip"}
