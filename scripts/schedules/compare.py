@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from runners.cache_options import FAST, count_steps, fast_options
-from runners.cli import ArgumentParser, file_path, one_line_errors
+from runners.cli import ArgumentParser, UserError, file_path, one_line_errors
 from runners.files import make_output_dir
 from runners.images import save_figure
 from runners.report import Report, format_table
@@ -50,9 +51,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="compare.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_arguments(parser, num_prompts="", seed=1000)
-    kinds = ("fast", "peers", "steps")
     parser.add_argument(
-        "--kinds", nargs="+", choices=kinds, default=list(kinds), metavar="KIND", help=f"({' '.join(kinds)})"
+        "--only",
+        nargs="+",
+        default=["*"],
+        metavar="PATTERN",
+        help="ways to draw, by their names in the table, as 'fast*' 'tomesd + DeepCache 3' (all)",
     )
     folder = Path("outputs/compare")
     parser.add_argument("--output_dir", type=file_path, default=folder, metavar="DIR", help=f"({folder})")
@@ -60,17 +64,16 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def methods(args: argparse.Namespace, guidance_scale: float) -> dict[str, Method]:
-    found = {ALL_STEPS: Method()}
-    if "fast" in args.kinds:
-        found |= {f"--fast {row}": Method(fast_options(row, guidance_scale)) for row in FAST}
-    if "peers" in args.kinds:
-        found |= {f"DeepCache {interval}": Method({"cache_interval": interval}) for interval in INTERVALS}
-        for interval in INTERVALS:
-            found[f"tomesd + DeepCache {interval}"] = Method({"cache_interval": interval}, ratio=RATIO)
-    if "steps" in args.kinds:
-        for solver in SOLVERS:
-            found |= {f"{solver} {n} steps": Method(steps=n, scheduler=solver) for n in FEWER_STEPS if n < args.steps}
-    return found
+    found = {f"fast {row}": Method(fast_options(row, guidance_scale)) for row in FAST}
+    for interval in INTERVALS:
+        found[f"DeepCache {interval}"] = Method({"cache_interval": interval})
+        found[f"tomesd + DeepCache {interval}"] = Method({"cache_interval": interval}, ratio=RATIO)
+    for solver in SOLVERS:
+        found |= {f"{solver} {n} steps": Method(steps=n, scheduler=solver) for n in FEWER_STEPS if n < args.steps}
+    chosen = {name: way for name, way in found.items() if any(fnmatch(name, pattern) for pattern in args.only)}
+    if not chosen:
+        raise UserError(f"--only {' '.join(args.only)}: there are {', '.join(found)}")
+    return {ALL_STEPS: Method(), **chosen}
 
 
 class Costs:
@@ -127,14 +130,14 @@ def plot(results: dict[str, dict[str, Any]], title: str, path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5 * len(results), 4.5), layout="constrained")
-    families = ("--fast", "DeepCache", "tomesd + DeepCache", *SOLVERS)
+    families = ("fast", "DeepCache", "tomesd + DeepCache", *SOLVERS)
     for axes, (guidance_scale, found) in zip(
         figure.subplots(1, len(results), squeeze=False)[0], results.items(), strict=True
     ):
         for family in families:
             points = sorted((row["share"], row["psnr"]) for name, row in found.items() if name.startswith(family))
             if points:
-                axes.plot(*zip(*points, strict=True), "o-" if family == "--fast" else ".--", label=family)
+                axes.plot(*zip(*points, strict=True), "o-" if family == "fast" else ".--", label=family)
         axes.set(xlabel="share of the arithmetic of all steps", ylabel="PSNR to all steps (dB)")
         axes.set_title(f"guidance {guidance_scale}")
         axes.legend(fontsize=8)

@@ -104,7 +104,7 @@ def test_a_comparison_has_a_row_for_each_way(
     with torch.no_grad():
         compare.main([*options, "--guidance_scales", "4", "--output_dir", str(folder)])
     rows = json.loads((folder / "compare.json").read_text())["results"]["4"]
-    ours = {"all steps", "--fast turbo"}
+    ours = {"all steps", "fast turbo"}
     assert rows.keys() == ours | {
         "DeepCache 3",
         "tomesd + DeepCache 3",
@@ -115,3 +115,11 @@ def test_a_comparison_has_a_row_for_each_way(
     assert rows["all steps"]["psnr"] == 100 and rows["all steps"]["share"] == 1
     assert all(row["psnr"] < 100 and row["share"] < 1 for name, row in rows.items() if name != "all steps")
     assert (folder / "compare.png").stat().st_size > 1000
+
+
+def test_ways_are_chosen_by_their_names(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    args = compare.parse_arguments([*options, "--only", "fast b*", "tomesd + DeepCache 3"])
+    assert [*compare.methods(args, 4.0)] == ["all steps", "fast balanced", "tomesd + DeepCache 3"]
+    with pytest.raises(SystemExit):
+        compare.main([*options, "--only", "fest*"])
+    assert "there are fast quality, fast balanced" in capsys.readouterr().err
