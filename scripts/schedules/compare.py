@@ -32,6 +32,8 @@ from runners.cli import ArgumentParser, UserError, file_path, one_line_errors
 from runners.files import make_output_dir
 from runners.images import save_figure
 from runners.report import Report, format_table
+from runners.schedule_file import FILE_NAME, choose_schedule, read_schedules
+from runners.schedulers import SCHEDULERS, make_scheduler
 from runners.unet_cost import step_flops
 from scripts.benchmarks.benchmark import SD21_BASE_UNET
 from scripts.demo_model.scenes import held_out_scenes, score_image
@@ -39,6 +41,7 @@ from scripts.schedules.drawing import RATIO, Drawing, Method, distance, draw, wo
 from scripts.schedules.inputs import add_arguments, load, read_prompts_of
 
 ALL_STEPS = "all steps"
+BY_GUIDANCE = "by guidance"  # where a file beside the model has other steps
 INTERVALS = (2, 3, 4, 5, 8)
 FEWER_STEPS = (8, 10, 12, 15, 20, 25, 30, 40)
 SOLVERS = ("ddim", "dpm++", "unipc")
@@ -51,6 +54,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="compare.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_arguments(parser, num_prompts="", seed=1000)
+    parser.add_argument("--scheduler", choices=SCHEDULERS, metavar="NAME", help="(the model's)")
     parser.add_argument(
         "--only",
         nargs="+",
@@ -63,8 +67,16 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def methods(args: argparse.Namespace, guidance_scale: float) -> dict[str, Method]:
-    found = {f"fast {row}": Method(fast_options(row, guidance_scale)) for row in FAST}
+def methods(args: argparse.Namespace, scheduler: str, guidance_scale: float) -> dict[str, Method]:
+    """By their names. `scheduler` is the class's."""
+    file = args.model_path / FILE_NAME
+    schedules = read_schedules(file) if file.is_file() else []
+    found: dict[str, Method] = {}
+    for row in FAST:
+        own = choose_schedule(schedules, row, scheduler, args.steps, guidance_scale)
+        by_guidance = Method(fast_options(row, guidance_scale))
+        found |= {f"fast {row}": Method(own.options()) if own else by_guidance}
+        found |= {f"fast {row}, {BY_GUIDANCE}": by_guidance} if own else {}
     for interval in INTERVALS:
         found[f"DeepCache {interval}"] = Method({"cache_interval": interval})
         found[f"tomesd + DeepCache {interval}"] = Method({"cache_interval": interval}, ratio=RATIO)
@@ -105,7 +117,7 @@ def measure(
     costs = Costs(guidance_scale > 1)
     results: dict[str, Any] = {}
     reference = None
-    for name, method in methods(args, guidance_scale).items():
+    for name, method in methods(args, type(pipe.scheduler).__name__, guidance_scale).items():
         pictures = draw(pipe, drawing, method, f"guidance {guidance_scale:g}, {name}")
         reference = pictures if reference is None else reference
         found = distance(pictures, reference)
@@ -134,8 +146,9 @@ def plot(results: dict[str, dict[str, Any]], title: str, path: Path) -> None:
     for axes, (guidance_scale, found) in zip(
         figure.subplots(1, len(results), squeeze=False)[0], results.items(), strict=True
     ):
+        ways = {name: row for name, row in found.items() if BY_GUIDANCE not in name}
         for family in families:
-            points = sorted((row["share"], row["psnr"]) for name, row in found.items() if name.startswith(family))
+            points = sorted((row["share"], row["psnr"]) for name, row in ways.items() if name.startswith(family))
             if points:
                 axes.plot(*zip(*points, strict=True), "o-" if family == "fast" else ".--", label=family)
         axes.set(xlabel="share of the arithmetic of all steps", ylabel="PSNR to all steps (dB)")
@@ -150,6 +163,8 @@ def run(args: argparse.Namespace) -> None:
     prompts = read_prompts_of(args)
     output_dir = make_output_dir(args.output_dir)
     pipe = load(args, report)
+    if args.scheduler:
+        pipe.scheduler = make_scheduler(args.scheduler, like=pipe.scheduler)
     results: dict[str, dict[str, Any]] = {}
     columns = ["share", "PSNR", "worst tenth", "SSIM", "worst tenth", *([] if args.prompts else ["right %"])]
     with torch.no_grad():

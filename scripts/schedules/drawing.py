@@ -44,6 +44,9 @@ class Distance(NamedTuple):
     def reaches(self, other: Distance) -> bool:
         return self.psnr >= other.psnr and self.worst_tenth >= other.worst_tenth
 
+    def raised(self, by: float) -> Distance:
+        return Distance(self.psnr + by, self.worst_tenth + by)
+
 
 class Drawing(NamedTuple):
     """What is drawn: `prompts`, the first with `seed`, the next with seed + 1 ..."""

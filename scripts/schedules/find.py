@@ -4,10 +4,10 @@
     python scripts/schedules/find.py --model_path DIR --prompts FILE --output DIR/schedules.json
 
 For each guidance scale and each row of --fast, a few prompts are drawn with many schedules. A row's goal is the
-closeness, to the pictures of all steps, that a known method reaches: quality that of DeepCache with interval 3,
+closeness, to the pictures of all steps, that a known method reaches: quality that of DeepCache with interval 2,
 balanced that of tomesd and DeepCache with 3, turbo that of tomesd and DeepCache with 5. Of the schedules that reach
-the goal on the first half of the prompts, the cheapest that reaches it on the other half as well is taken; what it
-reaches there is what the file promises. A file beside a model is found by --fast without --schedule.
+the goal with 1 dB to spare on the first half of the prompts, the cheapest that does so on the other half as well is
+taken; what it reaches there is what the file promises. A file beside a model is found by --fast without --schedule.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from diffusers import StableDiffusionPipeline
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,16 +28,18 @@ from runners.cli import ArgumentParser, UserError, file_path, one_line_errors
 from runners.files import write_json
 from runners.report import Report, format_table
 from runners.schedule_file import FILE_NAME, VERSION, Schedule
+from runners.schedulers import SCHEDULERS, make_scheduler
 from runners.unet_cost import step_flops
 from scripts.schedules.drawing import RATIO, Distance, Drawing, Method, distance, draw
 from scripts.schedules.inputs import add_arguments, load, read_prompts_of
 
 GOALS = {
-    "quality": Method({"cache_interval": 3}),
+    "quality": Method({"cache_interval": 2}),
     "balanced": Method({"cache_interval": 3}, ratio=RATIO),
     "turbo": Method({"cache_interval": 5}, ratio=RATIO),
 }
-FULL_STEPS = range(6, 22)
+MARGIN = 1.0  # dB beyond the goal, as other prompts are further off
+FULL_STEPS = range(5, 26)
 BETWEEN = ("skip", "mixed", "shallow")
 
 
@@ -55,6 +56,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = ArgumentParser(prog="find.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser, num_prompts="half to choose by, half to check by ", seed=0)
     add = parser.add_argument
+    add("--schedulers", nargs="+", choices=SCHEDULERS, metavar="NAME", help="(the model's)")
     add("--rows", nargs="+", choices=GOALS, default=list(GOALS), metavar="NAME", help=f"({' '.join(GOALS)})")
     default = Path("outputs/schedules") / FILE_NAME
     add("--output", type=file_path, default=default, metavar="FILE", help=f"({default})")
@@ -109,20 +111,21 @@ def search(
     tried = candidates(pipe, args, guidance_scale)
     chosen_by: dict[int, Distance] = {}
     for row in args.rows:
-        goals = [half.distance(GOALS[row], f"goal of {row}") for half in (choose, check)]
+        name = f"{type(pipe.scheduler).__name__}, guidance {guidance_scale:g}, {row}"
+        goals = [half.distance(GOALS[row], f"{name}, goal").raised(MARGIN) for half in (choose, check)]
         for number, candidate in enumerate(tried):
-            name = f"guidance {guidance_scale:g}, {row}, {candidate.share:.3f}"
             if number not in chosen_by:
-                chosen_by[number] = choose.distance(candidate.method(), name)
+                chosen_by[number] = choose.distance(candidate.method(), f"{name}, {candidate.share:.3f}")
             if not chosen_by[number].reaches(goals[0]):
                 continue
-            checked = check.distance(candidate.method(), name)
+            checked = check.distance(candidate.method(), f"{name}, {candidate.share:.3f}")
             if checked.reaches(goals[1]):
-                measured = {"chosen_by": chosen_by[number], "checked_by": checked, "goals": goals}
-                yield schedule_of(row, candidate, checked, pipe, args, guidance_scale), measured
+                schedule = schedule_of(row, candidate, checked, pipe, args, guidance_scale)
+                about = {"name": row, "scheduler": schedule.scheduler, "guidance_scale": guidance_scale}
+                yield schedule, about | {"chosen_by": chosen_by[number], "checked_by": checked, "goals": goals}
                 break
         else:
-            raise UserError(f"--guidance_scales {guidance_scale:g}: no schedule reaches the goal of {row}")
+            raise UserError(f"--guidance_scales {guidance_scale:g}: no schedule reaches the goal of {row} with {name}")
 
 
 def schedule_of(
@@ -150,15 +153,17 @@ def run(args: argparse.Namespace) -> None:
     prompts = read_prompts_of(args)
     pipe = load(args, Report())
     args.output.parent.mkdir(parents=True, exist_ok=True)
+    own = pipe.scheduler
     schedules, rows, details = [], [], []
-    with torch.no_grad():
+    for scheduler in args.schedulers or [None]:
+        pipe.scheduler = make_scheduler(scheduler, like=own) if scheduler else own
         for guidance_scale in args.guidance_scales:
             for schedule, measured in search(pipe, args, prompts, guidance_scale):
                 schedules.append(schedule._asdict())
-                details.append(measured | {"guidance_scale": guidance_scale})
+                details.append(measured)
                 numbers = [guidance_scale, len(schedule.full_steps), len(schedule.shallow_steps), schedule.share]
                 numbers += [*measured["chosen_by"], *measured["checked_by"], *measured["goals"][1]]
-                rows.append((schedule.name, numbers, ".2f"))
+                rows.append((f"{schedule.scheduler}, {schedule.name}", numbers, ".2f"))
     settings = {"prompts": args.num_prompts, "seed": args.seed, "device": str(pipe.device), "dtype": str(pipe.dtype)}
     write_json(args.output, {"version": VERSION, "schedules": schedules, "found_with": settings, "measured": details})
     columns = ["guidance", "full", "shallow", "share", "chosen dB", "worst", "checked dB", "worst", "goal dB", "worst"]

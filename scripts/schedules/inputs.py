@@ -20,7 +20,6 @@ from runners.cli import (
 from runners.devices import add_device_arguments, choose_device, choose_dtype
 from runners.model_dir import load_pipeline, require_patched_diffusers
 from runners.report import Report
-from runners.schedulers import SCHEDULERS, make_scheduler
 from scripts.demo_model.scenes import held_out_scenes
 
 DEMO_MODEL = Path(__file__).resolve().parents[2] / "examples/sd2.1/demo_model"
@@ -38,7 +37,6 @@ def add_arguments(parser: ArgumentParser, num_prompts: str, seed: int) -> None:
     )
     add("--num_prompts", type=positive_int, default=32, metavar="N", help=f"{num_prompts}(32)")
     add("--steps", type=positive_int, default=50, metavar="N", help="(50)")
-    add("--scheduler", choices=SCHEDULERS, metavar="NAME", help="(the model's)")
     add("--guidance_scales", type=finite_float, nargs="+", default=[1.5, 4.0, 7.5], metavar="G", help="(1.5 4 7.5)")
     add("--seed", type=non_negative_int, default=seed, metavar="N", help=f"of the first picture ({seed})")
     add("--batch_size", type=positive_int, default=16, metavar="N", help="pictures made together (16)")
@@ -55,11 +53,9 @@ def read_prompts_of(args: argparse.Namespace) -> list[str]:
 
 
 def load(args: argparse.Namespace, report: Report) -> StableDiffusionPipeline:
-    """The pipeline on its device, with the scheduler that is asked for."""
+    """The pipeline on its device."""
     require_patched_diffusers()
     manager = choose_device(args, report)
     pipe = load_pipeline(StableDiffusionPipeline, args.model_path, choose_dtype(args, manager, report))
     pipe.to(manager.device).set_progress_bar_config(disable=True)
-    if args.scheduler:
-        pipe.scheduler = make_scheduler(args.scheduler, like=pipe.scheduler)
     return pipe

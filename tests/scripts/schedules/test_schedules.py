@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from runners.schedule_file import read_schedules
+from runners.schedule_file import Schedule, read_schedules
 from scripts.schedules import compare, find
 from scripts.schedules.drawing import Distance, Drawing, Method, distance, draw
 
@@ -53,8 +53,11 @@ def test_a_schedule_that_reaches_its_goal_is_written(
 ) -> None:
     monkeypatch.setattr(find, "GOALS", {"turbo": Method({"cache_schedule": [0]})})
     output = tmp_path / "found" / "schedules.json"
-    find.main([*options, "--guidance_scales", "4", "--rows", "turbo", "--output", str(output)])
+    find.main(
+        [*options, "--guidance_scales", "4", "--rows", "turbo", "--schedulers", "euler", "--output", str(output)]
+    )
     [schedule] = read_schedules(output)
+    assert schedule.scheduler == "EulerDiscreteScheduler"
     assert (schedule.name, schedule.steps, schedule.guidance_scale) == ("turbo", STEPS, 4.0)
     [measured] = json.loads(output.read_text())["measured"]
     assert Distance(*measured["checked_by"]).reaches(Distance(*measured["goals"][1]))
@@ -117,9 +120,18 @@ def test_a_comparison_has_a_row_for_each_way(
     assert (folder / "compare.png").stat().st_size > 1000
 
 
-def test_ways_are_chosen_by_their_names(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_ways_are_chosen_by_their_names(
+    options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     args = compare.parse_arguments([*options, "--only", "fast b*", "tomesd + DeepCache 3"])
-    assert [*compare.methods(args, 4.0)] == ["all steps", "fast balanced", "tomesd + DeepCache 3"]
+    assert [*compare.methods(args, "DDIMScheduler", 4.0)] == ["all steps", "fast balanced", "tomesd + DeepCache 3"]
+    own = Schedule("balanced", "DDIMScheduler", STEPS, 4.0, [0, 5], [3], 40.0, 35.0, 0.2)
+    content = {"version": 1, "schedules": [own._asdict()]}
+    args.model_path = tmp_path  # a model with schedules of its own
+    (tmp_path / "schedules.json").write_text(json.dumps(content))
+    found = compare.methods(args, "DDIMScheduler", 4.0)
+    assert [*found] == ["all steps", "fast balanced", "fast balanced, by guidance", "tomesd + DeepCache 3"]
+    assert found["fast balanced"].options == own.options()
     with pytest.raises(SystemExit):
         compare.main([*options, "--only", "fest*"])
     assert "there are fast quality, fast balanced" in capsys.readouterr().err
