@@ -2,6 +2,7 @@
 
     python scripts/benchmarks/benchmark_parallel.py                    two processes of one thread each, on the CPU
     python scripts/benchmarks/benchmark_parallel.py --flags FA TOME DC --interval 2
+    python scripts/benchmarks/benchmark_parallel.py --flags FA "fast balanced" --steps 50 --guidance_scale 4
 
 One device and two denoise in turns: while the first computes alone, the second waits. The speed-up is a ratio of
 neighbours, and its median over the rounds is reported. Then it times, on one device, the text encoder, the VAE's
@@ -35,12 +36,13 @@ from ascend.graphs.compile import compile_pipeline
 from ascend.memory import keep_freed_memory
 from ascend.parallel import Mesh, process_group, share_guidance, unshare_guidance
 from ascend.parallel.mesh import wait_for_all
-from runners.cli import ArgumentParser, image_size, one_line_errors, positive_int
+from runners.cache_options import FAST
+from runners.cli import ArgumentParser, finite_float, image_size, one_line_errors, positive_int
 from runners.launch import result_of_ranks
 from runners.report import format_table
 from scripts.benchmarks.benchmark import PROMPT_TOKENS, denoise, make_pipeline, switched_on
 
-FLAGS = ("FA", "TOME", "DC", "dynamo")
+FLAGS = ("FA", "TOME", "DC", "dynamo", *(f"fast {row}" for row in FAST))
 SD21_TEXT = {
     "hidden_size": 1024,
     "intermediate_size": 4096,
@@ -85,6 +87,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--interval", type=positive_int, default=2, metavar="N", help="of full steps with DC (2)")
     add("--ratio", type=float, default=0.5, metavar="R", help="of merged tokens with TOME (0.5)")
     add("--steps", type=positive_int, default=2, metavar="N", help="denoising steps of a turn (2)")
+    add("--guidance_scale", type=finite_float, default=7.5, metavar="G", help="by which fast chooses its steps (7.5)")
     add("--rounds", type=positive_int, default=5, metavar="N", help="(5)")
     add("--output", type=Path, help=argparse.SUPPRESS)  # of a rank: where its seconds go
     parser.set_defaults(model="sd2.1-base", seed=0)
