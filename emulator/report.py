@@ -1,7 +1,8 @@
 """Summaries of traces: what was launched, copied and waited for, and an estimate of the chip's time.
 
 The estimate is a roofline (Williams et al., CACM 2009): a launch takes as long as its arithmetic at the nominal speed
-of the chip or its traffic at the nominal bandwidth, whichever is longer. No card ever runs at both.
+of the chip or its traffic at the nominal bandwidth, whichever is longer. No card ever runs at both, so the sum stands
+beside what it is by the times that Ascend published (calibration.py).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from emulator import EmulatorError
+from emulator import EmulatorError, calibration
 
 FORMAT_CONVERSIONS = ("Identity", "TransData")
 GRAPH_COLUMNS = ("graph", "nodes", "launches", "TransData", "Cast", "peak MB", "runs", "chip ms a run (estimate)")
@@ -105,7 +106,8 @@ def summarise(path: Path, profile: dict[str, Any]) -> str:
         lines += ["", f"{GRAPH_COLUMNS[0]:32}" + "".join(f"{name:>26}" for name in GRAPH_COLUMNS[1:])]
         lines += [format_graph(graph, in_graphs.get(name, Total())) for name, graph in graphs.items()]
     lines += [
-        f"chip times are an estimate for {profile['soc']} from its nominal speed and bandwidth, not a measurement"
+        f"all launches: {calibration.describe(everything.chip_seconds, profile)}",
+        f"chip times are an estimate for {profile['soc']} from its nominal speed and bandwidth, not a measurement",
     ]
     return "\n".join(lines)
 

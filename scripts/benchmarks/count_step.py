@@ -25,7 +25,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from emulator import drawing, profile, report
+from emulator import EmulatorError, calibration, drawing, profile, report
 from runners.cli import ArgumentParser, UserError, file_path, image_size, one_line_errors
 from runners.files import make_output_dir, write_atomically, write_json
 from scripts.fork.fork_wheel import ForkError, read_pin, unpack, upstream_wheel
@@ -37,6 +37,7 @@ CONFIGURATIONS: dict[str, tuple[str, ...]] = {
     "FA + TOME + DC + dynamo": ("FA", "TOME", "DC", "dynamo"),
 }
 COLUMNS = ("launches", "TransData", "Cast", "AI CPU", "waits", "GFLOP", "GB moved", "peak MiB", "estimated ms")
+CALIBRATED = "calibrated ms"
 Counts = dict[str, float | None]
 INTERVAL = 2
 STEPS = 2 * INTERVAL  # so that each kind of step comes once to compile and once to count
@@ -118,10 +119,15 @@ def accelerate(pipe: Any, flags: Sequence[str], graphs: Path) -> None:
         compile_pipeline(pipe, graphs)
 
 
-def count(trace: Path, start: int, stop: int, chip: dict[str, Any]) -> Counts:
+def read_events(trace: Path, start: int, stop: int) -> list[dict[str, Any]]:
+    """The lines of a trace between two positions in it, in bytes."""
     with trace.open("rb") as file:
         file.seek(start)
-        events = [json.loads(line) for line in file.read(stop - start).splitlines()]
+        return [json.loads(line) for line in file.read(stop - start).splitlines()]
+
+
+def count(trace: Path, start: int, stop: int, chip: dict[str, Any]) -> Counts:
+    events = read_events(trace, start, stop)
     launches = [event for event in events if event["event"] == "launch"]
     converted = sum(event["operator"] in report.FORMAT_CONVERSIONS for event in launches)
     cast = sum(event["operator"] == "Cast" for event in launches)
@@ -163,12 +169,22 @@ def file_stem(name: str) -> str:
     return name.replace(" + ", "_").replace(", ", "_")
 
 
-def format_results(results: dict[str, dict[str, Counts]]) -> str:
-    lines = [f"| configuration | step | {' | '.join(COLUMNS)} |", f"|---|---|{'---:|' * len(COLUMNS)}"]
+def format_results(results: dict[str, dict[str, Counts]], soc: str, factor: calibration.Factor) -> str:
+    """A table with the estimate by the nominal figures, and the calibrated one with its range."""
+    columns = (*COLUMNS, CALIBRATED)
+    lines = [f"| configuration | step | {' | '.join(columns)} |", f"|---|---|{'---:|' * len(columns)}"]
     for name, kinds in results.items():
         for kind, counts in kinds.items():
-            lines.append(f"| {name} | {kind} | {' | '.join(format_number(counts[c]) for c in COLUMNS)} |")
-    return "\n".join(lines)
+            calibrated = factor.estimate(counts["estimated ms"] or 0.0).text(digits=1)
+            cells = [*(format_number(counts[column]) for column in COLUMNS), calibrated]
+            lines.append(f"| {name} | {kind} | {' | '.join(cells)} |")
+    return "\n".join(
+        [
+            *lines,
+            f"times are an estimate for {soc} from its nominal speed and bandwidth, not a measurement;",
+            f"{CALIBRATED}: {factor.label()}",
+        ]
+    )
 
 
 def format_number(number: float | None) -> str:
@@ -182,6 +198,10 @@ def run(args: argparse.Namespace) -> None:
     if args.worker:
         write_json(args.output_dir / f"{file_stem(args.worker)}.json", measure(args))
         return
+    try:
+        factor = calibration.factor_of(profile.load(args.soc))
+    except EmulatorError as error:
+        raise UserError(str(error)) from error
     with tempfile.TemporaryDirectory() as folder:
         try:
             unpack(upstream_wheel(read_pin()), Path(folder))
@@ -192,8 +212,7 @@ def run(args: argparse.Namespace) -> None:
         if "dynamo" in CONFIGURATIONS[name]:
             draw_graphs(args.output_dir / f"{file_stem(name)}.jsonl", profile.load(args.soc))
     write_json(args.output_dir / "step.json", results)
-    print(format_results(results))
-    print(f"times are an estimate for {args.soc} from its nominal speed and bandwidth, not a measurement")
+    print(format_results(results, args.soc, factor))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

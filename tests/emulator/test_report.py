@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from emulator import EmulatorError, profile, report
+from emulator import EmulatorError, calibration, profile, report
 
 
 def launch(operator: str, flops: int, size: int, dtype: str = "float16") -> str:
@@ -33,6 +33,16 @@ def test_totals_and_estimates(tmp_path: Path) -> None:
     assert "waits of the host: 1" in text
     assert "copies host_to_device: 1 of 3.00 MB" in text
     assert "estimate" in lines[-1]
+
+
+def test_the_sum_is_calibrated(tmp_path: Path) -> None:
+    chip = profile.load("Ascend310P3")
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text("\n".join([launch("Matmul", 70 * 10**12, 1000), launch("Add", 0, 204 * 10**9)]))
+    text = report.summarise(trace, chip)
+    estimate = calibration.factor_of(chip).estimate(2000.0)
+    assert "all launches: 2,000.00 ms at the nominal speed and bandwidth of Ascend310P3; " in text
+    assert f"{estimate.middle:,.2f} ({estimate.low:,.2f} to {estimate.high:,.2f}) ms calibrated: an estimate" in text
 
 
 @pytest.mark.parametrize(("chip", "random"), [("Ascend310P3", 1), ("Ascend910B3", 0)])

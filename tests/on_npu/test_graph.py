@@ -393,3 +393,25 @@ def test_the_trace_describes_a_graph(npu: torch.device, tmp_path: Path) -> None:
     product, relu = graph["steps"]
     assert relu["fx"] == "relu-aten.relu.default" and relu["reads"] == product["writes"]
     assert graph["launches"] == 2 and graph["fused"] == 1 and graph["feature_bytes"] >= 8 * 8 * 2
+
+
+@pytest.mark.skipif(not os.environ.get("CANN_EMULATOR_SOC"), reason="the trace is the emulator's")
+def test_the_trace_counts_attention_in_a_graph_as_without(npu: torch.device, tmp_path: Path) -> None:
+    """910B3's has a list of keys in a graph, of one name with a number."""
+    script = tmp_path / "attention.py"
+    kernel = "prompt_flash_attention" if SATURATES else "fused_infer_attention_score"
+    script.write_text(
+        "import torch, torch_npu, torchair\n"
+        "torch.npu.set_compile_mode(jit_compile=False)\n"
+        "def attend(q, k):\n"
+        f"    out = torch.ops.npu.npu_{kernel}(q, k, k, num_heads=4, input_layout='BSH')\n"
+        f"    return {'out' if SATURATES else 'out[0]'}\n"
+        "tensors = torch.ones(2, 32, 64).half().npu(), torch.ones(2, 48, 64).half().npu()\n"
+        "attend(*tensors)\n"
+        "torch.compile(attend, backend=torchair.get_npu_backend(), dynamic=False)(*tensors)\n"
+    )
+    trace = tmp_path / "trace.jsonl"
+    subprocess.run([sys.executable, script], check=True, env={**os.environ, "CANN_EMULATOR_TRACE": str(trace)})
+    events = [json.loads(line) for line in trace.read_text().splitlines()]
+    counted = {"graph" in e: e["flops"] for e in events if e["event"] == "launch" and "Attention" in e["operator"]}
+    assert counted == dict.fromkeys((False, True), 2 * 2 * (2 * 32 * 64) * 48)  # two products

@@ -40,9 +40,10 @@ int64_t count_flops(const Call& call) {
     };
     if (name.find("Attention") != std::string::npos) {
         const auto* query = call.tensor("query");
-        const auto* key = call.tensor("key");
+        const auto* key = call.tensor(call.find("key0") ? "key0" : "key");  // a list in a graph's fused inference
         if (query == nullptr || key == nullptr || product(query->sizes) == 0) return 0;
-        const bool sequence_is_second = call.find("inputLayout") && call.find("inputLayout")->value.rfind("BS", 0) == 0;
+        const auto* layout = call.find(call.graph ? "input_layout" : "inputLayout");
+        const bool sequence_is_second = layout && layout->value.rfind("BS", 0) == 0;
         const int64_t keys = sequence_is_second ? key->sizes[1] : last(key, 2);
         const bool way_back = name.find("Grad") != std::string::npos;  // five products for two, the scores' once more
         return (way_back ? 10 : 4) * product(query->sizes) * keys;
