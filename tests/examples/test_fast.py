@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from diffusers import DDIMScheduler
 
-from runners.cache_options import FAST
+from runners.cache_options import FAST, count_steps, fast_options
 from runners.schedule_file import FILE_NAME, Schedule, choose_schedule, read_schedules
 from runners.unet_cost import step_flops
 from tests.tiny_models import tiny_unet
@@ -28,21 +29,24 @@ def report_of(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("row", FAST)
-def test_a_row_has_more_full_steps_where_guidance_is_strong(run_sd: Callable, tmp_path: Path, row: str) -> None:
-    full_steps = []
-    for guidance in (1.5, 7.5):
-        outcome = run_sd(
-            "--prompt", "a", "--fast", row, "--steps", 50, "--height", 64, "--width", 64, "--guidance_scale", guidance
-        )
-        assert outcome.code == 0, outcome.err
-        report = report_of(tmp_path / "out")
-        assert report["flags"]["fast"] == {"row": row, "schedule": "by guidance"}
-        counted = report["unet"]
-        assert counted["full_steps"] + counted["shallow_steps"] + counted["skipped_steps"] == 50
-        assert counted["full_samples"] == 2 * counted["full_steps"]
-        assert counted["shallow_samples"] == counted["shallow_steps"]
-        full_steps.append(counted["full_steps"])
-    assert full_steps == list(FAST[row])
+def test_a_row_has_more_full_steps_where_guidance_is_strong(row: str) -> None:
+    scheduler = DDIMScheduler()
+    counted = [count_steps(scheduler, 50, fast_options(row, guidance)) for guidance in (1.5, 7.5)]
+    assert [each["full_steps"] for each in counted] == list(FAST[row])
+    assert [sum(each.values()) for each in counted] == [50, 50]
+    assert all(all(each.values()) for each in counted)
+
+
+def test_the_report_counts_the_steps_of_a_row(run_sd: Callable, tmp_path: Path) -> None:
+    outcome = run_sd("--prompt", "a", "--fast", "--steps", 50, "--height", 64, "--width", 64, "--guidance_scale", 7.5)
+    assert outcome.code == 0, outcome.err
+    report = report_of(tmp_path / "out")
+    assert report["flags"]["fast"] == {"row": "balanced", "schedule": "by guidance"}
+    counted = report["unet"]
+    assert counted["full_steps"] == FAST["balanced"][1]
+    assert counted["full_steps"] + counted["shallow_steps"] + counted["skipped_steps"] == 50
+    assert counted["full_samples"] == 2 * counted["full_steps"]
+    assert counted["shallow_samples"] == counted["shallow_steps"]
 
 
 def test_the_share_of_the_arithmetic_is_that_of_the_steps(run_sd: Callable, tmp_path: Path) -> None:

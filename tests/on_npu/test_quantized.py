@@ -23,7 +23,7 @@ from processors.kernels.quantized import QuantizedLinear, linear, quantize
 from tests.on_npu.helpers import FLOATS, SATURATES, TOLERANCES, assert_close
 from tests.on_npu.inputs import numbers
 from tests.programs import environment
-from tests.tiny_models import tiny_unet
+from tests.tiny_models import small_unet, tiny_unet
 
 HALVES = [dtype for dtype in FLOATS if dtype != torch.float32]
 HALF = HALVES[-1]
@@ -219,7 +219,7 @@ def test_a_compiled_unet_is_one_graph_before_and_after(
     npu: torch.device, fresh_graphs: None, tmp_path: Path, dtype: torch.dtype
 ) -> None:
     """Quantised after compiling, it is compiled anew; decompiled, its weights are in the plain format again."""
-    unet = tiny_unet().eval().to(npu, dtype)
+    unet = small_unet().eval().to(npu, dtype)
     compile_module(unet, tmp_path)
     float_weights = unet(*inputs(npu, dtype)).sample
     quantize_weights(unet)
