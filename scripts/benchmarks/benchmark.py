@@ -77,6 +77,7 @@ SD21_BASE_UNET = {
     "use_linear_projection": True,
 }
 PROMPT_TOKENS = 77
+WARM_UP_STEPS = 2
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -219,16 +220,18 @@ def measure(args: argparse.Namespace, manager: DeviceManager, dtype: torch.dtype
                 pipe = copy_with_same_weights(eager)  # switching one pipeline to and fro would drop its graphs
                 compiled[name] = pipe, undo.enter_context(switched_on(pipe, flags, args))
                 compile_pipeline(pipe)
-        # The first round warms up: it compiles, fills caches and is not counted.
-        for number in range(args.rounds + 1):
-            for name in tqdm(args.configs, desc=f"round {number}" if number else "warm-up"):
+        # Not counted: what compiles, and what fills the caches of the eager pipeline.
+        denoise(eager, argparse.Namespace(**vars(args) | {"steps": WARM_UP_STEPS}), manager, {})
+        for pipe, options in tqdm(compiled.values(), desc="warm-up"):
+            denoise(pipe, args, manager, options)
+        for number in range(args.rounds):
+            for name in tqdm(args.configs, desc=f"round {number + 1}"):
                 if name in compiled:
                     taken, latents[name] = denoise(compiled[name][0], args, manager, compiled[name][1])
                 else:
                     with switched_on(eager, CONFIGURATIONS[name], args) as options:
                         taken, latents[name] = denoise(eager, args, manager, options)
-                if number:
-                    seconds[name].append(taken)
+                seconds[name].append(taken)
 
     plain = latents[BASELINE].float()
     return {
