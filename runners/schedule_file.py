@@ -57,6 +57,17 @@ def read_schedules(path: Path) -> list[Schedule]:
         ) from error
 
 
+def schedule_in(path: Path, name: str, scheduler: str, steps: int, guidance_scale: float) -> Schedule:
+    """`choose_schedule` of a file. Raises UserError: nothing in it fits."""
+    found = choose_schedule(read_schedules(path), name, scheduler, steps, guidance_scale)
+    if found is None:
+        raise UserError(
+            f"--schedule {path} has none for --fast {name} with {scheduler}, --steps {steps} and "
+            f"--guidance_scale {guidance_scale:g} or more: scripts/schedules/find.py finds one"
+        )
+    return found
+
+
 def choose_schedule(
     schedules: list[Schedule], name: str, scheduler: str, steps: int, guidance_scale: float
 ) -> Schedule | None:

@@ -9,7 +9,7 @@ from typing import Any
 from runners.cache_options import cache_options, fast_options
 from runners.cli import UserError
 from runners.model_dir import read_json
-from runners.schedule_file import FILE_NAME, choose_schedule, read_schedules
+from runners.schedule_file import FILE_NAME, choose_schedule, read_schedules, schedule_in
 from runners.schedulers import SCHEDULERS
 
 DEFAULT = "by guidance"
@@ -30,19 +30,15 @@ def choose_cache(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, st
     for name in ("DC", "cache_schedule", "forecast"):
         if getattr(args, name) is not None:
             raise UserError(f"--{name} has no meaning beside --fast, which chooses the steps itself")
-    beside = args.model_path / FILE_NAME
-    path = args.schedule or (beside if beside.is_file() else None)
-    by_guidance = fast_options(args.fast, args.guidance_scale), {"row": args.fast, "schedule": DEFAULT}
-    if path is None:
-        return by_guidance
     scheduler = SCHEDULERS[args.scheduler] if args.scheduler else scheduler_of(args.config or args.model_path)
-    found = choose_schedule(read_schedules(path), args.fast, scheduler, args.steps, args.guidance_scale)
-    if found is None and args.schedule:
-        raise UserError(
-            f"--schedule {path} has none for --fast {args.fast} with {scheduler}, --steps {args.steps} and "
-            f"--guidance_scale {args.guidance_scale:g} or more: scripts/schedules/find.py finds one"
-        )
-    return (found.options(), {"row": args.fast, "schedule": str(path)}) if found else by_guidance
+    asked = args.fast, scheduler, args.steps, args.guidance_scale
+    beside = args.model_path / FILE_NAME
+    if args.schedule:
+        return schedule_in(args.schedule, *asked).options(), {"row": args.fast, "schedule": str(args.schedule)}
+    found = choose_schedule(read_schedules(beside), *asked) if beside.is_file() else None
+    if found:
+        return found.options(), {"row": args.fast, "schedule": str(beside)}
+    return fast_options(args.fast, args.guidance_scale), {"row": args.fast, "schedule": DEFAULT}
 
 
 def scheduler_of(folder: Path) -> str:

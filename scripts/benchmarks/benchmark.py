@@ -48,6 +48,7 @@ from runners.files import make_output_dir
 from runners.images import save_figure
 from runners.model_dir import load_pipeline, require_patched_diffusers
 from runners.report import Report, format_table
+from runners.schedule_file import schedule_in
 from runners.schedulers import make_scheduler
 
 BASELINE = "none"
@@ -99,6 +100,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--guidance_scale", type=finite_float, default=7.5, metavar="G", help="by which --fast chooses its steps (7.5)"
     )
+    add("--schedule", type=file_path, metavar="FILE", help="of the steps of --fast, as run_sd.py takes it")
     add("--ratio", type=float, default=0.5, metavar="R", help="of merged tokens (0.5)")
     add("--height", type=image_size, metavar="PIXELS", help="(the model's)")
     add("--width", type=image_size, metavar="PIXELS", help="(the model's)")
@@ -179,6 +181,9 @@ def switched_on(pipe: StableDiffusionPipeline, flags: Sequence[str], args: argpa
         for row in FAST:
             if f"fast {row}" in flags:
                 options = fast_options(row, args.guidance_scale)
+                if args.schedule:
+                    scheduler = type(pipe.scheduler).__name__
+                    options = schedule_in(args.schedule, row, scheduler, args.steps, args.guidance_scale).options()
         yield options
 
 

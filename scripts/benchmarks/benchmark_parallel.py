@@ -37,7 +37,7 @@ from ascend.memory import keep_freed_memory
 from ascend.parallel import Mesh, process_group, share_guidance, unshare_guidance
 from ascend.parallel.mesh import wait_for_all
 from runners.cache_options import FAST
-from runners.cli import ArgumentParser, finite_float, image_size, one_line_errors, positive_int
+from runners.cli import ArgumentParser, file_path, finite_float, image_size, one_line_errors, positive_int
 from runners.launch import result_of_ranks
 from runners.report import format_table
 from scripts.benchmarks.benchmark import PROMPT_TOKENS, denoise, make_pipeline, switched_on
@@ -88,6 +88,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--ratio", type=float, default=0.5, metavar="R", help="of merged tokens with TOME (0.5)")
     add("--steps", type=positive_int, default=2, metavar="N", help="denoising steps of a turn (2)")
     add("--guidance_scale", type=finite_float, default=7.5, metavar="G", help="by which fast chooses its steps (7.5)")
+    add("--schedule", type=file_path, metavar="FILE", help="of the steps of fast, as run_sd.py takes it")
     add("--rounds", type=positive_int, default=5, metavar="N", help="(5)")
     add("--output", type=Path, help=argparse.SUPPRESS)  # of a rank: where its seconds go
     parser.set_defaults(model="sd2.1-base", seed=0)
