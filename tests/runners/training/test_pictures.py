@@ -37,6 +37,23 @@ def test_captions_of_metadata_and_beside_pictures(tmp_path: Path) -> None:
     assert skipped.reasons.keys() == {"silent.png", "sub/gone.png", "sub/metadata.jsonl:5"}
 
 
+def test_links_to_folders_are_followed_and_each_folder_is_read_once(tmp_path: Path) -> None:
+    data, elsewhere = tmp_path / "data", write_pictures(tmp_path / "elsewhere", 1)
+    write_pictures(data / "own", 1)
+    (elsewhere / "back").symlink_to(data)
+    (data / "far").symlink_to(elsewhere)
+    (data / "again").symlink_to(data / "own")  # before "own" in the order of names
+    (data / "lost").symlink_to(tmp_path / "nowhere")
+    skipped = Skipped()
+    assert found(data, skipped) == {"far/0.png": "picture 0", "own/0.png": "picture 0"}
+    assert not skipped.reasons
+    (tmp_path / "shards").mkdir()
+    pyarrow.parquet.write_table(pyarrow.table({"image": [b"a"], "text": ["x"]}), tmp_path / "shards/0.parquet")
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked/shards").symlink_to(tmp_path / "shards")
+    assert found(tmp_path / "linked", skipped) == {"shards/0.parquet:0": "x"}
+
+
 def test_text_files_of_any_editor(tmp_path: Path) -> None:
     write_pictures(tmp_path, 3)
     (tmp_path / "metadata.jsonl").write_bytes(
