@@ -58,7 +58,7 @@ def read_pictures(source: Path, image_column: str, caption_column: str, skipped:
     Args:
         image_column: of Parquet files; rows hold bytes, or `{"bytes": ..., "path": ...}` as datasets writes them.
         caption_column: of Parquet files and of METADATA.
-        skipped: gets what is missing, has no caption or cannot be read.
+        skipped: gets what is missing, has no caption, cannot be read or is a file beside Parquet files.
 
     Raises:
         UserError: there is no such folder or file, it holds no picture, or METADATA is no JSON lines.
@@ -73,6 +73,8 @@ def read_pictures(source: Path, image_column: str, caption_column: str, skipped:
     files = sorted(files_below(source))
     parquet = [path for path in files if path.suffix == ".parquet"]
     if parquet:
+        for path in filter(_is_picture, files):
+            skipped.add(_name_of(path, source), "beside Parquet files, of which the rows alone are read")
         yield from _from_parquet(source, parquet, image_column, caption_column, skipped)
     else:
         yield from _from_folder(source, files, caption_column, skipped)
@@ -180,9 +182,11 @@ def _from_parquet(
 
 def _rows(path: Path, *columns: str) -> Iterator[dict[str, Any]]:
     """Row group by row group: the whole need not fit in memory, and no copy of it is made on disk."""
-    from pyarrow import ArrowException
-    from pyarrow.parquet import ParquetFile
-
+    try:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import ParquetFile
+    except ImportError as error:
+        raise UserError(f"--data {path}: {error}: pip install -r requirements-training.txt") from error
     try:
         table = ParquetFile(path)
         lacking = set(columns) - set(table.schema_arrow.names)

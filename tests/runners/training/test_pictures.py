@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -117,6 +118,21 @@ def test_rows_of_parquet(tmp_path: Path) -> None:
     (tmp_path / "bad.parquet").write_bytes(damaged)
     with pytest.raises(UserError, match="or damaged"):
         found(tmp_path / "bad.parquet", skipped)
+
+
+def test_pictures_beside_parquet_are_left_out_by_name(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "loose", 1)
+    pyarrow.parquet.write_table(pyarrow.table({"image": [b"a"], "text": ["x"]}), tmp_path / "0.parquet")
+    skipped = Skipped()
+    assert found(tmp_path, skipped) == {"0.parquet:0": "x"}
+    assert skipped.reasons == {"loose/0.png": "beside Parquet files, of which the rows alone are read"}
+
+
+def test_parquet_without_pyarrow_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "0.parquet").touch()
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UserError, match=r"pip install -r requirements-training\.txt"):
+        found(tmp_path, Skipped())
 
 
 def test_no_row_at_all_is_said(tmp_path: Path, small_sd_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
