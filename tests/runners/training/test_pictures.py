@@ -155,12 +155,14 @@ def test_broken_pictures_are_left_out(tmp_path: Path, small_sd_dir: Path, capsys
     data = write_pictures(tmp_path / "data", 4)
     whole = (data / "3.png").read_bytes()
     (data / "3.png").write_bytes(whole[: len(whole) // 2])
+    (data / "2.png").write_bytes(b"")
     made = train(data, small_sd_dir, tmp_path / "made", steps=1)
     skipped = json.loads((made / "skipped.json").read_text())
-    assert skipped.keys() == {"3.png"}
-    assert "1 pictures are left out, as 3.png" in capsys.readouterr().err
+    assert skipped.keys() == {"2.png", "3.png"}
+    assert "2 pictures are left out, as 2.png: is no picture" in capsys.readouterr().err
     assert len(losses(made)) == 1
-    (data / "3.png").write_bytes(whole)
+    for name in ("2.png", "3.png"):
+        (data / name).write_bytes(whole)
     train(data, small_sd_dir, made, "--resume", steps=2)
     assert not (made / "skipped.json").exists()
 
