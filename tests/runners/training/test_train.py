@@ -85,6 +85,7 @@ def test_curves_of_a_resumed_training_have_each_step(
     assert [point.step for point in curves.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.slow
 def test_training_without_tensorboard_says_so(pictures: Path, small_sd_dir: Path, tmp_path: Path) -> None:
     made = tmp_path / "made"
     code = (  # in a process of its own, as accelerate looks for it once, when it is imported
