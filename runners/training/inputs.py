@@ -95,7 +95,7 @@ def prepare_inputs(cache: InputCache, settings: Settings, accelerator: Accelerat
                     cache.encode_picture(picture)
                     cache.encode_text(picture.caption)
                 except UserError as error:
-                    skipped.add(picture.name, str(error).removeprefix(f"{picture.name}: "))
+                    skipped.add(picture.name, str(error).removeprefix(picture.name).lstrip(": "))
             found.append((picture.name, cache.latents_path(picture), picture.caption))
     if accelerator.is_main_process:
         cache.encode_text("")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,30 +58,51 @@ def read_pictures(source: Path, image_column: str, caption_column: str, skipped:
     Args:
         image_column: of Parquet files; rows hold bytes, or `{"bytes": ..., "path": ...}` as datasets writes them.
         caption_column: of Parquet files and of METADATA.
-        skipped: gets what is missing, has no caption or cannot be read.
+        skipped: gets what is missing, has no caption, cannot be read or is a file beside Parquet files.
 
     Raises:
         UserError: there is no such folder or file, it holds no picture, or METADATA is no JSON lines.
     """
     if not source.exists():
         raise UserError(f"--data {source} does not exist")
-    root, parquet = (source, sorted(source.rglob("*.parquet"))) if source.is_dir() else (source.parent, [source])
-    if source.is_file() and source.suffix != ".parquet":
-        raise UserError(f"--data {source} is neither a folder nor a .parquet file")
+    if source.is_file():
+        if source.suffix != ".parquet":
+            raise UserError(f"--data {source} is neither a folder nor a .parquet file")
+        yield from _from_parquet(source.parent, [source], image_column, caption_column, skipped)
+        return
+    files = sorted(files_below(source))
+    parquet = [path for path in files if path.suffix == ".parquet"]
     if parquet:
-        yield from _from_parquet(root, parquet, image_column, caption_column, skipped)
+        for path in filter(_is_picture, files):
+            skipped.add(_name_of(path, source), "beside Parquet files, of which the rows alone are read")
+        yield from _from_parquet(source, parquet, image_column, caption_column, skipped)
     else:
-        yield from _from_folder(source, caption_column, skipped)
+        yield from _from_folder(source, files, caption_column, skipped)
 
 
-def _from_folder(folder: Path, caption_column: str, skipped: Skipped) -> Iterator[Picture]:
-    captions = _captions_of_metadata(folder, caption_column, skipped)
-    files = {path for path in folder.rglob("*") if path.suffix.lower() in PICTURES and not path.name.startswith(".")}
-    if not files and not captions:
+def files_below(folder: Path) -> Iterator[Path]:
+    """The files in `folder` and below it, through links too; each folder once, as links may lead in circles."""
+    seen: set[Path] = set()
+    starts = [folder]
+    for start in starts:  # which grows: links come after what is there itself, whose names metadata has
+        for at, below, names in os.walk(start):
+            real = Path(at).resolve()
+            if real in seen:
+                below.clear()
+                continue
+            seen.add(real)
+            below.sort()
+            starts += [path for path in (Path(at, name) for name in below) if path.is_symlink()]
+            yield from (Path(at, name) for name in names)
+
+
+def _from_folder(folder: Path, files: list[Path], caption_column: str, skipped: Skipped) -> Iterator[Picture]:
+    captions = _captions_of_metadata(folder, files, caption_column, skipped)
+    pictures = set(filter(_is_picture, files))
+    if not pictures and not captions:
         raise UserError(f"--data {folder} holds no picture ({', '.join(PICTURES)}) and no .parquet file")
-    for path in sorted(files | set(captions)):
-        name = str(path.relative_to(folder)) if path.is_relative_to(folder) else str(path)
-        name = name.encode(errors="replace").decode()  # as bytes that are no UTF-8 have no place in a report
+    for path in sorted(pictures | set(captions)):
+        name = _name_of(path, folder)
         own = captions.get(path) or _captions_beside(path)
         if not own:
             skipped.add(
@@ -96,10 +118,19 @@ def _from_folder(folder: Path, caption_column: str, skipped: Skipped) -> Iterato
             yield Picture(name, caption, data)
 
 
-def _captions_of_metadata(folder: Path, column: str, skipped: Skipped) -> dict[Path, list[str]]:
+def _is_picture(path: Path) -> bool:
+    return path.suffix.lower() in PICTURES and not path.name.startswith(".")
+
+
+def _name_of(path: Path, folder: Path) -> str:
+    name = str(path.relative_to(folder)) if path.is_relative_to(folder) else str(path)
+    return name.encode(errors="replace").decode()  # as bytes that are no UTF-8 have no place in a report
+
+
+def _captions_of_metadata(folder: Path, files: list[Path], column: str, skipped: Skipped) -> dict[Path, list[str]]:
     """In the order of their rows: a picture that has several is learnt with each."""
     captions: dict[Path, list[str]] = {}
-    for table in sorted(folder.rglob(METADATA)):
+    for table in (path for path in files if path.name == METADATA):
         try:
             lines = table.read_text(encoding=UTF_8).split("\n")  # not splitlines(): captions may have U+2028
         except UnicodeDecodeError as error:
@@ -151,9 +182,11 @@ def _from_parquet(
 
 def _rows(path: Path, *columns: str) -> Iterator[dict[str, Any]]:
     """Row group by row group: the whole need not fit in memory, and no copy of it is made on disk."""
-    from pyarrow import ArrowException
-    from pyarrow.parquet import ParquetFile
-
+    try:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import ParquetFile
+    except ImportError as error:
+        raise UserError(f"--data {path}: {error}: pip install -r requirements-training.txt") from error
     try:
         table = ParquetFile(path)
         lacking = set(columns) - set(table.schema_arrow.names)

@@ -135,6 +135,8 @@ def train_rank(settings: Settings, model: Model, accelerator: Accelerator, dtype
         tell_skipped(skipped, settings, report)
         tell_of_inputs(inputs, report)
         tell_of_prediction(noise_schedule, settings, model, report)
+        if not accelerator.log_with:  # accelerate leaves out what is not installed without a word
+            report.warn("there will be no logs for TensorBoard: pip install -r requirements-training.txt")
         if settings.full and accelerator.num_processes > 1 and accelerator.device.type == "cpu":
             report.warn(
                 "--full on CPUs: every rank holds all weights, as accelerate shares them out on NPUs and GPUs only"
@@ -154,7 +156,8 @@ def train_rank(settings: Settings, model: Model, accelerator: Accelerator, dtype
     if accelerator.is_main_process:
         print(presets, flush=True)
         print(f"{len(inputs.examples)} pictures, {trainer.batches.steps_per_epoch} steps an epoch, from step {start}")
-        accelerator.init_trackers("", init_kwargs={"tensorboard": {"purge_step": start}})
+        # What is after the checkpoint's own step is drawn again.
+        accelerator.init_trackers("", init_kwargs={"tensorboard": {"purge_step": start + 1}})
     trainer.run(start)
     with averaged(trainer.model, trainer.average):
         save_result(trainer, settings, model)

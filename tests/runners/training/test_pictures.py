@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,23 @@ def test_captions_of_metadata_and_beside_pictures(tmp_path: Path) -> None:
     skipped = Skipped()
     assert found(tmp_path, skipped) == {"alone.jpg": "beside", "sub/0.png": "picture 0", "sub/1.png": "picture 1"}
     assert skipped.reasons.keys() == {"silent.png", "sub/gone.png", "sub/metadata.jsonl:5"}
+
+
+def test_links_to_folders_are_followed_and_each_folder_is_read_once(tmp_path: Path) -> None:
+    data, elsewhere = tmp_path / "data", write_pictures(tmp_path / "elsewhere", 1)
+    write_pictures(data / "own", 1)
+    (elsewhere / "back").symlink_to(data)
+    (data / "far").symlink_to(elsewhere)
+    (data / "again").symlink_to(data / "own")  # before "own" in the order of names
+    (data / "lost").symlink_to(tmp_path / "nowhere")
+    skipped = Skipped()
+    assert found(data, skipped) == {"far/0.png": "picture 0", "own/0.png": "picture 0"}
+    assert not skipped.reasons
+    (tmp_path / "shards").mkdir()
+    pyarrow.parquet.write_table(pyarrow.table({"image": [b"a"], "text": ["x"]}), tmp_path / "shards/0.parquet")
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked/shards").symlink_to(tmp_path / "shards")
+    assert found(tmp_path / "linked", skipped) == {"shards/0.parquet:0": "x"}
 
 
 def test_text_files_of_any_editor(tmp_path: Path) -> None:
@@ -102,6 +120,21 @@ def test_rows_of_parquet(tmp_path: Path) -> None:
         found(tmp_path / "bad.parquet", skipped)
 
 
+def test_pictures_beside_parquet_are_left_out_by_name(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "loose", 1)
+    pyarrow.parquet.write_table(pyarrow.table({"image": [b"a"], "text": ["x"]}), tmp_path / "0.parquet")
+    skipped = Skipped()
+    assert found(tmp_path, skipped) == {"0.parquet:0": "x"}
+    assert skipped.reasons == {"loose/0.png": "beside Parquet files, of which the rows alone are read"}
+
+
+def test_parquet_without_pyarrow_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "0.parquet").touch()
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UserError, match=r"pip install -r requirements-training\.txt"):
+        found(tmp_path, Skipped())
+
+
 def test_no_row_at_all_is_said(tmp_path: Path, small_sd_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     nothing = pyarrow.table(
         {"image": pyarrow.array([], pyarrow.binary()), "text": pyarrow.array([], pyarrow.string())}
@@ -122,12 +155,14 @@ def test_broken_pictures_are_left_out(tmp_path: Path, small_sd_dir: Path, capsys
     data = write_pictures(tmp_path / "data", 4)
     whole = (data / "3.png").read_bytes()
     (data / "3.png").write_bytes(whole[: len(whole) // 2])
+    (data / "2.png").write_bytes(b"")
     made = train(data, small_sd_dir, tmp_path / "made", steps=1)
     skipped = json.loads((made / "skipped.json").read_text())
-    assert skipped.keys() == {"3.png"}
-    assert "1 pictures are left out, as 3.png" in capsys.readouterr().err
+    assert skipped.keys() == {"2.png", "3.png"}
+    assert "2 pictures are left out, as 2.png: is no picture" in capsys.readouterr().err
     assert len(losses(made)) == 1
-    (data / "3.png").write_bytes(whole)
+    for name in ("2.png", "3.png"):
+        (data / name).write_bytes(whole)
     train(data, small_sd_dir, made, "--resume", steps=2)
     assert not (made / "skipped.json").exists()
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,13 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from runners.images import MARGIN
 from runners.training import checkpoints, loop
 from runners.training.checkpoints import Checkpoints, one_training_in
-from tests.training_work import adapter, losses, same, step_names, train
+from tests.programs import ROOT
+from tests.training_work import adapter, arguments, losses, same, step_names, train
 
 
 def refusal(
@@ -68,6 +72,34 @@ def test_a_resumed_training_ends_at_the_same_bits(
     if "--full" not in more:
         assert same(adapter(whole), adapter(half))
     assert losses(whole) == losses(half)
+
+
+def test_curves_of_a_resumed_training_have_each_step(
+    pictures: Path, small_sd_dir: Path, trained_dir: Path, tmp_path: Path
+) -> None:
+    half = tmp_path / "half"
+    shutil.copytree(trained_dir, half)
+    shutil.rmtree(half / "checkpoints/step-00000006")
+    train(pictures, small_sd_dir, half, "--resume")
+    curves = EventAccumulator(str(half / "logs")).Reload()
+    assert [point.step for point in curves.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.slow
+def test_training_without_tensorboard_says_so(pictures: Path, small_sd_dir: Path, tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    code = (  # in a process of its own, as accelerate looks for it once, when it is imported
+        "import sys\n"
+        "sys.modules |= {'tensorboard': None, 'tensorboardX': None}\n"
+        "from pathlib import Path\n"
+        "from runners.training.run import main\n"
+        "main(None, Path())\n"
+    )
+    words = arguments(pictures, small_sd_dir, made, steps=1)
+    done = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "no logs for TensorBoard: pip install -r requirements-training.txt" in done.stderr
+    assert not (made / "logs").exists()
 
 
 def test_accumulated_batches_are_one_batch(pictures: Path, small_sd_dir: Path, tmp_path: Path) -> None:
