@@ -36,7 +36,7 @@ def arguments(data: Path, model: Path, output: Path, *more: object, steps: int =
     """A training on the CPU of `steps` steps of two pictures, with a checkpoint every two."""
     words = ["--data", data, "--model_path", model, "--output_dir", output, "--cache_dir", data.parent / "cache"]
     words += ["--device", "cpu", "--resolution", SIZE, "--steps", steps, "--batch_size", 2, "--checkpoint_every", 2]
-    words += ["--learning_rate", "1e-3", "--lora_rank", 4, "--log_every", 2]
+    words += ["--learning_rate", "1e-3", "--log_every", 2, *(() if "--full" in more else ("--lora_rank", 4))]
     return [str(word) for word in (*words, *more)]
 
 

@@ -28,6 +28,14 @@ from runners.training.settings import LORA_LAYERS, Settings
 LR_SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 POLYNOMIAL_END = 1e-7  # the last learning rate of diffusers' polynomial schedule
 LORA_LEARNING_RATE, FULL_LEARNING_RATE = 1e-4, 1e-5
+OPTIONAL = {  # what is said with the option alone that they belong to, and their defaults
+    "lora_rank": 16,
+    "lora_alpha": None,
+    "lora_layers": "attention",
+    "ema_decay": 0.999,
+    "validation_every": 500,
+    "validation_steps": 30,
+}
 SWITCHES = {
     "fused_kernels": "attention by the device's fused kernels, with their gradients",
     "ema": "keep an average of the trained weights, and draw and save with it",
@@ -56,6 +64,8 @@ def make_parser(program: str, description: str | None, folder: Path) -> Argument
 def settings_of(args: dict[str, Any]) -> Settings:
     """What `make_parser` read, with all that was left open decided. Raises UserError for what has no effect."""
     switches = choose_switches(args)
+    refuse_without_effect(args, switches)
+    args |= {name: default for name, default in OPTIONAL.items() if args[name] is None}
     if args["cache_dir"] is None:
         args["cache_dir"] = args["output_dir"] / "cache"
     if args["lora_alpha"] is None:
@@ -65,11 +75,6 @@ def settings_of(args: dict[str, Any]) -> Settings:
     if args["guidance_scale"] is None:
         args["guidance_scale"] = guidance_scale_of(args["model_path"])
     args["precision"], args["validation_prompts"] = args.pop("dtype"), tuple(args.pop("validation_prompt"))
-    if args["warmup_steps"] and args["lr_schedule"] == "constant":
-        raise UserError(
-            f"--warmup_steps {args['warmup_steps']} has no effect with --lr_schedule constant: take "
-            "constant_with_warmup"
-        )
     if args["lr_schedule"] == "polynomial" and args["learning_rate"] <= POLYNOMIAL_END:
         raise UserError(
             f"--learning_rate {args['learning_rate']:g} is not above {POLYNOMIAL_END:g}, at which --lr_schedule "
@@ -81,6 +86,22 @@ def settings_of(args: dict[str, Any]) -> Settings:
             f"--seed {args['seed']} is too large: seeds, one for each validation prompt, end at {MAX_SEED}"
         )
     return Settings(switches=switches, **args)
+
+
+def refuse_without_effect(args: dict[str, Any], switches: dict[str, bool]) -> None:
+    """Raises UserError for an option that the others leave nothing to say."""
+    useless = {
+        "with --full, which trains no adapter": args["full"] and ("lora_rank", "lora_alpha", "lora_layers"),
+        "without --ema, which keeps the average": not switches["ema"] and ("ema_decay",),
+        "without --validation_prompt, which says what is drawn": not args["validation_prompt"]
+        and ("validation_every", "validation_steps", "guidance_scale"),
+        "with --lr_schedule constant: take constant_with_warmup": args["lr_schedule"] == "constant"
+        and ("warmup_steps",),
+    }
+    for reason, names in useless.items():
+        for name in names or ():
+            if args[name]:
+                raise UserError(f"--{name} {args[name]} has no effect {reason}")
 
 
 def choose_switches(args: dict[str, Any]) -> dict[str, bool]:
@@ -130,9 +151,9 @@ def add_training_arguments(parser: ArgumentParser) -> None:
     add("--batch_size", type=positive_int, default=4, metavar="N", help="pictures at a time on a device (4)")
     add("--gradient_accumulation", type=positive_int, default=1, metavar="N", help="such batches a step (1)")
     add("--full", action="store_true", help="train all weights of the UNet, not an adapter (LoRA)")
-    add("--lora_rank", type=positive_int, default=16, metavar="N", help="of the adapter's matrices (16)")
+    add("--lora_rank", type=positive_int, metavar="N", help="of the adapter's matrices (16)")
     add("--lora_alpha", type=positive_int, metavar="N", help="the adapter counts alpha / rank times (rank)")
-    add("--lora_layers", choices=LORA_LAYERS, default="attention", help="which get an adapter (attention)")
+    add("--lora_layers", choices=LORA_LAYERS, help="which get an adapter (attention)")
     add(
         "--learning_rate",
         type=positive_float,
@@ -143,7 +164,7 @@ def add_training_arguments(parser: ArgumentParser) -> None:
     add("--warmup_steps", type=non_negative_int, default=0, metavar="N", help="over which it rises from 0 (0)")
     add("--weight_decay", type=non_negative_float, default=0.01, metavar="X", help="of AdamW (0.01)")
     add("--max_norm", type=positive_float, default=1.0, metavar="X", help="to which gradients are cut (1)")
-    add("--ema_decay", type=share, default=0.999, metavar="X", help="of the average of --ema (0.999)")
+    add("--ema_decay", type=share, metavar="X", help="of the average of --ema (0.999)")
     add("--snr_gamma", type=positive_float, metavar="X", help="min-SNR weights of errors; the paper takes 5 (none)")
     add("--noise_offset", type=finite_float, default=0.0, metavar="X", help="noise in whole channels; 0.05 to 0.1 (0)")
     add("--prediction_type", choices=PREDICTIONS, help="(what the model's scheduler says)")
@@ -176,8 +197,8 @@ def add_output_arguments(parser: ArgumentParser) -> None:
         metavar="TEXT",
         help="drawn while training; repeat it for a sheet of several",
     )
-    add("--validation_every", type=positive_int, default=500, metavar="N", help="steps, and at the end (500)")
-    add("--validation_steps", type=positive_int, default=30, metavar="N", help="denoising steps (30)")
+    add("--validation_every", type=positive_int, metavar="N", help="steps, and at the end (500)")
+    add("--validation_steps", type=positive_int, metavar="N", help="denoising steps (30)")
     add(
         "--guidance_scale",
         type=finite_float,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +55,11 @@ class Inputs:
         for number, example in enumerate(self.examples):
             found.setdefault(example.shape, []).append(number)
         return list(found.values())
+
+    def digest(self) -> str:
+        """Of all that is learnt from, in its order: the names of stored files are digests of pictures and captions."""
+        names = [(example.latents.name, example.text.name) for example in self.examples]
+        return hashlib.sha256(repr(names).encode()).hexdigest()
 
     def batch(self, numbers: Sequence[int], step: int, places: Sequence[int], timesteps: int) -> Batch:
         """The examples `numbers`, which have the `places` in the batch of `step`."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import mimetypes
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -99,6 +100,8 @@ def files_below(folder: Path) -> Iterator[Path]:
 def _from_folder(folder: Path, files: list[Path], caption_column: str, skipped: Skipped) -> Iterator[Picture]:
     captions = _captions_of_metadata(folder, files, caption_column, skipped)
     pictures = set(filter(_is_picture, files))
+    for path in (path for path in files if path not in pictures and _is_other_picture(path)):
+        skipped.add(_name_of(path, folder), f"of no format that is read ({', '.join(PICTURES)})")
     if not pictures and not captions:
         raise UserError(f"--data {folder} holds no picture ({', '.join(PICTURES)}) and no .parquet file")
     for path in sorted(pictures | set(captions)):
@@ -120,6 +123,11 @@ def _from_folder(folder: Path, files: list[Path], caption_column: str, skipped: 
 
 def _is_picture(path: Path) -> bool:
     return path.suffix.lower() in PICTURES and not path.name.startswith(".")
+
+
+def _is_other_picture(path: Path) -> bool:
+    kind, _ = mimetypes.guess_type(path.name)
+    return kind is not None and kind.startswith("image/") and not path.name.startswith(".")
 
 
 def _name_of(path: Path, folder: Path) -> str:

@@ -131,7 +131,13 @@ def train_rank(settings: Settings, model: Model, accelerator: Accelerator, dtype
     sizes = Sizes.of(resolution, settings.aspect_ratio_buckets)
     cache = InputCache(settings.cache_dir, digest, sizes, settings.random_flip, encoder.load)
     inputs = prepare_inputs(cache, settings, accelerator, skipped)
+    about["examples"] = inputs.digest()
     if accelerator.is_main_process:
+        if checkpoint is not None and checkpoint.about.get("examples") != about["examples"]:
+            report.warn(
+                f"--resume: pictures or captions are others than before, now {len(inputs.examples)}, so this does not "
+                "lead to the weights of an uninterrupted training"
+            )
         tell_skipped(skipped, settings, report)
         tell_of_inputs(inputs, report)
         tell_of_prediction(noise_schedule, settings, model, report)
@@ -155,7 +161,10 @@ def train_rank(settings: Settings, model: Model, accelerator: Accelerator, dtype
         start = checkpoint.step
     if accelerator.is_main_process:
         print(presets, flush=True)
-        print(f"{len(inputs.examples)} pictures, {trainer.batches.steps_per_epoch} steps an epoch, from step {start}")
+        print(
+            f"{len(inputs.examples)} pictures, {trainer.batches.steps_per_epoch} steps an epoch, from step {start}, "
+            f"devices: {accelerator.num_processes}"
+        )
         # What is after the checkpoint's own step is drawn again.
         accelerator.init_trackers("", init_kwargs={"tensorboard": {"purge_step": start + 1}})
     trainer.run(start)

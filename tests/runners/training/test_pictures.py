@@ -135,6 +135,15 @@ def test_parquet_without_pyarrow_says_what_to_install(tmp_path: Path, monkeypatc
         found(tmp_path, Skipped())
 
 
+def test_pictures_of_other_formats_are_left_out_by_name(tmp_path: Path) -> None:
+    write_pictures(tmp_path, 1)
+    for name in ("a.gif", "b.SVG", ".hidden.gif", "notes.md"):
+        (tmp_path / name).touch()
+    skipped = Skipped()
+    assert found(tmp_path, skipped) == {"0.png": "picture 0"}
+    assert skipped.reasons.keys() == {"a.gif", "b.SVG"}
+
+
 def test_no_row_at_all_is_said(tmp_path: Path, small_sd_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     nothing = pyarrow.table(
         {"image": pyarrow.array([], pyarrow.binary()), "text": pyarrow.array([], pyarrow.string())}

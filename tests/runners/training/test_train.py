@@ -22,7 +22,7 @@ from runners.images import MARGIN
 from runners.training import checkpoints, loop
 from runners.training.checkpoints import Checkpoints, one_training_in
 from tests.programs import ROOT
-from tests.training_work import adapter, arguments, losses, same, step_names, train
+from tests.training_work import adapter, arguments, losses, same, step_names, train, write_pictures
 
 
 def refusal(
@@ -231,6 +231,40 @@ def test_another_model_is_not_resumed(
     assert "learning_rate was 0.001 and is 0.0001" in capsys.readouterr().err
     (made / "checkpoints/step-00000007/state.pt").write_bytes(b"")
     assert "is damaged" in refusal(capsys, 2, train, pictures, small_sd_dir, made, "--resume", steps=8)
+
+
+def test_other_captions_are_said_when_resuming(
+    small_sd_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_pictures(tmp_path / "data", 4)
+    made = train(data, small_sd_dir, tmp_path / "made", steps=2)
+    train(data, small_sd_dir, made, "--resume", steps=3)
+    assert "are others than before" not in capsys.readouterr().err
+    rows = (data / "metadata.jsonl").read_text()
+    (data / "metadata.jsonl").write_text(rows.replace("picture 3", "another"))
+    train(data, small_sd_dir, made, "--resume", steps=4)
+    assert "pictures or captions are others than before, now 4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--full", "--lora_rank", 4), "--lora_rank 4 has no effect with --full"),
+        (("--no-ema", "--ema_decay", 0.5), "--ema_decay 0.5 has no effect without --ema"),
+        (("--validation_every", 5), "--validation_every 5 has no effect without --validation_prompt"),
+        (("--warmup_steps", 5), "--warmup_steps 5 has no effect with --lr_schedule constant"),
+    ],
+)
+def test_options_without_effect_are_refused(
+    pictures: Path,
+    small_sd_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: tuple[object, ...],
+    message: str,
+) -> None:
+    assert message in refusal(capsys, 2, train, pictures, small_sd_dir, tmp_path / "made", *options)
+    assert not (tmp_path / "made").exists()
 
 
 def test_a_resumed_training_obeys_its_own_settings(
