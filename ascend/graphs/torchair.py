@@ -20,6 +20,7 @@ from ascend.graphs.store import GraphStore
 
 logger = logging.getLogger(__name__)
 
+FRACTAL_Z = 4
 COMPILED = "compiled_module"  # what torchair calls the file that it reads back
 
 
@@ -89,11 +90,19 @@ def _compute_once(module: torch.fx.GraphModule, *_: Any) -> None:
 
 
 def use_private_formats(module: nn.Module) -> None:
-    """Cast weights into the chip's own layouts: FRACTAL_NZ of Linear, FRACTAL_Z of float16 convolutions."""
+    """Cast weights into the chip's own layouts: FRACTAL_NZ of Linear, FRACTAL_Z of convolutions in 16 bits.
+
+    torchair leaves those in bfloat16 as they are, and GE would convert them in each call by the operator that casts
+    here, which takes them too (hicann/ops-math, conversion/trans_data/README.md).
+    """
+    import torch_npu
     from torchair.experimental.inference import use_internal_format_weight
 
     with _PrivateFormatsAllowed():
         use_internal_format_weight(module)
+        for part in module.modules():
+            if isinstance(part, nn.Conv2d) and part.groups == 1 and part.weight.dtype == torch.bfloat16:
+                part.weight.data = torch_npu.npu_format_cast(part.weight.data, FRACTAL_Z)
 
 
 class _PrivateFormatsAllowed:
