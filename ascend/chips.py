@@ -14,6 +14,7 @@ INFER_ATTENTION = "npu_fused_infer_attention_score"
 FUSION_ATTENTION = "npu_fusion_attention"
 TORCH_ATTENTION = "scaled_dot_product_attention"  # without holding all scores at once
 TOKEN_MERGING = "npu_tome_merge"
+ADD_LAYER_NORM = "npu_add_layer_norm"
 WEIGHT_QUANT_MATMUL = "npu_weight_quant_batchmatmul"
 GROUPED_MATMUL = "npu_grouped_matmul"
 EXPERT_ROUTING = "npu_moe_gating_top_k_softmax"  # and npu_moe_finalize_routing; 310P routes by fewer operators
@@ -41,9 +42,19 @@ HALF = (torch.float16, torch.float32)
 BFLOAT16 = (torch.bfloat16, torch.float16, torch.float32)
 # dtypes and saturation: what torch_npu's is_bf16_supported and is_support_inf_nan answer (Ascend/pytorch,
 # torch_npu/npu/utils.py). Operators: the chips that the operator's definition in hicann/ops-transformer names, or its
-# page in op-plugin; scaled_dot_product_attention: op-plugin, ScaledDotProductAttentionKernelNpuOpApi.cpp.
+# page in op-plugin; scaled_dot_product_attention: op-plugin, ScaledDotProductAttentionKernelNpuOpApi.cpp;
+# npu_add_layer_norm: hicann/ops-nn, norm/add_layer_norm/docs/aclnnAddLayerNorm.md and its definition.
 TRAINING_CHIPS = frozenset(
-    {INFER_ATTENTION, FUSION_ATTENTION, TORCH_ATTENTION, WEIGHT_QUANT_MATMUL, GROUPED_MATMUL, EXPERT_ROUTING, ROTARY}
+    {
+        INFER_ATTENTION,
+        FUSION_ATTENTION,
+        TORCH_ATTENTION,
+        WEIGHT_QUANT_MATMUL,
+        GROUPED_MATMUL,
+        EXPERT_ROUTING,
+        ROTARY,
+        ADD_LAYER_NORM,
+    }
 )
 FAMILIES = (
     Family(
@@ -51,7 +62,7 @@ FAMILIES = (
         ("Ascend310P",),
         HALF,
         True,
-        frozenset({PROMPT_ATTENTION, TOKEN_MERGING, WEIGHT_QUANT_MATMUL, GROUPED_MATMUL, ROTARY}),
+        frozenset({PROMPT_ATTENTION, TOKEN_MERGING, WEIGHT_QUANT_MATMUL, GROUPED_MATMUL, ROTARY, ADD_LAYER_NORM}),
     ),
     Family(
         "A2",
@@ -67,7 +78,7 @@ FAMILIES = (
         False,
         TRAINING_CHIPS,
     ),
-    Family("950", ("Ascend950",), BFLOAT16, False, frozenset({TORCH_ATTENTION})),
+    Family("950", ("Ascend950",), BFLOAT16, False, frozenset({TORCH_ATTENTION, ADD_LAYER_NORM})),
 )
 
 

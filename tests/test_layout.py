@@ -28,7 +28,7 @@ INNER_DOORS = {
     "ascend.memory": {"ascend.cgroup"},
     "ascend.om": {"ascend.acl"},
     "ascend.pipelines": set(),
-    "ascend.graphs": {"ascend.pipelines", "ascend.streaming"},
+    "ascend.graphs": {"ascend.chips", "ascend.pipelines", "ascend.streaming"},
     "ascend.parallel": {"ascend.pipelines"},
     "ascend.planner": {"ascend.chips", "ascend.device", "ascend.memory", "ascend.sizes", "ascend.streaming"},
     "ascend.sizes": set(),

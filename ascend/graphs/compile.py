@@ -125,8 +125,8 @@ def compile_module(
         blocks = _find_block_graphs(module)
         if blocks is None:
             backend = make_backend(stream.execution_device, graph_cache, graph_cache_limit)
-            if backend.has_formats:
-                stream.prepare(backend.prepare)
+            if backend.prepare_blocks is not None:
+                stream.prepare(backend.prepare_blocks)
             blocks = BlockGraphs(stream.blocks, stream.execution_device, backend, name)
             stream.handles.append(blocks)
         return str(blocks)
@@ -214,8 +214,8 @@ def _compile_blocks(module: nn.Module, backend: Backend, name: str) -> BlockGrap
     if not blocks:
         raise ValueError(f"{name} is a {type(module).__name__}, of which no list of blocks is known: compile it whole")
     with ExitStack() as undo:
-        if backend.has_formats:
-            backend.prepare(module, undo)
+        if backend.prepare_blocks is not None:
+            backend.prepare_blocks(module, undo)
         graphs = BlockGraphs(blocks, device_of(module), backend, name)
         vars(module)[RESIDENT] = graphs, undo.pop_all()
     return graphs

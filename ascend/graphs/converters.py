@@ -10,9 +10,13 @@ import torch
 
 @functools.cache
 def register_converters() -> None:
-    """Teach torchair the operator that torch_npu makes of `scaled_dot_product_attention` on other chips than 310P.
+    """Teach torchair what it lacks.
 
-    It has a converter for the operator's first version only, which computes the same.
+    That is the operator that torch_npu makes of `scaled_dot_product_attention` on other chips than 310P (it has a
+    converter for the operator's first version only, which computes the same), the sum with its norm (GE's operator:
+    hicann/ops-nn, norm/add_layer_norm/op_graph/add_layer_norm_proto.h) and a product of several matrices by one with a
+    bias, as GE itself makes of a product and a sum (hicann/ops-nn, matmul/mat_mul_v3/op_graph/fusion_pass/
+    matmul_biasadd_fusion_pass.cpp, from GE 9.1 on).
     """
     import torch_npu  # noqa: F401
     import torchair
@@ -64,3 +68,29 @@ def register_converters() -> None:
         )
         no_dropout = ge.Const(0, dtype=ge.DataType.DT_INT64)
         return attended, maximum, total, out, no_dropout, no_dropout
+
+    @torchair.register_fx_node_ge_converter(torch.ops.npu.npu_add_layer_norm.default)
+    def convert_add_layer_norm(
+        x1: Any,
+        x2: Any,
+        gamma: Any,
+        beta: Any,
+        epsilon: float = 1e-5,
+        additional_output: bool = False,
+        meta_outputs: Any = None,
+    ) -> Any:
+        return ge.custom_op(
+            "AddLayerNorm",
+            inputs={"x1": x1, "x2": x2, "gamma": gamma, "beta": beta, "bias": None},
+            outputs=["y", "mean", "rstd", "x"],
+            attrs={"epsilon": ge.attr.Float(epsilon), "additional_output": ge.attr.Bool(additional_output)},
+        )
+
+    @torchair.register_fx_node_ge_converter(torch.ops.aten.linear.default)
+    def convert_linear(input: Any, weight: Any, bias: Any = None, meta_outputs: Any = None) -> Any:
+        return ge.custom_op(
+            "BatchMatMulV2",
+            inputs={"x1": input, "x2": weight, "bias": bias, "offset_w": None},
+            outputs=["y"],
+            attrs={"adj_x1": ge.attr.Bool(False), "adj_x2": ge.attr.Bool(True), "offset_x": ge.attr.Int(0)},
+        )

@@ -37,7 +37,7 @@ class Inductor:
     """
 
     name = "inductor"
-    has_formats = False
+    prepare_blocks = None
 
     def __init__(self, device: torch.device) -> None:
         if device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++"))):

@@ -33,6 +33,7 @@ MOST_SETTINGS = 2  # whose graphs are kept: what is switched off for a while, as
 _made = itertools.count(1)  # the graphs of this process
 
 Graph = Callable[..., Any]
+Prepare = Callable[[nn.Module, ExitStack], None]
 
 
 class Made(NamedTuple):
@@ -45,14 +46,16 @@ class Backend(Protocol):
     """What makes graphs.
 
     Attributes:
-        has_formats: whether `prepare` brings weights into formats that arguments of a graph may be in, too.
+        prepare_blocks: as `prepare`, of what becomes graphs that take weights as arguments; None: nothing to prepare.
     """
 
     name: str
-    has_formats: bool
+
+    @property
+    def prepare_blocks(self) -> Prepare | None: ...
 
     def prepare(self, module: nn.Module, undo: ExitStack) -> None:
-        """Bring `module` into the form that the graphs read, and register how to put it back."""
+        """Bring `module`, which becomes one graph, into the form that this reads, and register how to put it back."""
 
     def make(self, call: types.MethodType, digest: str, tensors: list[torch.Tensor]) -> Made:
         """The graph of `call`, a method of a `Call`, and what it gives for `tensors`.

@@ -14,12 +14,16 @@ from torch import nn
 from torch._functorch.compile_utils import fx_graph_cse
 
 from ascend.graphs.converters import register_converters
+from ascend.graphs.fusions import fuse
 from ascend.graphs.key import platform
+from ascend.graphs.rows import compute_equal_rows_once
 from ascend.graphs.static import Call, Made
 from ascend.graphs.store import GraphStore
+from ascend.graphs.time_projections import share_time_projections
 
 logger = logging.getLogger(__name__)
 
+FRACTAL_Z = 4
 COMPILED = "compiled_module"  # what torchair calls the file that it reads back
 
 
@@ -31,13 +35,18 @@ class Torchair:
     """
 
     name = "torchair"
-    has_formats = True  # torchair declares an argument of a graph to GE in the format that the first call has it in
 
     def __init__(self, store: GraphStore) -> None:
         self.store = store
         self.config = make_config()
 
     def prepare(self, module: nn.Module, undo: ExitStack) -> None:
+        with _PrivateFormatsAllowed():
+            share_time_projections(module, undo)
+        self.prepare_blocks(module, undo)
+
+    def prepare_blocks(self, module: nn.Module, undo: ExitStack) -> None:
+        """Cast weights: torchair declares an argument of a graph to GE in the format that the first call has it in."""
         undo.callback(_restore_formats, [(parameter, _format(parameter)) for parameter in module.parameters()])
         use_private_formats(module)
 
@@ -74,26 +83,38 @@ def make_config() -> Any:
     register_converters()
     config = torchair.CompilerConfig()
     config.experimental_config.frozen_parameter = True
-    config.post_grad_custom_pre_pass = _compute_once
+    config.post_grad_custom_pre_pass = _rewrite
     # This is what changes torch's own decompositions; cache_compile does so only after the first graph was traced.
     torchair.get_npu_backend(compiler_config=config)
     return config
 
 
-def _compute_once(module: torch.fx.GraphModule, *_: Any) -> None:
-    """Compute what several nodes have in common once, such as the SiLU of the time embedding in each residual block.
-
-    Inductor does so by itself, torchair does not.
+def _rewrite(module: torch.fx.GraphModule, *_: Any) -> None:
+    """Compute what several nodes have in common once, such as the SiLU of the time embedding in each residual block,
+    which inductor does by itself and torchair does not; and launch less.
     """
     module.graph = fx_graph_cse(module.graph)
+    compute_equal_rows_once(module.graph)
+    fuse(module.graph)
+    module.graph.eliminate_dead_code()
+    module.graph.lint()
+    module.recompile()
 
 
 def use_private_formats(module: nn.Module) -> None:
-    """Cast weights into the chip's own layouts: FRACTAL_NZ of Linear, FRACTAL_Z of float16 convolutions."""
+    """Cast weights into the chip's own layouts: FRACTAL_NZ of Linear, FRACTAL_Z of convolutions in 16 bits.
+
+    torchair leaves those in bfloat16 as they are, and GE would convert them in each call by the operator that casts
+    here, which takes them too (hicann/ops-math, conversion/trans_data/README.md).
+    """
+    import torch_npu
     from torchair.experimental.inference import use_internal_format_weight
 
     with _PrivateFormatsAllowed():
         use_internal_format_weight(module)
+        for part in module.modules():
+            if isinstance(part, nn.Conv2d) and part.groups == 1 and part.weight.dtype == torch.bfloat16:
+                part.weight.data = torch_npu.npu_format_cast(part.weight.data, FRACTAL_Z)
 
 
 class _PrivateFormatsAllowed:

@@ -341,10 +341,7 @@ def test_token_merging_of_another_rate_is_refused(npu: torch.device) -> None:
 
 @pytest.mark.skipif(not os.environ.get("CANN_EMULATOR_SOC"), reason="the trace is the emulator's")
 def test_weights_and_upsampling_are_not_taken_apart(npu: torch.device, tmp_path: Path) -> None:
-    """No weight is converted, in both processes: that which compiles, and that which finds the graph.
-
-    In float16: torchair leaves convolutions in bfloat16 as they are.
-    """
+    """No weight is converted, in both processes: that which compiles, and that which finds the graph."""
     program = textwrap.dedent(
         """
         import torch
@@ -360,7 +357,7 @@ def test_weights_and_upsampling_are_not_taken_apart(npu: torch.device, tmp_path:
         with torch.no_grad():
             unet(latents, torch.tensor([10], device=device), text)
         """
-    ).format(cache=str(tmp_path / "graphs"), dtype=torch.float16)
+    ).format(cache=str(tmp_path / "graphs"), dtype=HALF)
     script, trace = tmp_path / "model.py", tmp_path / "trace.jsonl"
     script.write_text(program)
     for _ in range(2):

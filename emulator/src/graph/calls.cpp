@@ -52,6 +52,7 @@ struct Namesake {
 const Namesake* find_namesake(const std::string& type) {
     const std::map<std::string, std::string> matrices{{"x1", "self"}, {"x2", "mat2"}};
     static const std::map<std::string, Namesake> namesakes{
+        {"AddLayerNorm", {"AddLayerNorm", {}}},
         {"BatchMatMul", {"BatchMatMul", matrices}},
         {"BatchMatMulV2", {"BatchMatMul", matrices}},
         {"BatchMatMulV3", {"BatchMatMul", matrices}},

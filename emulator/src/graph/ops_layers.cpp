@@ -225,6 +225,22 @@ Results added_and_normed(const Operands& x) {
     return {y, as(at::kFloat, rstd), sum};
 }
 
+// The sum is normed as it is before it is rounded, and stored where it is asked for.
+Results added_and_layer_normed(const Operands& x) {
+    const ScalarType dtype = at::promote_types(x[0].scalar_type(), x[1].scalar_type());
+    Tensor sum = x.up(0) + x.up(1);
+    if (x[4].defined()) sum = sum + x.up(4);
+    const Ints shape = x[2].sizes().vec();
+    const double epsilon = x.real("epsilon", 1e-5);
+    const Tensor stored = x.flag("additional_output") ? sum : at::full_like(sum, NAN);
+    if (x.compiling()) {
+        const Tensor statistics = shaped(with_ones(sum, shape.size()), at::kFloat);
+        return {as(dtype, sum), as(at::kFloat, statistics), as(at::kFloat, statistics), as(dtype, stored)};
+    }
+    const auto [y, mean, rstd] = at::native_layer_norm(sum, shape, x.up(2), x.up(3), epsilon);
+    return {as(dtype, y), as(at::kFloat, mean), as(at::kFloat, rstd), as(dtype, stored)};
+}
+
 Tensor gated(const Operands& x, Tensor (*gate)(const Tensor&)) {
     const auto [first, second] = halves(x[0], x.integer("dim", -1));
     return gate(first) * second;
@@ -270,6 +286,7 @@ GE(GroupNormV2, group_norm_with_deviation(x, false))
 GE(GroupNormSilu, group_norm_with_deviation(x, true))
 GE(RmsNorm, root_mean_square_norm(x))
 GE(AddRmsNorm, added_and_normed(x))
+GE(AddLayerNorm, added_and_layer_normed(x))
 
 GE(GLU, at::glu(x.up(0), x.integer("dim", -1)))
 GE(SwiGlu, gated(x, [](const Tensor& gate) { return at::silu(gate); }))
