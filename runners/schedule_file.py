@@ -68,6 +68,12 @@ def schedule_in(path: Path, name: str, scheduler: str, steps: int, guidance_scal
     return found
 
 
+def schedule_beside(folder: Path, name: str, scheduler: str, steps: int, guidance_scale: float) -> Schedule | None:
+    """`choose_schedule` of the file in a model's folder; None without one."""
+    path = folder / FILE_NAME
+    return choose_schedule(read_schedules(path), name, scheduler, steps, guidance_scale) if path.is_file() else None
+
+
 def choose_schedule(
     schedules: list[Schedule], name: str, scheduler: str, steps: int, guidance_scale: float
 ) -> Schedule | None:

@@ -26,7 +26,7 @@ class TimeProjections(nn.Module):
         super().__init__()
         self.width = blocks[0].conv1.out_channels
         biases = [block.time_emb_proj.bias + block.conv1.bias for block in blocks]
-        weight = torch.cat([_plain(block.time_emb_proj.weight) for block in blocks])
+        weight = torch.cat([_in_format(block.time_emb_proj.weight, ND) for block in blocks])
         self.register_buffer("weight", _in_format(weight, FRACTAL_NZ), persistent=False)
         self.register_buffer("bias", torch.cat(biases), persistent=False)
 
@@ -54,10 +54,6 @@ def share_time_projections(module: nn.Module, undo: ExitStack) -> None:
                 block.time_projections, block.time_part = projections, part
                 undo.callback(delattr, block, "time_projections")
                 undo.callback(delattr, block, "time_part")
-
-
-def _plain(weight: torch.Tensor) -> torch.Tensor:
-    return _in_format(weight, ND)
 
 
 def _in_format(weight: torch.Tensor, number: int) -> torch.Tensor:

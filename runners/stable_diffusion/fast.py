@@ -9,7 +9,7 @@ from typing import Any
 from runners.cache_options import cache_options, fast_options
 from runners.cli import UserError
 from runners.model_dir import read_json
-from runners.schedule_file import FILE_NAME, choose_schedule, read_schedules, schedule_in
+from runners.schedule_file import FILE_NAME, schedule_beside, schedule_in
 from runners.schedulers import SCHEDULERS
 
 DEFAULT = "by guidance"
@@ -32,12 +32,11 @@ def choose_cache(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, st
             raise UserError(f"--{name} has no meaning beside --fast, which chooses the steps itself")
     scheduler = SCHEDULERS[args.scheduler] if args.scheduler else scheduler_of(args.config or args.model_path)
     asked = args.fast, scheduler, args.steps, args.guidance_scale
-    beside = args.model_path / FILE_NAME
     if args.schedule:
         return schedule_in(args.schedule, *asked).options(), {"row": args.fast, "schedule": str(args.schedule)}
-    found = choose_schedule(read_schedules(beside), *asked) if beside.is_file() else None
+    found = schedule_beside(args.model_path, *asked)
     if found:
-        return found.options(), {"row": args.fast, "schedule": str(beside)}
+        return found.options(), {"row": args.fast, "schedule": str(args.model_path / FILE_NAME)}
     return fast_options(args.fast, args.guidance_scale), {"row": args.fast, "schedule": DEFAULT}
 
 

@@ -90,17 +90,20 @@ def settings_of(args: dict[str, Any]) -> Settings:
 
 def refuse_without_effect(args: dict[str, Any], switches: dict[str, bool]) -> None:
     """Raises UserError for an option that the others leave nothing to say."""
-    useless = {
-        "with --full, which trains no adapter": args["full"] and ("lora_rank", "lora_alpha", "lora_layers"),
-        "without --ema, which keeps the average": not switches["ema"] and ("ema_decay",),
-        "without --validation_prompt, which says what is drawn": not args["validation_prompt"]
-        and ("validation_every", "validation_steps", "guidance_scale"),
-        "with --lr_schedule constant: take constant_with_warmup": args["lr_schedule"] == "constant"
-        and ("warmup_steps",),
-    }
-    for reason, names in useless.items():
-        for name in names or ():
-            if args[name]:
+    is_constant, draws = args["lr_schedule"] == "constant", args["validation_prompt"]
+    rules: tuple[tuple[bool, str, tuple[str, ...]], ...] = (
+        (args["full"], "with --full, which trains no adapter", ("lora_rank", "lora_alpha", "lora_layers")),
+        (not switches["ema"], "without --ema, which keeps the average", ("ema_decay",)),
+        (
+            not draws,
+            "without --validation_prompt, which says what is drawn",
+            ("validation_every", "validation_steps", "guidance_scale"),
+        ),
+        (is_constant, "with --lr_schedule constant: take constant_with_warmup", ("warmup_steps",)),
+    )
+    for applies, reason, names in rules:
+        for name in names:
+            if applies and args[name]:
                 raise UserError(f"--{name} {args[name]} has no effect {reason}")
 
 

@@ -187,13 +187,18 @@ def switched_on(pipe: StableDiffusionPipeline, flags: Sequence[str], args: argpa
         yield options
 
 
+def random_prompts(pipe: StableDiffusionPipeline, generator: torch.Generator) -> torch.Tensor:
+    """Embeddings of a prompt and of a negative one, [2, 1, tokens, width], as the UNet takes them."""
+    shape = 2, 1, PROMPT_TOKENS, pipe.unet.config.cross_attention_dim
+    return torch.randn(shape, generator=generator).to(pipe.unet.device, pipe.unet.dtype)
+
+
 def denoise(
     pipe: StableDiffusionPipeline, args: argparse.Namespace, manager: DeviceManager, options: dict[str, Any]
 ) -> tuple[float, torch.Tensor]:
     """Seconds of one denoising loop with guidance, and its latents; `options` are those of `switched_on`."""
     generator = torch.Generator().manual_seed(args.seed)
-    width = pipe.unet.config.cross_attention_dim
-    prompt, negative = torch.randn(2, 1, PROMPT_TOKENS, width, generator=generator).to(manager.device, pipe.unet.dtype)
+    prompt, negative = random_prompts(pipe, generator)
     manager.synchronize()
     start = time.perf_counter()
     latents = pipe(

@@ -34,7 +34,7 @@ from runners.files import make_output_dir
 from runners.model_dir import require_patched_diffusers
 from runners.report import Report, format_table
 from runners.unet_cost import GIGA, step_flops
-from scripts.benchmarks.benchmark import PROMPT_TOKENS, make_pipeline
+from scripts.benchmarks.benchmark import make_pipeline, random_prompts
 
 FLAGS = ("FA", "dynamo")
 PRODUCT = 4096  # rows and columns
@@ -76,8 +76,7 @@ def product_speed(manager: DeviceManager, dtype: torch.dtype) -> float:
 def step_times(pipe: Any, args: argparse.Namespace, manager: DeviceManager) -> list[float]:
     """Seconds of each step of a picture but the first."""
     generator = torch.Generator().manual_seed(args.seed)
-    width = pipe.unet.config.cross_attention_dim
-    prompt = torch.randn(BRANCHES, 1, PROMPT_TOKENS, width, generator=generator).to(manager.device, pipe.unet.dtype)
+    prompt, negative = random_prompts(pipe, generator)
     ends = []
 
     def note(pipe: Any, step: int, timestep: int, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -86,8 +85,8 @@ def step_times(pipe: Any, args: argparse.Namespace, manager: DeviceManager) -> l
         return tensors
 
     pipe(
-        prompt_embeds=prompt[0],
-        negative_prompt_embeds=prompt[1],
+        prompt_embeds=prompt,
+        negative_prompt_embeds=negative,
         num_inference_steps=args.steps,
         generator=generator,
         output_type="latent",

@@ -29,24 +29,16 @@ from runners.cli import ArgumentParser, UserError, file_path, one_line_errors
 from runners.files import write_atomically
 from scripts.benchmarks.count_step import read_events
 
-LATENTS, TOKENS = 64, 77
+LATENTS = 64
 CHANNELS_AT_CUT = {(0, 0): 320, (0, 1): 320, (0, 2): 640}  # by DeepCache's block and layer; ModelZoo's is the last
-# Of the configurations of stabilityai/stable-diffusion-2-1-base and of runwayml/stable-diffusion-v1-5.
-TEXT = {
-    "sd2.1-base": {
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_hidden_layers": 23,
-        "num_attention_heads": 16,
-        "hidden_act": "gelu",
-    },
-    "sd1.5": {
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "hidden_act": "quick_gelu",
-    },
+MODELS = ("sd2.1-base", "sd1.5")
+# What of runwayml/stable-diffusion-v1-5 is other than of stabilityai/stable-diffusion-2-1-base.
+SD15_TEXT = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "hidden_act": "quick_gelu",
 }
 SD15_UNET = {"attention_head_dim": 8, "cross_attention_dim": 768, "use_linear_projection": False}
 HEADER = f"""\
@@ -80,19 +72,14 @@ def make_pipeline(model: str) -> Any:
     from ascend.device import DeviceManager
     from processors import enable_flash_attention
     from scripts.benchmarks.benchmark import SD21_BASE_UNET
+    from scripts.benchmarks.benchmark_parallel import SD21_TEXT, SD21_VAE
 
     torch.manual_seed(0)
-    channels = (128, 256, 512, 512)
+    is_sd15 = model == "sd1.5"
     pipe = StableDiffusionPipeline(
-        unet=UNet2DConditionModel(**SD21_BASE_UNET | (SD15_UNET if model == "sd1.5" else {})),
-        vae=AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * len(channels),
-            up_block_types=("UpDecoderBlock2D",) * len(channels),
-            block_out_channels=channels,
-            layers_per_block=2,
-            sample_size=8 * LATENTS,
-        ),
-        text_encoder=CLIPTextModel(CLIPTextConfig(**TEXT[model], projection_dim=512)),
+        unet=UNet2DConditionModel(**SD21_BASE_UNET | (SD15_UNET if is_sd15 else {})),
+        vae=AutoencoderKL(**SD21_VAE, sample_size=8 * LATENTS),
+        text_encoder=CLIPTextModel(CLIPTextConfig(**SD21_TEXT | (SD15_TEXT if is_sd15 else {}), projection_dim=512)),
         tokenizer=None,
         scheduler=DDIMScheduler(),
         safety_checker=None,
@@ -108,10 +95,12 @@ def parts_of(pipe: Any) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Name and call of each part."""
     import torch
 
+    from runners.unet_cost import PROMPT_TOKENS
+
     like = {"device": pipe.device, "dtype": torch.float16}
     for batch, rows in ((1, "1 row"), (2, "2 rows")):
         latents = torch.randn(batch, 4, LATENTS, LATENTS, **like)
-        prompt = torch.randn(batch, TOKENS, pipe.unet.config.cross_attention_dim, **like)
+        prompt = torch.randn(batch, PROMPT_TOKENS, pipe.unet.config.cross_attention_dim, **like)
         step = torch.tensor(981, device=pipe.device)
         yield f"UNet, {rows}", partial(pipe.unet, latents, step, prompt, return_dict=False)
         for branch, channels in CHANNELS_AT_CUT.items():
@@ -119,7 +108,7 @@ def parts_of(pipe: Any) -> Iterator[tuple[str, Callable[[], Any]]]:
             shallow = {"cache_branch": branch, "cached_feature": feature, "return_dict": False}
             name = f"UNet cut at {branch[0]},{branch[1]}, {rows}"
             yield name, partial(pipe.unet, latents, step, prompt, **shallow)
-    tokens = torch.ones(1, TOKENS, dtype=torch.int64, device=pipe.device)
+    tokens = torch.ones(1, PROMPT_TOKENS, dtype=torch.int64, device=pipe.device)
     yield "text encoder", partial(pipe.text_encoder, tokens)
     yield "VAE decoder", partial(pipe.vae.decode, latents[:1], return_dict=False)
 
@@ -189,7 +178,7 @@ def run(args: argparse.Namespace) -> None:
         return
     lines = ["parts = ["]
     for soc in profile.names():
-        for model in TEXT:
+        for model in MODELS:
             with tempfile.TemporaryDirectory() as folder:
                 lines += record(soc, model, Path(folder))
     lines.append("]")

@@ -32,7 +32,7 @@ from runners.cli import ArgumentParser, UserError, file_path, one_line_errors
 from runners.files import make_output_dir
 from runners.images import save_figure
 from runners.report import Report, format_table
-from runners.schedule_file import FILE_NAME, choose_schedule, read_schedules
+from runners.schedule_file import schedule_beside
 from runners.schedulers import SCHEDULERS, make_scheduler
 from runners.unet_cost import step_flops
 from scripts.benchmarks.benchmark import SD21_BASE_UNET
@@ -69,11 +69,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def methods(args: argparse.Namespace, scheduler: str, guidance_scale: float) -> dict[str, Method]:
     """By their names. `scheduler` is the class's."""
-    file = args.model_path / FILE_NAME
-    schedules = read_schedules(file) if file.is_file() else []
     found: dict[str, Method] = {}
     for row in FAST:
-        own = choose_schedule(schedules, row, scheduler, args.steps, guidance_scale)
+        own = schedule_beside(args.model_path, row, scheduler, args.steps, guidance_scale)
         by_guidance = Method(fast_options(row, guidance_scale))
         found |= {f"fast {row}": Method(own.options()) if own else by_guidance}
         found |= {f"fast {row}, {BY_GUIDANCE}": by_guidance} if own else {}
