@@ -39,4 +39,12 @@ def remove_scratch(folder: Path) -> None:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    write_atomically(path, (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+    """Atomically; a path in `content` becomes its text. Raises TypeError: something in it is none of JSON's values."""
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False, default=_path_text)
+    write_atomically(path, f"{text}\n".encode())
+
+
+def _path_text(value: Any) -> str:
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"{value!r} is no value that JSON has")

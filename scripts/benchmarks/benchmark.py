@@ -2,8 +2,8 @@
 
     python scripts/benchmarks/benchmark.py                      the demo model, in about a minute for each round
     python scripts/benchmarks/benchmark.py --model sd2.1-base   the true configuration with random weights, 512 x 512
-    python scripts/benchmarks/benchmark.py --model sd2.1-base --steps 50 --guidance_scale 4 \\
-        --configs "tomesd + DeepCache" "fast balanced" "fast balanced + dynamo"
+    python scripts/benchmarks/benchmark.py --model sd2.1-base --steps 50 --guidance_scale 1.5 4 7.5 \\
+        --configs "tomesd + DeepCache" "DPM++ 2M" "fast balanced + dynamo"
 
 Each round runs every configuration once, so that a machine that slows down slows all of them; a speed-up is a ratio
 within a round, and its median over the rounds is reported. Only the denoising loop is timed: text encoder and VAE are
@@ -18,9 +18,9 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -52,6 +52,7 @@ from runners.schedule_file import schedule_in
 from runners.schedulers import make_scheduler
 
 BASELINE = "none"
+SOLVERS = {"DPM++ 2M": "dpm++", "UniPC": "unipc"}  # of fewer steps
 # Ours in capitals, as the runner's flags; the peers by the names of their packages.
 CONFIGURATIONS: dict[str, tuple[str, ...]] = {
     BASELINE: (),
@@ -66,7 +67,9 @@ CONFIGURATIONS: dict[str, tuple[str, ...]] = {
     "tomesd": ("tomesd",),
     "DeepCache": ("DeepCache",),
     "tomesd + DeepCache": ("tomesd", "DeepCache"),
+    **{name: (name,) for name in SOLVERS},
 }
+CHANGE_MODULES = {"FA", "TOME", "tomesd", "DeepCache"}  # of the flags, those that graphs depend on
 SD21_BASE_UNET = {
     "sample_size": 64,
     "block_out_channels": (320, 640, 1280, 1280),
@@ -78,7 +81,12 @@ SD21_BASE_UNET = {
     "use_linear_projection": True,
 }
 PROMPT_TOKENS = 77
-WARM_UP_STEPS = 2
+WARM_UP_STEPS = 4
+
+
+class Run(NamedTuple):
+    flags: tuple[str, ...]
+    args: argparse.Namespace  # with one guidance scale
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -93,12 +101,18 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         nargs="+",
         choices=CONFIGURATIONS,
         metavar="NAME",
-        help=f"of {', '.join(CONFIGURATIONS)} (all but fast)",
+        help=f"of {', '.join(CONFIGURATIONS)} (all but fast and those of fewer steps)",
     )
     add("--steps", type=positive_int, default=12, metavar="N", help="DDIM steps (12)")
     add("--interval", type=positive_int, default=3, metavar="N", help="of full steps (3)")
+    add("--fewer_steps", type=positive_int, default=20, metavar="N", help=f"of {' and '.join(SOLVERS)} (20)")
     add(
-        "--guidance_scale", type=finite_float, default=7.5, metavar="G", help="by which --fast chooses its steps (7.5)"
+        "--guidance_scale",
+        type=finite_float,
+        nargs="+",
+        default=[7.5],
+        metavar="G",
+        help="by which --fast chooses its steps; the others take the first (7.5)",
     )
     add("--schedule", type=file_path, metavar="FILE", help="of the steps of --fast, as run_sd.py takes it")
     add("--ratio", type=float, default=0.5, metavar="R", help="of merged tokens (0.5)")
@@ -109,10 +123,21 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add_device_arguments(parser)
     add("--output_dir", type=file_path, default=Path("outputs/benchmark"), metavar="DIR", help="(outputs/benchmark)")
     args = parser.parse_args(arguments)
-    # What --fast saves depends on the number of steps, which is a small one unless asked for.
-    configs = args.configs or [name for name in CONFIGURATIONS if not name.startswith("fast")]
+    # What --fast and fewer steps save depends on the number of steps, which is a small one unless asked for.
+    configs = args.configs or [name for name in CONFIGURATIONS if not name.startswith(("fast", *SOLVERS))]
     args.configs = [BASELINE, *(name for name in configs if name != BASELINE)]
     return args
+
+
+def runs_of(args: argparse.Namespace) -> dict[str, Run]:
+    """By the names in the table."""
+    runs = {}
+    for name in args.configs:
+        scales = args.guidance_scale if name.startswith("fast") else args.guidance_scale[:1]
+        for scale in scales:
+            label = f"{name}, guidance {scale:g}" if len(scales) > 1 else name
+            runs[label] = Run(CONFIGURATIONS[name], argparse.Namespace(**vars(args) | {"guidance_scale": scale}))
+    return runs
 
 
 def make_pipeline(args: argparse.Namespace, manager: DeviceManager, dtype: torch.dtype) -> StableDiffusionPipeline:
@@ -156,8 +181,8 @@ def copy_with_same_weights(pipe: StableDiffusionPipeline) -> StableDiffusionPipe
 
 
 @contextmanager
-def switched_on(pipe: StableDiffusionPipeline, flags: Sequence[str], args: argparse.Namespace) -> Iterator[dict]:
-    """Give the arguments that the pipeline's calls need beside, and leave the pipeline as it was."""
+def switched_on(pipe: StableDiffusionPipeline, flags: Sequence[str], args: argparse.Namespace) -> Iterator[None]:
+    """Change the pipeline, and leave it as it was."""
     with ExitStack() as undo:
         if "FA" in flags:
             enable_flash_attention(pipe)
@@ -177,14 +202,23 @@ def switched_on(pipe: StableDiffusionPipeline, flags: Sequence[str], args: argpa
             helper.set_params(cache_interval=args.interval, cache_branch_id=0)
             helper.enable()
             undo.callback(helper.disable)
-        options: dict[str, Any] = {"cache_interval": args.interval} if "DC" in flags else {}
-        for row in FAST:
-            if f"fast {row}" in flags:
-                options = fast_options(row, args.guidance_scale)
-                if args.schedule:
-                    scheduler = type(pipe.scheduler).__name__
-                    options = schedule_in(args.schedule, row, scheduler, args.steps, args.guidance_scale).options()
-        yield options
+        for solver in SOLVERS.keys() & set(flags):
+            undo.callback(setattr, pipe, "scheduler", pipe.scheduler)
+            pipe.scheduler = make_scheduler(SOLVERS[solver], like=pipe.scheduler)
+        yield
+
+
+def call_options(pipe: StableDiffusionPipeline, flags: Sequence[str], args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of the pipeline's calls that the flags are."""
+    for row in FAST:
+        if f"fast {row}" in flags:
+            if not args.schedule:
+                return fast_options(row, args.guidance_scale)
+            scheduler = type(pipe.scheduler).__name__
+            return schedule_in(args.schedule, row, scheduler, args.steps, args.guidance_scale).options()
+    if SOLVERS.keys() & set(flags):
+        return {"num_inference_steps": args.fewer_steps}
+    return {"cache_interval": args.interval} if "DC" in flags else {}
 
 
 def random_prompts(pipe: StableDiffusionPipeline, generator: torch.Generator) -> torch.Tensor:
@@ -196,7 +230,7 @@ def random_prompts(pipe: StableDiffusionPipeline, generator: torch.Generator) ->
 def denoise(
     pipe: StableDiffusionPipeline, args: argparse.Namespace, manager: DeviceManager, options: dict[str, Any]
 ) -> tuple[float, torch.Tensor]:
-    """Seconds of one denoising loop with guidance, and its latents; `options` are those of `switched_on`."""
+    """Seconds of one denoising loop with guidance, and its latents; `options` are those of `call_options`."""
     generator = torch.Generator().manual_seed(args.seed)
     prompt, negative = random_prompts(pipe, generator)
     manager.synchronize()
@@ -206,42 +240,55 @@ def denoise(
         negative_prompt_embeds=negative,
         height=args.height,
         width=args.width,
-        num_inference_steps=args.steps,
         guidance_scale=args.guidance_scale,
         generator=generator,
         output_type="latent",
-        **options,
+        **{"num_inference_steps": args.steps, **options},
     ).images
     manager.synchronize()
     return time.perf_counter() - start, latents
 
 
+def compiled_pipelines(
+    eager: StableDiffusionPipeline, runs: dict[str, Run], manager: DeviceManager, undo: ExitStack
+) -> dict[str, StableDiffusionPipeline]:
+    """Of each run with graphs its pipeline, which has made them; runs that differ in guidance or steps share one."""
+    found: dict[str, StableDiffusionPipeline] = {}
+    made: dict[frozenset[str], StableDiffusionPipeline] = {}
+    for label, run in tqdm(runs.items(), desc="warm-up"):
+        if "dynamo" not in run.flags:
+            continue
+        check_compiler(manager.device)
+        kind = frozenset(run.flags) & CHANGE_MODULES
+        if kind not in made:
+            made[kind] = copy_with_same_weights(eager)  # switching one pipeline to and fro would drop its graphs
+            undo.enter_context(switched_on(made[kind], run.flags, run.args))
+            compile_pipeline(made[kind])
+        found[label] = made[kind]
+        options = call_options(found[label], run.flags, run.args) | {"num_inference_steps": WARM_UP_STEPS}
+        if "cache_forecast" in options:
+            options |= {"cache_schedule": [0, 2], "cache_between": [1, 3]}
+        denoise(found[label], run.args, manager, options)
+    return found
+
+
 def measure(args: argparse.Namespace, manager: DeviceManager, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
-    """Of each configuration the seconds of every round, the median speed-up and the distance to the plain latents."""
+    """Of each run the seconds of every round, the median speed-up and the distance to the plain latents."""
     eager = make_pipeline(args, manager, dtype)
-    seconds: dict[str, list[float]] = {name: [] for name in args.configs}
+    runs = runs_of(args)
+    seconds: dict[str, list[float]] = {label: [] for label in runs}
     latents: dict[str, torch.Tensor] = {}
     with ExitStack() as undo:
-        compiled = {}
-        for name in args.configs:
-            flags = CONFIGURATIONS[name]
-            if "dynamo" in flags:
-                check_compiler(manager.device)
-                pipe = copy_with_same_weights(eager)  # switching one pipeline to and fro would drop its graphs
-                compiled[name] = pipe, undo.enter_context(switched_on(pipe, flags, args))
-                compile_pipeline(pipe)
         # Not counted: what compiles, and what fills the caches of the eager pipeline.
-        denoise(eager, argparse.Namespace(**vars(args) | {"steps": WARM_UP_STEPS}), manager, {})
-        for pipe, options in tqdm(compiled.values(), desc="warm-up"):
-            denoise(pipe, args, manager, options)
+        denoise(eager, runs[BASELINE].args, manager, {"num_inference_steps": WARM_UP_STEPS})
+        compiled = compiled_pipelines(eager, runs, manager, undo)
         for number in range(args.rounds):
-            for name in tqdm(args.configs, desc=f"round {number + 1}"):
-                if name in compiled:
-                    taken, latents[name] = denoise(compiled[name][0], args, manager, compiled[name][1])
-                else:
-                    with switched_on(eager, CONFIGURATIONS[name], args) as options:
-                        taken, latents[name] = denoise(eager, args, manager, options)
-                seconds[name].append(taken)
+            for label, run in tqdm(runs.items(), desc=f"round {number + 1}"):
+                pipe = compiled.get(label, eager)
+                with nullcontext() if label in compiled else switched_on(pipe, run.flags, run.args):
+                    options = call_options(pipe, run.flags, run.args)
+                    taken, latents[label] = denoise(pipe, run.args, manager, options)
+                seconds[label].append(taken)
 
     plain = latents[BASELINE].float()
     return {
@@ -277,7 +324,7 @@ def run(args: argparse.Namespace) -> None:
     manager = choose_device(args, report)
     dtype = choose_dtype(args, manager, report)
     results = measure(args, manager, dtype)
-    settings = {**vars(args), "output_dir": str(output_dir), "device": str(manager.device), "dtype": str(dtype)}
+    settings = {**vars(args), "device": str(manager.device), "dtype": str(dtype)}
     report.sections = {"settings": settings, "threads": torch.get_num_threads(), "results": results}
     report.write(output_dir / "benchmark.json")
     plot(

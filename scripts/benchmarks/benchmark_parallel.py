@@ -40,7 +40,7 @@ from runners.cache_options import FAST
 from runners.cli import ArgumentParser, file_path, finite_float, image_size, one_line_errors, positive_int
 from runners.launch import result_of_ranks
 from runners.report import format_table
-from scripts.benchmarks.benchmark import PROMPT_TOKENS, denoise, make_pipeline, switched_on
+from scripts.benchmarks.benchmark import PROMPT_TOKENS, call_options, denoise, make_pipeline, switched_on
 
 FLAGS = ("FA", "TOME", "DC", "dynamo", *(f"fast {row}" for row in FAST))
 SD21_TEXT = {
@@ -106,10 +106,8 @@ def measure(args: argparse.Namespace) -> None:
     keep_freed_memory()
     pipe = make_pipeline(args, manager, manager.dtype)
     seconds: tuple[list[float], list[float]] = [], []
-    with (
-        process_group(manager.device, branch_size=2) as mesh,
-        switched_on(pipe, args.flags, args) as options,
-    ):
+    options = call_options(pipe, args.flags, args)
+    with process_group(manager.device, branch_size=2) as mesh, switched_on(pipe, args.flags, args):
         if "dynamo" in args.flags:
             compile_pipeline(pipe)
         for number in tqdm(range(args.rounds + 1), desc="rounds, the first to warm up", disable=mesh.rank > 0):

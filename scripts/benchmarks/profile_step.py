@@ -148,7 +148,6 @@ def run(args: argparse.Namespace) -> None:
     report.sections = {
         "settings": {
             **vars(args),
-            "output_dir": str(args.output_dir),
             "device": str(manager.device),
             "dtype": str(dtype),
         },

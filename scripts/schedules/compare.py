@@ -172,9 +172,8 @@ def run(args: argparse.Namespace) -> None:
             print(
                 format_table(columns, [(name, list(row.values()), ".3f") for name, row in found.items()]), flush=True
             )
-    places = {name: str(value) for name, value in vars(args).items() if isinstance(value, Path)}
     report.sections = {
-        "settings": {**vars(args), **places, "device": str(pipe.device), "dtype": str(pipe.dtype)},
+        "settings": {**vars(args), "device": str(pipe.device), "dtype": str(pipe.dtype)},
         "results": results,
     }
     report.write(output_dir / "compare.json")
