@@ -221,6 +221,12 @@ def call_options(pipe: StableDiffusionPipeline, flags: Sequence[str], args: argp
     return {"cache_interval": args.interval} if "DC" in flags else {}
 
 
+def warm_up_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Those of a short call that does each kind of step that a call with `options` may do."""
+    each_kind = {"cache_schedule": [0, 2], "cache_between": [1, 3]} if "cache_forecast" in options else {}
+    return options | each_kind | {"num_inference_steps": WARM_UP_STEPS}
+
+
 def random_prompts(pipe: StableDiffusionPipeline, generator: torch.Generator) -> torch.Tensor:
     """Embeddings of a prompt and of a negative one, [2, 1, tokens, width], as the UNet takes them."""
     shape = 2, 1, PROMPT_TOKENS, pipe.unet.config.cross_attention_dim
@@ -265,10 +271,8 @@ def compiled_pipelines(
             undo.enter_context(switched_on(made[kind], run.flags, run.args))
             compile_pipeline(made[kind])
         found[label] = made[kind]
-        options = call_options(found[label], run.flags, run.args) | {"num_inference_steps": WARM_UP_STEPS}
-        if "cache_forecast" in options:
-            options |= {"cache_schedule": [0, 2], "cache_between": [1, 3]}
-        denoise(found[label], run.args, manager, options)
+        options = call_options(found[label], run.flags, run.args)
+        denoise(found[label], run.args, manager, warm_up_options(options))
     return found
 
 
@@ -280,7 +284,7 @@ def measure(args: argparse.Namespace, manager: DeviceManager, dtype: torch.dtype
     latents: dict[str, torch.Tensor] = {}
     with ExitStack() as undo:
         # Not counted: what compiles, and what fills the caches of the eager pipeline.
-        denoise(eager, runs[BASELINE].args, manager, {"num_inference_steps": WARM_UP_STEPS})
+        denoise(eager, runs[BASELINE].args, manager, warm_up_options({}))
         compiled = compiled_pipelines(eager, runs, manager, undo)
         for number in range(args.rounds):
             for label, run in tqdm(runs.items(), desc=f"round {number + 1}"):

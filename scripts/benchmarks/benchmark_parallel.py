@@ -2,7 +2,7 @@
 
     python scripts/benchmarks/benchmark_parallel.py                    two processes of one thread each, on the CPU
     python scripts/benchmarks/benchmark_parallel.py --flags FA TOME DC --interval 2
-    python scripts/benchmarks/benchmark_parallel.py --flags FA "fast balanced" --steps 50 --guidance_scale 4
+    python scripts/benchmarks/benchmark_parallel.py --flags FA "fast balanced" dynamo --steps 50 --guidance_scale 4
 
 One device and two denoise in turns: while the first computes alone, the second waits. The speed-up is a ratio of
 neighbours, and its median over the rounds is reported. Then it times, on one device, the text encoder, the VAE's
@@ -38,9 +38,17 @@ from ascend.parallel import Mesh, process_group, share_guidance, unshare_guidanc
 from ascend.parallel.mesh import wait_for_all
 from runners.cache_options import FAST
 from runners.cli import ArgumentParser, file_path, finite_float, image_size, one_line_errors, positive_int
+from runners.devices import DTYPES, choose_dtype
 from runners.launch import result_of_ranks
-from runners.report import format_table
-from scripts.benchmarks.benchmark import PROMPT_TOKENS, call_options, denoise, make_pipeline, switched_on
+from runners.report import Report, format_table
+from scripts.benchmarks.benchmark import (
+    PROMPT_TOKENS,
+    call_options,
+    denoise,
+    make_pipeline,
+    switched_on,
+    warm_up_options,
+)
 
 FLAGS = ("FA", "TOME", "DC", "dynamo", *(f"fast {row}" for row in FAST))
 SD21_TEXT = {
@@ -82,6 +90,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--device", default="cpu", metavar="NAME", help="npu, cuda or cpu (cpu)")
+    add("--dtype", choices=DTYPES, help="(the device's best)")
     add("--pixels", type=image_size, default=512, metavar="N", help="height and width (512)")
     add("--flags", nargs="*", choices=FLAGS, default=[], metavar="FLAG", help=f"accelerations of {' '.join(FLAGS)}")
     add("--interval", type=positive_int, default=2, metavar="N", help="of full steps with DC (2)")
@@ -103,14 +112,16 @@ def measure(args: argparse.Namespace) -> None:
     """What each rank does; rank 0 writes the times and how far the latents differ to `args.output`."""
     name = args.device if args.device == "cpu" else f"{args.device}:{os.environ['LOCAL_RANK']}"
     manager = DeviceManager(name)
+    dtype = choose_dtype(args, manager, Report())
     keep_freed_memory()
-    pipe = make_pipeline(args, manager, manager.dtype)
+    pipe = make_pipeline(args, manager, dtype)
     seconds: tuple[list[float], list[float]] = [], []
-    options = call_options(pipe, args.flags, args)
+    turn = call_options(pipe, args.flags, args)
     with process_group(manager.device, branch_size=2) as mesh, switched_on(pipe, args.flags, args):
         if "dynamo" in args.flags:
             compile_pipeline(pipe)
         for number in tqdm(range(args.rounds + 1), desc="rounds, the first to warm up", disable=mesh.rank > 0):
+            options = turn if number else warm_up_options(turn)
             if mesh.rank == 0:
                 alone, expected = denoise(pipe, args, manager, options)
             wait_for_all(mesh, manager.device)
@@ -121,7 +132,7 @@ def measure(args: argparse.Namespace) -> None:
                 seconds[0].append(alone / args.steps)
                 seconds[1].append(together / args.steps)
         if mesh.rank == 0:
-            times = Times(one=seconds[0], two=seconds[1], **time_ends(args, manager))
+            times = Times(one=seconds[0], two=seconds[1], **time_ends(args, manager, dtype))
             difference = ((latents - expected).float().norm() / expected.float().norm()).item()
             args.output.write_text(json.dumps({"times": asdict(times), "difference": difference}))
         wait_for_all(mesh, manager.device)
@@ -135,15 +146,15 @@ def sharing(pipe: StableDiffusionPipeline, mesh: Mesh) -> Iterator[None]:
 
 
 @torch.no_grad()
-def time_ends(args: argparse.Namespace, manager: DeviceManager) -> dict[str, float]:
+def time_ends(args: argparse.Namespace, manager: DeviceManager, dtype: torch.dtype) -> dict[str, float]:
     """Seconds of the text encoder for prompt and negative prompt, and of the decoder, in SD2.1's true size."""
-    text_encoder = CLIPTextModel(CLIPTextConfig(**SD21_TEXT)).to(manager.device, manager.dtype)
+    text_encoder = CLIPTextModel(CLIPTextConfig(**SD21_TEXT)).to(manager.device, dtype)
     tokens = torch.zeros(2, PROMPT_TOKENS, dtype=torch.long, device=manager.device)
-    vae = AutoencoderKL(**SD21_VAE).to(manager.device, manager.dtype)
+    vae = AutoencoderKL(**SD21_VAE).to(manager.device, dtype)
     rows = args.pixels // 8
     text_encoder(tokens)  # the first call waits for memory
     half = round(rows / (2 - TILE_OVERLAP))  # two of them, overlapping by a share of their own
-    picture = torch.zeros(1, 4, rows, rows, device=manager.device, dtype=manager.dtype)
+    picture = torch.zeros(1, 4, rows, rows, device=manager.device, dtype=dtype)
     return {
         "text": seconds_of(manager, lambda: text_encoder(tokens)),
         "decoder": seconds_of(manager, lambda: vae.decode(picture)),

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from diffusers.utils import BaseOutput
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from ascend.graphs.compile import compile_module, compile_pipeline
 from processors.kernels.quantized import quantize
@@ -63,6 +65,22 @@ def test_inductor_freezes_weights_and_a_change_of_them_is_seen(monkeypatch: pyte
     torch.testing.assert_close(module(batch), before)
     module.weight.mul_(2)
     torch.testing.assert_close(module(batch), batch @ module.weight.t() + module.bias)
+
+
+@torch.no_grad()
+def test_a_module_that_is_imported_late_makes_no_graph_anew() -> None:
+    module, batch = nn.Linear(16, 16).eval(), torch.ones(2, 16)
+    compile_module(module)
+    module(batch)
+    counters = torch._dynamo.utils.counters["stats"]
+    graphs = counters["unique_graphs"]
+
+    class Output(BaseOutput):  # as each scheduler's module defines one, which diffusers makes known to pytree
+        sample: torch.Tensor
+
+    assert Output in pytree.SUPPORTED_NODES
+    module(batch)
+    assert counters["unique_graphs"] == graphs
 
 
 @torch.no_grad()

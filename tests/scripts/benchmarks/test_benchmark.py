@@ -1,0 +1,49 @@
+"""Several guidance scales, schedules of a file and fewer steps in one run, with what was measured kept."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from scripts.benchmarks import benchmark
+
+SCHEDULE = {
+    "name": "balanced",
+    "scheduler": "DDIMScheduler",
+    "steps": 6,
+    "full_steps": [0, 2],
+    "shallow_steps": [1],
+    "psnr": 40.0,
+    "psnr_worst_tenth": 30.0,
+    "share": 0.4,
+}
+
+
+def test_each_guidance_scale_has_the_steps_of_its_schedule(
+    tiny_sd_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [SCHEDULE | {"guidance_scale": 2.0}, SCHEDULE | {"guidance_scale": 8.0, "full_steps": [0, 2, 3, 4, 5]}]
+    schedules = tmp_path / "schedules.json"
+    schedules.write_text(json.dumps({"version": 1, "schedules": rows}))
+    options = ["--model", str(tiny_sd_dir), "--device", "cpu", "--steps", "6", "--rounds", "1", "--fewer_steps", "4"]
+    options += ["--guidance_scale", "2", "8", "--schedule", str(schedules), "--output_dir", str(tmp_path)]
+    benchmark.main([*options, "--configs", "DC", "DPM++ 2M", "fast balanced"])
+    found = json.loads((tmp_path / "benchmark.json").read_text())
+    names = ["none", "DC", "DPM++ 2M", "fast balanced, guidance 2", "fast balanced, guidance 8"]
+    assert list(found["results"]) == names
+    assert found["settings"]["schedule"] == str(schedules)
+    assert found["results"]["none"]["relative_error"] == 0
+    assert all(found["results"][name]["relative_error"] > 0 for name in names[1:])
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in names)
+
+
+def test_the_pipeline_is_left_as_it_was(tiny_sd_dir: Path) -> None:
+    args = benchmark.parse_arguments(["--model", str(tiny_sd_dir), "--device", "cpu"])
+    pipe = benchmark.make_pipeline(args, benchmark.DeviceManager("cpu"), benchmark.torch.float32)
+    scheduler, processors = pipe.scheduler, dict(pipe.unet.attn_processors)
+    with benchmark.switched_on(pipe, ("FA", "UniPC"), args):
+        assert type(pipe.scheduler).__name__ == "UniPCMultistepScheduler"
+        assert pipe.unet.attn_processors != processors
+    assert pipe.scheduler is scheduler
+    assert pipe.unet.attn_processors == processors
