@@ -54,21 +54,11 @@ class Inductor:
 
     def make(self, call: types.MethodType, digest: str, tensors: list[torch.Tensor]) -> Made:
         backend = _compile_soon if self._is_cpu and not self._is_large else "inductor"
-        options: dict[str, Any] = {"guard_filter_fn": _guards_to_keep}
-        graph = torch.compile(call, backend=backend, fullgraph=True, dynamic=False, options=options)
+        graph = torch.compile(call, backend=backend, fullgraph=True, dynamic=False)
         found = _graphs_found()
         with torch._inductor.config.patch(freezing=self._freezes), _garbage_kept():
             results = graph(*tensors)
         return Made(graph, results, is_new=_graphs_found() == found)
-
-
-def _guards_to_keep(guards: Sequence[Any]) -> list[bool]:
-    """All but the one on how many classes pytree knows.
-
-    diffusers and transformers register one with each module that they import late, a scheduler's for example. dynamo
-    would then make an equal graph once more, without a word and without freezing the weights.
-    """
-    return ["SUPPORTED_NODES" not in guard.name for guard in guards]
 
 
 def _compile_soon(graph: torch.fx.GraphModule, inputs: Sequence[torch.Tensor]) -> Any:

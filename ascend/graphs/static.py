@@ -14,8 +14,9 @@ import logging
 import time
 import types
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn, Protocol
 
 import torch
@@ -224,6 +225,32 @@ def has_hooks_of_diffusers(module: nn.Module) -> bool:
     return registry is not None and bool(registry.hooks)
 
 
+@dataclass(frozen=True)
+class Slot:
+    """The place of a tensor among arguments."""
+
+    index: int
+
+
+def has_plain_nodes(arguments: Any) -> bool:
+    """Whether all that arguments are nested in is a tuple, list or dictionary."""
+    if type(arguments) in (tuple, list, dict):
+        values = arguments.values() if type(arguments) is dict else arguments
+        return all(map(has_plain_nodes, values))
+    return type(arguments) not in pytree.SUPPORTED_NODES and not pytree.is_namedtuple_instance(arguments)
+
+
+def fill(arguments: Any, tensors: Sequence[torch.Tensor]) -> Any:
+    """`arguments` of plain nodes, with tensors in their slots."""
+    if isinstance(arguments, Slot):
+        return tensors[arguments.index]
+    if isinstance(arguments, (tuple, list)):
+        return type(arguments)([fill(value, tensors) for value in arguments])
+    if isinstance(arguments, dict):
+        return {name: fill(value, tensors) for name, value in arguments.items()}
+    return arguments
+
+
 class Call(nn.Module):
     """One kind of call of a module: its tensors are the arguments, all else is constant."""
 
@@ -231,17 +258,20 @@ class Call(nn.Module):
         super().__init__()
         self.module = module
         self.call = forward
-        self.structure = structure
-        self.is_tensor = [isinstance(leaf, torch.Tensor) for leaf in leaves]
-        self.constants = [None if is_tensor else leaf for leaf, is_tensor in zip(leaves, self.is_tensor, strict=True)]
+        tensors = itertools.count()
+        slots = [Slot(next(tensors)) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        self.arguments = pytree.tree_unflatten(slots, structure)
+        self.is_plain = has_plain_nodes(self.arguments)
 
     def forward(self, *tensors: torch.Tensor) -> tuple[Any, tuple[str, ...], str, str]:
         """The results, and for those of a class with named fields these names and the class, as cached code cannot
         name a class itself."""
-        remaining = iter(tensors)
-        pairs = zip(self.is_tensor, self.constants, strict=True)
-        leaves = [next(remaining) if is_tensor else constant for is_tensor, constant in pairs]
-        args, kwargs = pytree.tree_unflatten(leaves, self.structure)
+        # A graph that calls pytree is made anew when one more class is registered there, as diffusers does for each
+        # module that it imports late, a scheduler's for example.
+        if self.is_plain:
+            args, kwargs = fill(self.arguments, tensors)
+        else:
+            args, kwargs = pytree.tree_map_only(Slot, lambda slot: tensors[slot.index], self.arguments)
         results = self.call(*args, **kwargs)
         if isinstance(results, dict):  # as the outputs of diffusers and transformers are
             return tuple(results.values()), tuple(results.keys()), type(results).__module__, type(results).__name__

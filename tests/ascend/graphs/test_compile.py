@@ -5,6 +5,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -81,6 +82,28 @@ def test_a_module_that_is_imported_late_makes_no_graph_anew() -> None:
     assert Output in pytree.SUPPORTED_NODES
     module(batch)
     assert counters["unique_graphs"] == graphs
+
+
+class Pair(NamedTuple):
+    first: torch.Tensor
+    second: torch.Tensor
+
+
+@torch.no_grad()
+def test_arguments_may_be_nested_in_anything_that_pytree_knows() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, pair: Pair, scale: float, more: dict[str, list[torch.Tensor]]) -> torch.Tensor:
+            return self.linear(pair.first * scale + pair.second) - more["rest"][0]
+
+    model, (a, b, c) = Model().eval(), torch.randn(3, 2, 4)
+    expected = model(Pair(a, b), 2.0, {"rest": [c]})
+    compile_module(model)
+    torch.testing.assert_close(model(Pair(a, b), 2.0, {"rest": [c]}), expected)
+    torch.testing.assert_close(model(Pair(b, a), 2.0, {"rest": [c]}), model.linear(b * 2 + a) - c)
 
 
 @torch.no_grad()
