@@ -87,6 +87,7 @@ WARM_UP_STEPS = 4
 class Run(NamedTuple):
     flags: tuple[str, ...]
     args: argparse.Namespace  # with one guidance scale
+    options: dict[str, Any]  # of the pipeline's calls
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -129,14 +130,15 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def runs_of(args: argparse.Namespace) -> dict[str, Run]:
-    """By the names in the table."""
+def runs_of(args: argparse.Namespace, pipe: StableDiffusionPipeline) -> dict[str, Run]:
+    """By the names in the table. Raises UserError: --schedule has none for one of them."""
     runs = {}
     for name in args.configs:
         scales = args.guidance_scale if name.startswith("fast") else args.guidance_scale[:1]
         for scale in scales:
             label = f"{name}, guidance {scale:g}" if len(scales) > 1 else name
-            runs[label] = Run(CONFIGURATIONS[name], argparse.Namespace(**vars(args) | {"guidance_scale": scale}))
+            flags, own = CONFIGURATIONS[name], argparse.Namespace(**vars(args) | {"guidance_scale": scale})
+            runs[label] = Run(flags, own, call_options(pipe, flags, own))
     return runs
 
 
@@ -271,15 +273,14 @@ def compiled_pipelines(
             undo.enter_context(switched_on(made[kind], run.flags, run.args))
             compile_pipeline(made[kind])
         found[label] = made[kind]
-        options = call_options(found[label], run.flags, run.args)
-        denoise(found[label], run.args, manager, warm_up_options(options))
+        denoise(found[label], run.args, manager, warm_up_options(run.options))
     return found
 
 
 def measure(args: argparse.Namespace, manager: DeviceManager, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
     """Of each run the seconds of every round, the median speed-up and the distance to the plain latents."""
     eager = make_pipeline(args, manager, dtype)
-    runs = runs_of(args)
+    runs = runs_of(args, eager)
     seconds: dict[str, list[float]] = {label: [] for label in runs}
     latents: dict[str, torch.Tensor] = {}
     with ExitStack() as undo:
@@ -290,8 +291,7 @@ def measure(args: argparse.Namespace, manager: DeviceManager, dtype: torch.dtype
             for label, run in tqdm(runs.items(), desc=f"round {number + 1}"):
                 pipe = compiled.get(label, eager)
                 with nullcontext() if label in compiled else switched_on(pipe, run.flags, run.args):
-                    options = call_options(pipe, run.flags, run.args)
-                    taken, latents[label] = denoise(pipe, run.args, manager, options)
+                    taken, latents[label] = denoise(pipe, run.args, manager, run.options)
                 seconds[label].append(taken)
 
     plain = latents[BASELINE].float()

@@ -146,11 +146,7 @@ def run(args: argparse.Namespace) -> None:
     rows = [(name[:60], [row["calls"], 100 * row["share"]], ".1f") for name, row in list(found.items())[:SHOWN]]
     print(format_table(["calls a step", "% of the time"], rows))
     report.sections = {
-        "settings": {
-            **vars(args),
-            "device": str(manager.device),
-            "dtype": str(dtype),
-        },
+        "settings": {**vars(args), "device": str(manager.device), "dtype": str(dtype)},
         "environment": {"torch": torch.__version__, "threads": torch.get_num_threads()},
         "summary": summary,
         "operators": found,
