@@ -23,14 +23,17 @@ SCHEDULERS = {
     "pndm": "PNDMScheduler",
     "unipc": "UniPCMultistepScheduler",
 }
+# Where `like` does not say, as the classes' own do not suit Stable Diffusion: predicted samples would be clipped to
+# the range of pixels, beyond which latents go, and PNDM would begin with twelve calls of a Runge-Kutta method.
+DEFAULTS = {"clip_sample": False, "skip_prk_steps": True}
 
 
 def make_scheduler(name: str, like: SchedulerMixin) -> SchedulerMixin:
     """The scheduler called `name`, a key of SCHEDULERS, with the betas, prediction type and step offset of `like`."""
     kind = getattr(diffusers, SCHEDULERS[name])
-    clips = "clip_sample" in inspect.signature(kind).parameters and "clip_sample" not in like.config
-    # Its default is to clip the predicted sample to the range of pixels, beyond which latents go.
-    return kind.from_config(like.config, **({"clip_sample": False} if clips else {}))
+    parameters = inspect.signature(kind).parameters
+    unsaid = {key: value for key, value in DEFAULTS.items() if key in parameters and key not in like.config}
+    return kind.from_config(like.config, **unsaid)
 
 
 def check_steps(scheduler: SchedulerMixin, steps: int) -> None:

@@ -3,7 +3,7 @@
     python scripts/benchmarks/benchmark.py                      the demo model, in about a minute for each round
     python scripts/benchmarks/benchmark.py --model sd2.1-base   the true configuration with random weights, 512 x 512
     python scripts/benchmarks/benchmark.py --model sd2.1-base --steps 50 --guidance_scale 1.5 4 7.5 \\
-        --configs "tomesd + DeepCache" "DPM++ 2M" "fast balanced + dynamo"
+        --interval 3 5 --configs "tomesd + DeepCache" "DPM++ 2M" "fast balanced + dynamo"
 
 Each round runs every configuration once, so that a machine that slows down slows all of them; a speed-up is a ratio
 within a round, and its median over the rounds is reported. Only the denoising loop is timed: text encoder and VAE are
@@ -32,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 from ascend.device import DeviceManager
 from ascend.graphs.compile import compile_pipeline
 from processors import disable_flash_attention, disable_token_merging, enable_flash_attention, enable_token_merging
-from runners.cache_options import FAST, fast_options
+from runners.cache_options import FAST, count_steps, fast_options
 from runners.cli import (
     ArgumentParser,
     UserError,
@@ -52,7 +52,7 @@ from runners.schedule_file import schedule_in
 from runners.schedulers import make_scheduler
 
 BASELINE = "none"
-SOLVERS = {"DPM++ 2M": "dpm++", "UniPC": "unipc"}  # of fewer steps
+SOLVERS = {"DDIM": "ddim", "DPM++ 2M": "dpm++", "UniPC": "unipc"}  # of fewer steps
 # Ours in capitals, as the runner's flags; the peers by the names of their packages.
 CONFIGURATIONS: dict[str, tuple[str, ...]] = {
     BASELINE: (),
@@ -85,9 +85,13 @@ WARM_UP_STEPS = 4
 
 
 class Run(NamedTuple):
-    flags: tuple[str, ...]
-    args: argparse.Namespace  # with one guidance scale
+    config: str
+    args: argparse.Namespace  # with one value of each option that takes several
     options: dict[str, Any]  # of the pipeline's calls
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        return CONFIGURATIONS[self.config]
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -105,15 +109,22 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         help=f"of {', '.join(CONFIGURATIONS)} (all but fast and those of fewer steps)",
     )
     add("--steps", type=positive_int, default=12, metavar="N", help="DDIM steps (12)")
-    add("--interval", type=positive_int, default=3, metavar="N", help="of full steps (3)")
-    add("--fewer_steps", type=positive_int, default=20, metavar="N", help=f"of {' and '.join(SOLVERS)} (20)")
+    add("--interval", type=positive_int, nargs="+", default=[3], metavar="N", help="of DeepCache's full steps (3)")
+    add(
+        "--fewer_steps",
+        type=positive_int,
+        nargs="+",
+        default=[20],
+        metavar="N",
+        help=f"of {', '.join(SOLVERS)} (20)",
+    )
     add(
         "--guidance_scale",
         type=finite_float,
         nargs="+",
         default=[7.5],
         metavar="G",
-        help="by which --fast chooses its steps; the others take the first (7.5)",
+        help="by which --fast chooses its steps (7.5)",
     )
     add("--schedule", type=file_path, metavar="FILE", help="of the steps of --fast, as run_sd.py takes it")
     add("--ratio", type=float, default=0.5, metavar="R", help="of merged tokens (0.5)")
@@ -133,13 +144,38 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 def runs_of(args: argparse.Namespace, pipe: StableDiffusionPipeline) -> dict[str, Run]:
     """By the names in the table. Raises UserError: --schedule has none for one of them."""
     runs = {}
-    for name in args.configs:
-        scales = args.guidance_scale if name.startswith("fast") else args.guidance_scale[:1]
-        for scale in scales:
-            label = f"{name}, guidance {scale:g}" if len(scales) > 1 else name
-            flags, own = CONFIGURATIONS[name], argparse.Namespace(**vars(args) | {"guidance_scale": scale})
-            runs[label] = Run(flags, own, call_options(pipe, flags, own))
+    first = {name: getattr(args, name)[0] for name in ("guidance_scale", "interval", "fewer_steps")}
+    for config in args.configs:
+        name, words = varied_option(config)
+        values = getattr(args, name) if name else [None]
+        for value in values:
+            label = f"{config}, {words.format(value)}" if len(values) > 1 else config
+            own = argparse.Namespace(**vars(args) | first | ({name: value} if name else {}))
+            runs[label] = Run(config, own, call_options(pipe, CONFIGURATIONS[config], own))
     return runs
+
+
+def varied_option(config: str) -> tuple[str, str]:
+    """Of the options that take several values the one that changes what `config` does, and its words in the table."""
+    flags = CONFIGURATIONS[config]
+    if config.startswith("fast"):
+        return "guidance_scale", "guidance {:g}"
+    if SOLVERS.keys() & set(flags):
+        return "fewer_steps", "{} steps"
+    return ("interval", "interval {}") if {"DC", "DeepCache"} & set(flags) else ("", "")
+
+
+def steps_of(pipe: StableDiffusionPipeline, run: Run) -> dict[str, int]:
+    """How many are full, shallow and skipped ones."""
+    caching = {name: value for name, value in run.options.items() if name.startswith("cache_")}
+    if "DeepCache" in run.flags:
+        caching = {"cache_interval": run.args.interval}
+    steps = run.options.get("num_inference_steps", run.args.steps)
+    return (
+        count_steps(pipe.scheduler, steps, caching)
+        if caching
+        else {"full_steps": steps, "shallow_steps": 0, "skipped_steps": 0}
+    )
 
 
 def make_pipeline(args: argparse.Namespace, manager: DeviceManager, dtype: torch.dtype) -> StableDiffusionPipeline:
@@ -296,12 +332,15 @@ def measure(args: argparse.Namespace, manager: DeviceManager, dtype: torch.dtype
 
     plain = latents[BASELINE].float()
     return {
-        name: {
-            "seconds": times,
-            "speed_up": statistics.median(b / t for b, t in zip(seconds[BASELINE], times, strict=True)),
-            "relative_error": ((latents[name].float() - plain).norm() / plain.norm()).item(),
+        label: {
+            "config": run.config,
+            **{name: getattr(run.args, name) for name in varied_option(run.config)[:1] if name},
+            **steps_of(eager, run),
+            "seconds": seconds[label],
+            "speed_up": statistics.median(b / t for b, t in zip(seconds[BASELINE], seconds[label], strict=True)),
+            "relative_error": ((latents[label].float() - plain).norm() / plain.norm()).item(),
         }
-        for name, times in seconds.items()
+        for label, run in runs.items()
     }
 
 

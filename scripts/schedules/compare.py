@@ -46,6 +46,14 @@ INTERVALS = (2, 3, 4, 5, 8)
 FEWER_STEPS = (8, 10, 12, 15, 20, 25, 30, 40)
 SOLVERS = ("ddim", "dpm++", "unipc")
 MERGING = {"ratio": RATIO, "max_downsample": 1}  # the blocks that tomesd chooses
+COLUMNS = {
+    "share": "share",
+    "psnr": "PSNR",
+    "psnr_worst_tenth": "worst tenth",
+    "ssim": "SSIM",
+    "ssim_worst_tenth": "worst tenth",
+    "right": "right %",
+}
 LATENTS = 64  # of each side, for 512 x 512 pixels
 
 
@@ -86,6 +94,13 @@ def methods(args: argparse.Namespace, scheduler: str, guidance_scale: float) -> 
     return {ALL_STEPS: Method(), **chosen}
 
 
+def steps_of(pipe: StableDiffusionPipeline, steps: int, method: Method) -> dict[str, int]:
+    """How many are full, shallow and skipped ones."""
+    if method.options:
+        return count_steps(pipe.scheduler, steps, method.options)
+    return {"full_steps": method.steps or steps, "shallow_steps": 0, "skipped_steps": 0}
+
+
 class Costs:
     """Shares of the arithmetic of all steps, of the true UNet."""
 
@@ -100,7 +115,7 @@ class Costs:
         cost = self.merged if method.ratio else self.plain
         if not method.options:
             return cost.full / self.plain.full
-        counted = count_steps(pipe.scheduler, steps, method.options)
+        counted = steps_of(pipe, steps, method)
         shallow_rows = 1 if method.options.get("cache_forecast") else self.rows
         spent = counted["full_steps"] * self.rows * cost.full + counted["shallow_steps"] * shallow_rows * cost.shallow
         return spent / (sum(counted.values()) * self.rows * self.plain.full)
@@ -122,6 +137,7 @@ def measure(
         pairs = zip(pictures, reference, strict=True)
         ssim = [structural_similarity(*pair, data_range=1, channel_axis=2) for pair in pairs]
         results[name] = {
+            **steps_of(pipe, args.steps, method),
             "share": costs.share(pipe, args.steps, method),
             "psnr": found.psnr,
             "psnr_worst_tenth": found.worst_tenth,
@@ -133,6 +149,12 @@ def measure(
             right = [score_image(picture, scene).all for picture, scene in zip(levels, scenes, strict=True)]
             results[name]["right"] = 100 * float(np.mean(right))
     return results
+
+
+def table(found: dict[str, dict[str, Any]]) -> str:
+    columns = {name: text for name, text in COLUMNS.items() if name in found[ALL_STEPS]}
+    rows = [(way, [row[name] for name in columns], ".3f") for way, row in found.items()]
+    return format_table([*columns.values()], rows)
 
 
 def plot(results: dict[str, dict[str, Any]], title: str, path: Path) -> None:
@@ -164,14 +186,11 @@ def run(args: argparse.Namespace) -> None:
     if args.scheduler:
         pipe.scheduler = make_scheduler(args.scheduler, like=pipe.scheduler)
     results: dict[str, dict[str, Any]] = {}
-    columns = ["share", "PSNR", "worst tenth", "SSIM", "worst tenth", *([] if args.prompts else ["right %"])]
     with torch.no_grad():
         for guidance_scale in args.guidance_scales:
             found = results[f"{guidance_scale:g}"] = measure(pipe, args, prompts, guidance_scale)
             print(f"guidance {guidance_scale:g}, {type(pipe.scheduler).__name__}, {args.num_prompts} pictures")
-            print(
-                format_table(columns, [(name, list(row.values()), ".3f") for name, row in found.items()]), flush=True
-            )
+            print(table(found), flush=True)
     report.sections = {
         "settings": {**vars(args), "device": str(pipe.device), "dtype": str(pipe.dtype)},
         "results": results,

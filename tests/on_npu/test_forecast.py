@@ -45,8 +45,7 @@ def test_forecasts_are_those_of_the_cpu_and_no_step_waits(
     npu: torch.device, small_sd: StableDiffusionPipeline, name: str, prediction_type: str
 ) -> None:
     small_sd.scheduler = make_scheduler(name, small_sd.scheduler)
-    of_sd = {"skip_prk_steps": True} if name == "pndm" else {}
-    small_sd.scheduler.register_to_config(prediction_type=prediction_type, **of_sd)
+    small_sd.scheduler.register_to_config(prediction_type=prediction_type)
     expected = draw(small_sd)
 
     def forbid_waits(pipe: Any, step: int, timestep: torch.Tensor, tensors: dict[str, Any]) -> dict[str, Any]:

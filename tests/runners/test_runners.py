@@ -128,6 +128,11 @@ def test_latents_are_not_clipped_as_pixels_unless_the_model_says_so(name: str) -
     assert make_scheduler(name, like=DDIMScheduler(clip_sample=True)).config.clip_sample
 
 
+def test_pndm_begins_without_runge_kutta_unless_the_model_says_so() -> None:
+    assert make_scheduler("pndm", like=DDIMScheduler()).config.skip_prk_steps
+    assert not make_scheduler("pndm", like=PNDMScheduler(skip_prk_steps=False)).config.skip_prk_steps
+
+
 def test_a_black_picture_is_reported_and_a_dark_one_is_not() -> None:
     cpu, black = torch.device("cpu"), Image.new("RGB", (8, 8))
     dark = black.copy()
@@ -207,7 +212,7 @@ def test_sizes_in_bytes() -> None:
     [
         ("ddim", 1200, "--steps 1200: the model was trained with 1000"),
         ("ddim", 1000, "cannot take that number .*; 999 would do"),  # steps_offset is 1
-        ("pndm", 3, "PNDMScheduler .* cannot take that number .*; 4 would do"),
+        ("pndm", 1000, "PNDMScheduler .* cannot take that number .*; 999 would do"),
         ("euler", 1001, "trained with 1000"),
         ("dpm++", 1000, "cannot take that number .*; 998 would do"),
         ("unipc", 1000, "cannot take that number .*; 998 would do"),
