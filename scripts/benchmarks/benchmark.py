@@ -50,6 +50,7 @@ from runners.model_dir import load_pipeline, require_patched_diffusers
 from runners.report import Report, format_table
 from runners.schedule_file import schedule_in
 from runners.schedulers import make_scheduler
+from runners.unet_cost import PROMPT_TOKENS
 
 BASELINE = "none"
 SOLVERS = {"DDIM": "ddim", "DPM++ 2M": "dpm++", "UniPC": "unipc"}  # of fewer steps
@@ -80,7 +81,6 @@ SD21_BASE_UNET = {
     "cross_attention_dim": 1024,
     "use_linear_projection": True,
 }
-PROMPT_TOKENS = 77
 WARM_UP_STEPS = 4
 
 

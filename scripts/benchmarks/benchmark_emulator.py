@@ -27,7 +27,8 @@ sys.path.insert(0, str(ROOT))
 
 from ascend.device import DeviceManager
 from runners.cli import ArgumentParser, one_line_errors, positive_int
-from scripts.benchmarks.benchmark import PROMPT_TOKENS, SD21_BASE_UNET
+from runners.unet_cost import PROMPT_TOKENS
+from scripts.benchmarks.benchmark import SD21_BASE_UNET
 
 LATENT_PIXELS = 8
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}

@@ -42,8 +42,8 @@ from runners.cli import ArgumentParser, file_path, finite_float, image_size, one
 from runners.devices import DTYPES, choose_dtype
 from runners.launch import result_of_ranks
 from runners.report import Report, format_table
+from runners.unet_cost import PROMPT_TOKENS
 from scripts.benchmarks.benchmark import (
-    PROMPT_TOKENS,
     call_options,
     denoise,
     make_pipeline,
@@ -140,7 +140,7 @@ def measure(args: argparse.Namespace) -> None:
                 for name, taken in (("one", alone), ("two", together), ("apart", apart)):
                     seconds[name].append(taken / args.steps)
         if mesh.rank == 0:
-            times = Times(**seconds, **time_ends(args, manager, dtype))
+            times = Times(seconds["one"], seconds["two"], seconds["apart"], **time_ends(args, manager, dtype))
             difference = ((latents - expected).float().norm() / expected.float().norm()).item()
             args.output.write_text(json.dumps({"times": asdict(times), "difference": difference}))
         wait_for_all(mesh, manager.device)

@@ -62,7 +62,8 @@ def measure(args: argparse.Namespace) -> dict[str, Counts]:
     import torch
 
     from ascend.device import DeviceManager
-    from scripts.benchmarks.benchmark import PROMPT_TOKENS, make_pipeline
+    from runners.unet_cost import PROMPT_TOKENS
+    from scripts.benchmarks.benchmark import make_pipeline
 
     flags = CONFIGURATIONS[args.worker]
     manager = DeviceManager("npu")
