@@ -19,18 +19,28 @@ SCHEDULE = {
 }
 
 
-def test_each_guidance_scale_has_the_steps_of_its_schedule(
+def test_each_value_is_timed_with_its_own_steps(
     tiny_sd_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [SCHEDULE | {"guidance_scale": 2.0}, SCHEDULE | {"guidance_scale": 8.0, "full_steps": [0, 2, 3, 4, 5]}]
     schedules = tmp_path / "schedules.json"
     schedules.write_text(json.dumps({"version": 1, "schedules": rows}))
     options = ["--model", str(tiny_sd_dir), "--device", "cpu", "--steps", "6", "--rounds", "1", "--fewer_steps", "4"]
+    options += ["--interval", "2", "3"]
     options += ["--guidance_scale", "2", "8", "--schedule", str(schedules), "--output_dir", str(tmp_path)]
     benchmark.main([*options, "--configs", "DC", "DPM++ 2M", "fast balanced"])
     found = json.loads((tmp_path / "benchmark.json").read_text())
-    names = ["none", "DC", "DPM++ 2M", "fast balanced, guidance 2", "fast balanced, guidance 8"]
-    assert list(found["results"]) == names
+    steps = {
+        "none": (6, 0),
+        "DC, interval 2": (3, 3),
+        "DC, interval 3": (2, 4),
+        "DPM++ 2M": (4, 0),
+        "fast balanced, guidance 2": (2, 1),
+        "fast balanced, guidance 8": (5, 1),
+    }
+    names = list(steps)
+    assert {name: (row["full_steps"], row["shallow_steps"]) for name, row in found["results"].items()} == steps
+    assert [row.get("interval") for row in found["results"].values()] == [None, 2, 3, None, None, None]
     assert found["settings"]["schedule"] == str(schedules)
     assert found["results"]["none"]["relative_error"] == 0
     assert all(found["results"][name]["relative_error"] > 0 for name in names[1:])
