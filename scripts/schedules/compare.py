@@ -30,7 +30,6 @@ sys.path.insert(0, str(ROOT))
 from runners.cache_options import FAST, count_steps, fast_options
 from runners.cli import ArgumentParser, UserError, file_path, one_line_errors
 from runners.files import make_output_dir
-from runners.images import save_figure
 from runners.report import Report, format_table
 from runners.schedule_file import schedule_beside
 from runners.schedulers import SCHEDULERS, make_scheduler
@@ -39,6 +38,7 @@ from scripts.benchmarks.benchmark import SD21_BASE_UNET
 from scripts.demo_model.scenes import held_out_scenes, score_image
 from scripts.schedules.drawing import RATIO, Drawing, Method, distance, draw, worst_tenth
 from scripts.schedules.inputs import add_arguments, load, read_prompts_of
+from scripts.schedules.panels import plot_panels
 
 ALL_STEPS = "all steps"
 BY_GUIDANCE = "by guidance"  # where a file beside the model has other steps
@@ -158,24 +158,20 @@ def table(found: dict[str, dict[str, Any]]) -> str:
 
 
 def plot(results: dict[str, dict[str, Any]], title: str, path: Path) -> None:
-    """PSNR against the share of the arithmetic, a panel for each guidance scale."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5 * len(results), 4.5), layout="constrained")
-    families = ("fast", "DeepCache", "tomesd + DeepCache", *SOLVERS)
-    for axes, (guidance_scale, found) in zip(
-        figure.subplots(1, len(results), squeeze=False)[0], results.items(), strict=True
-    ):
-        ways = {name: row for name, row in found.items() if BY_GUIDANCE not in name}
-        for family in families:
-            points = sorted((row["share"], row["psnr"]) for name, row in ways.items() if name.startswith(family))
-            if points:
-                axes.plot(*zip(*points, strict=True), "o-" if family == "fast" else ".--", label=family)
-        axes.set(xlabel="share of the arithmetic of all steps", ylabel="PSNR to all steps (dB)")
-        axes.set_title(f"guidance {guidance_scale}")
-        axes.legend(fontsize=8)
-    figure.suptitle(title)
-    save_figure(figure, path)
+    """PSNR against the share of the arithmetic, with lines for the ways that differ in one number."""
+    panels = {
+        guidance_scale: {
+            line: [
+                (row["share"], row["psnr"])
+                for way, row in found.items()
+                if way.startswith(line.lstrip("-")) and BY_GUIDANCE not in way
+            ]
+            for line in ("--fast", "DeepCache", "tomesd + DeepCache", *SOLVERS)
+        }
+        for guidance_scale, found in results.items()
+    }
+    drawn = {scale: {line: points for line, points in lines.items() if points} for scale, lines in panels.items()}
+    plot_panels(drawn, "share of the arithmetic of all steps", title, path)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -25,10 +25,10 @@ sys.path.insert(0, str(ROOT))
 from runners.cache_options import FAST
 from runners.cli import ArgumentParser, UserError, file_path, one_line_errors
 from runners.files import make_output_dir
-from runners.images import save_figure
 from runners.model_dir import read_json
 from runners.report import format_table
 from scripts.benchmarks.benchmark import BASELINE, SOLVERS
+from scripts.schedules.panels import plot_panels
 
 # What benchmark.py calls a configuration, and what compare.py calls the same way to draw.
 NAMES = {
@@ -85,24 +85,13 @@ def join(quality: dict[str, Any], times: dict[str, Any]) -> dict[str, list[Point
     return panels
 
 
-def plot(panels: dict[str, list[Point]], path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.5 * len(panels), 4.5), layout="constrained")
-    for axes, (scale, points) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
-        families: dict[str, list[Point]] = {}
+def plot(panels: dict[str, list[Point]], title: str, path: Path) -> None:
+    lines: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for scale, points in panels.items():
         for point in points:
-            families.setdefault(LABELS.get(point.config, point.config), []).append(point)
-        for family, members in families.items():
-            members.sort(key=lambda point: point.time)
-            style = "o-" if family.startswith("--") else ".--"
-            axes.plot([p.time for p in members], [p.psnr for p in members], style, label=family)
-        axes.set(xlabel="time of the denoising loop (all steps: 1)", title=f"guidance {scale}")
-        axes.set_xlim(left=0)
-        axes.grid(alpha=0.3)
-    figure.axes[0].set_ylabel("PSNR to the picture of all steps (dB)")
-    figure.axes[0].legend(fontsize=8)
-    save_figure(figure, path)
+            line = lines.setdefault(scale, {}).setdefault(LABELS.get(point.config, point.config), [])
+            line.append((point.time, point.psnr))
+    plot_panels(lines, "time of the denoising loop (all steps: 1)", title, path)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -110,6 +99,7 @@ def run(args: argparse.Namespace) -> None:
     quality, times = read_json(args.quality), read_json(args.times)
     try:
         panels = join(quality, times)
+        title = "{steps} steps, {device}, {dtype}".format(**times["settings"])
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{args.quality} must be compare.py's and {args.times} benchmark.py's, of this version: {error!r}"
@@ -121,7 +111,7 @@ def run(args: argparse.Namespace) -> None:
             for p in sorted(points, key=lambda p: p.time)
         ]
         print(format_table(["time", "PSNR", "worst tenth"], rows))
-    plot(panels, args.output)
+    plot(panels, title, args.output)
     print(f"The picture is {args.output}")
 
 

@@ -42,7 +42,11 @@ def times() -> dict[str, Any]:
     rows += [timed("DeepCache", 7, [20, 40], interval=8), timed("FA", 50, [99, 198])]  # of which no pictures are
     rows += [timed("fast balanced + dynamo", full, [full, 2 * full], guidance_scale=float(scale))
              for scale, full in BY_SCALE.items()]  # fmt: skip
-    return {"results": {str(number) if number else "none": row for number, row in enumerate(rows)}}
+    settings = {"steps": 50, "device": "cpu", "dtype": "torch.bfloat16"}
+    return {
+        "settings": settings,
+        "results": {str(number) if number else "none": row for number, row in enumerate(rows)},
+    }
 
 
 def test_each_panel_has_the_ways_that_both_files_have(quality: dict[str, Any], times: dict[str, Any]) -> None:
