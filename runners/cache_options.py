@@ -6,7 +6,7 @@ from typing import Any
 
 from diffusers import SchedulerMixin
 
-from runners.cli import UserError, positive_int
+from runners.cli import UserError, finite_float, positive_int
 
 DEFAULT_INTERVAL = 3
 BETWEEN = ("shallow", "mixed", "skip")
@@ -37,10 +37,10 @@ def cache_schedule(text: str) -> dict[str, Any]:
                 centre, _, power = details.partition(",")
                 options["cache_center"] = int(centre)
                 if power:
-                    options["cache_power"] = float(power)
+                    options["cache_power"] = finite_float(power)
             return options
         return {"cache_schedule": [int(step) for step in text.split(",")]}
-    except ValueError:
+    except (ValueError, argparse.ArgumentTypeError):
         message = f"must be uniform, quadratic[:CENTRE[,POWER]], early[:STEPS] or step numbers 0,4,8, not '{text}'"
         raise argparse.ArgumentTypeError(message) from None
 
@@ -103,17 +103,26 @@ def count_steps(scheduler: SchedulerMixin, steps: int, options: Mapping[str, Any
     times = unet_times(scheduler, steps, skipped)
     schedule = dict(options)
     between = schedule.pop("cache_between", "shallow")
+    forecast = schedule.pop("cache_forecast", False)
     try:
-        calls = len(ForecastSolver(scheduler, times, {}).calls if schedule.pop("cache_forecast", False) else times)
+        calls = len(ForecastSolver(scheduler, times, {}).calls if forecast else times)
+    except ValueError as error:
+        raise UserError(
+            f"--forecast and --fast: {error} Take another --scheduler, as ddim or dpm++, or --DC without --forecast."
+        ) from error
+    try:
         full_steps = get_full_steps(calls, **schedule)
         shallow_steps = plan_between(calls, full_steps, between)
     except ValueError as error:
         raise UserError(f"{_flag_of(options)}: {error}") from error
     if len(full_steps) == calls:
-        raise UserError(f"DeepCache has no effect: all {calls} steps are full ones with {dict(options)}")
+        raise UserError(
+            f"{_flag_of(options)} has no effect: all {calls} steps would be full ones; take more --steps, or leave it "
+            "out"
+        )
     skipped_steps = calls - len(full_steps) - len(shallow_steps)
     return {"full_steps": len(full_steps), "shallow_steps": len(shallow_steps), "skipped_steps": skipped_steps}
 
 
 def _flag_of(options: Mapping[str, Any]) -> str:
-    return "--forecast, --fast or --cache_schedule" if options.get("cache_forecast") else "--cache_schedule"
+    return "--fast, --forecast or --cache_schedule" if options.get("cache_forecast") else "--DC or --cache_schedule"

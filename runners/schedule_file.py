@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,13 +49,36 @@ def read_schedules(path: Path) -> list[Schedule]:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["version"] != VERSION:
             raise UserError(f"{path} is of version {content['version']}, and version {VERSION} is read here")
-        return [Schedule(**row) for row in content["schedules"]]
+        return [_checked(Schedule(**row)) for row in content["schedules"]]
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else error
         raise UserError(
-            f"{path} is no file of schedules, as scripts/schedules/find.py writes them: {error}"
+            f"{path} is no file of schedules, as scripts/schedules/find.py writes them: {reason}"
         ) from error
+
+
+def _checked(row: Schedule) -> Schedule:
+    """Raises TypeError or ValueError: a field is none of its kind."""
+    for name in ("name", "scheduler"):
+        if not isinstance(getattr(row, name), str):
+            raise TypeError(f"{name} must be text, not {getattr(row, name)!r}")
+    for name in ("guidance_scale", "psnr", "psnr_worst_tenth", "share"):
+        if not _is_number(getattr(row, name)):
+            raise TypeError(f"{name} must be a number, not {getattr(row, name)!r}")
+    for name in ("full_steps", "shallow_steps"):
+        steps = getattr(row, name)
+        if not isinstance(steps, list) or any(type(step) is not int for step in steps):
+            raise TypeError(f"{name} must be a list of whole numbers, not {steps!r}")
+    both = row.full_steps + row.shallow_steps
+    if type(row.steps) is not int or len({*both}) < len(both):
+        raise ValueError(f"steps must be a whole number and none of them listed twice: {row.steps!r}, {both}")
+    return row
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def schedule_in(path: Path, name: str, scheduler: str, steps: int, guidance_scale: float) -> Schedule:
@@ -63,7 +87,8 @@ def schedule_in(path: Path, name: str, scheduler: str, steps: int, guidance_scal
     if found is None:
         raise UserError(
             f"--schedule {path} has none for --fast {name} with {scheduler}, --steps {steps} and "
-            f"--guidance_scale {guidance_scale:g} or more: scripts/schedules/find.py finds one"
+            f"--guidance_scale {guidance_scale:g} or more: find one by scripts/schedules/find.py --rows {name} "
+            f"--steps {steps} --guidance_scales {guidance_scale:g}, or leave --schedule out"
         )
     return found
 

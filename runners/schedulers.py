@@ -32,7 +32,8 @@ def make_scheduler(name: str, like: SchedulerMixin) -> SchedulerMixin:
     """The scheduler called `name`, a key of SCHEDULERS, with the betas, prediction type and step offset of `like`."""
     kind = getattr(diffusers, SCHEDULERS[name])
     parameters = inspect.signature(kind).parameters
-    unsaid = {key: value for key, value in DEFAULTS.items() if key in parameters and key not in like.config}
+    said = like.config.keys() - set(like.config.get("_use_default_values", []))
+    unsaid = {key: value for key, value in DEFAULTS.items() if key in parameters and key not in said}
     return kind.from_config(like.config, **unsaid)
 
 

@@ -75,6 +75,12 @@ def parse_arguments(description: str | None, folder: Path, arguments: Sequence[s
 
     args = parser.parse_args(arguments)
     args.prompts = choose_prompts(args, folder)
+    if not args.image:
+        for name in ("mask", "strength"):
+            if getattr(args, name) is not None:
+                parser.error(f"--{name} has no effect without --image, which it is about")
+    elif args.strength is None:
+        args.strength = STRENGTH_IN_MASK if args.mask else STRENGTH
     complete(args)
     if args.seed + len(args.prompts) * args.num_images > MAX_SEED:
         parser.error(f"--seed {args.seed} is too large: seeds end at {MAX_SEED}")
@@ -86,12 +92,6 @@ def parse_arguments(description: str | None, folder: Path, arguments: Sequence[s
         parser.error("--explain has no effect without --FA: diffusers' own attention chooses no kernel")
     if args.warmup is None:
         args.warmup = 1 if args.dynamo else 0
-    if not args.image:
-        for name in ("mask", "strength"):
-            if getattr(args, name) is not None:
-                parser.error(f"--{name} has no effect without --image, which it is about")
-    elif args.strength is None:
-        args.strength = STRENGTH_IN_MASK if args.mask else STRENGTH
     return args
 
 

@@ -55,7 +55,9 @@ from runners.stable_diffusion.batch_rows import (
     read_records,
     unused_columns,
 )
+from runners.stable_diffusion.fast import describe_fast
 from runners.stable_diffusion.painter import Painter
+from runners.stable_diffusion.pipeline import choose_scheduler
 from runners.stable_diffusion.prompts import check_prompts
 
 MAX_BLOCKS = 2000  # tasks that Ray keeps track of; with more pictures, some share a task
@@ -252,6 +254,9 @@ def run(args: argparse.Namespace) -> None:
     records = read_records(args.prompts)
     model = check_model(args.model_path, args.config)
     check_prompts(args, [args.negative_prompt])
+    choose_scheduler(args, model)  # what is wrong with the steps is said before Ray starts
+    if args.fast_row:
+        print(describe_fast(args), flush=True)
     ray = import_ray()
     report = Report()
     columns = unused_columns(records)
@@ -289,6 +294,7 @@ def run(args: argparse.Namespace) -> None:
     report.sections = {
         "settings": appearance_of(args, kind)
         | {"model_path": str(args.model_path), "prompts": str(args.prompts), "workers": workers},
+        "fast": args.fast_row,
         "images": {"drawn": drawn, "already_there": len(names), "failed": len(failures)},
         "seconds": seconds,
         "failures": [asdict(failure) for failure in failures],

@@ -8,9 +8,10 @@ from typing import Any
 
 from runners.cache_options import cache_options, fast_options
 from runners.cli import UserError
-from runners.model_dir import read_json
+from runners.model_dir import INDEX, read_json
 from runners.schedule_file import FILE_NAME, schedule_beside, schedule_in
 from runners.schedulers import SCHEDULERS
+from runners.stable_diffusion.inputs import steps_drawn
 
 DEFAULT = "by guidance"
 
@@ -32,17 +33,35 @@ def choose_cache(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, st
             raise UserError(f"--{name} has no meaning beside --fast, which chooses the steps itself")
     scheduler = SCHEDULERS[args.scheduler] if args.scheduler else scheduler_of(args.config or args.model_path)
     asked = args.fast, scheduler, args.steps, args.guidance_scale
+    # Of a picture that is changed the first steps are not taken, and schedules number them all.
+    skipped = args.steps - steps_drawn(args)
+    if args.schedule and skipped:
+        raise UserError(
+            f"--schedule {args.schedule} is for all --steps, and --image with --strength {args.strength:g} skips "
+            f"{skipped} of them: leave --schedule out, and --fast goes by guidance"
+        )
     if args.schedule:
         return schedule_in(args.schedule, *asked).options(), {"row": args.fast, "schedule": str(args.schedule)}
-    found = schedule_beside(args.model_path, *asked)
+    found = None if skipped else schedule_beside(args.model_path, *asked)
     if found:
         return found.options(), {"row": args.fast, "schedule": str(args.model_path / FILE_NAME)}
     return fast_options(args.fast, args.guidance_scale), {"row": args.fast, "schedule": DEFAULT}
 
 
 def scheduler_of(folder: Path) -> str:
-    """Class name of a model's own scheduler; empty where the folder does not say, which loading it will."""
+    """Class name of a model's own scheduler; empty where the folder does not say it well, which loading it will."""
     try:
-        return read_json(folder / "scheduler" / "scheduler_config.json").get("_class_name", "")
-    except UserError:
+        _, name = read_json(folder / INDEX)["scheduler"]
+    except (UserError, KeyError, TypeError, ValueError):
         return ""
+    return str(name)
+
+
+def describe_fast(args: argparse.Namespace) -> str:
+    """What --fast takes, in one line, once `args.cache_steps` is counted."""
+    counted, found = args.cache_steps, args.fast_row
+    return (
+        f"--fast {found['row']}: {counted['full_steps']} full steps, {counted['shallow_steps']} shallow ones, "
+        f"{counted['skipped_steps']} forecast whole; steps {'' if found['schedule'] == DEFAULT else 'of '}"
+        f"{found['schedule']}"
+    )

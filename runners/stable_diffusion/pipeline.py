@@ -48,6 +48,11 @@ def check_before_loading(
     check_loras(args.lora)
     read_inputs(args)
     choose_size(args, model)
+    return choose_scheduler(args, model)
+
+
+def choose_scheduler(args: argparse.Namespace, model: Model) -> SchedulerMixin:
+    """The one that draws, with `args.cache_steps` counted. Raises UserError: it cannot take the steps or the cache."""
     scheduler = model.load_scheduler()
     if args.scheduler:
         scheduler = make_scheduler(args.scheduler, like=scheduler)

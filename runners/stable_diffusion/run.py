@@ -21,6 +21,7 @@ from runners.files import make_output_dir
 from runners.model_dir import Model, require_patched_diffusers
 from runners.report import Report
 from runners.stable_diffusion.arguments import parse_arguments
+from runners.stable_diffusion.fast import describe_fast
 from runners.stable_diffusion.pictures import Call, Costs, call_pipeline, warm_up
 from runners.stable_diffusion.pipeline import (
     SETTINGS,
@@ -96,6 +97,8 @@ def run_rank(args: argparse.Namespace, model: Model, manager: DeviceManager, mes
     flags = accelerate(pipe, args, report)
     if args.explain and mesh.rank == 0:
         print(*flags["FA"]["explain"], sep="\n", flush=True)
+    if args.fast_row and mesh.rank == 0:
+        print(describe_fast(args), flush=True)
     share_guidance(pipe, mesh)
     if args.dynamo and not args.warmup:
         report.warn("with --warmup 0 the time of the first pictures includes compiling")

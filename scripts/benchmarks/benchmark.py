@@ -49,7 +49,8 @@ from runners.images import save_figure
 from runners.model_dir import load_pipeline, require_patched_diffusers
 from runners.report import Report, format_table
 from runners.schedule_file import schedule_in
-from runners.schedulers import make_scheduler
+from runners.schedulers import check_steps, make_scheduler
+from runners.stable_diffusion.arguments import merge_ratio
 from runners.unet_cost import PROMPT_TOKENS
 
 BASELINE = "none"
@@ -127,7 +128,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="by which --fast chooses its steps (7.5)",
     )
     add("--schedule", type=file_path, metavar="FILE", help="of the steps of --fast, as run_sd.py takes it")
-    add("--ratio", type=float, default=0.5, metavar="R", help="of merged tokens (0.5)")
+    add("--ratio", type=merge_ratio, default=0.5, metavar="R", help="of merged tokens (0.5)")
     add("--height", type=image_size, metavar="PIXELS", help="(the model's)")
     add("--width", type=image_size, metavar="PIXELS", help="(the model's)")
     add("--rounds", type=positive_int, default=3, metavar="N", help="(3)")
@@ -138,12 +139,14 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     # What --fast and fewer steps save depends on the number of steps, which is a small one unless asked for.
     configs = args.configs or [name for name in CONFIGURATIONS if not name.startswith(("fast", *SOLVERS))]
     args.configs = [BASELINE, *(name for name in configs if name != BASELINE)]
+    if args.schedule and not any(name.startswith("fast") for name in args.configs):
+        parser.error(f"--schedule {args.schedule} has no effect without a configuration of --fast in --configs")
     return args
 
 
 def runs_of(args: argparse.Namespace, pipe: StableDiffusionPipeline) -> dict[str, Run]:
     """By the names in the table. Raises UserError: --schedule has none for one of them."""
-    runs = {}
+    runs: dict[str, Run] = {}
     first = {name: getattr(args, name)[0] for name in ("guidance_scale", "interval", "fewer_steps")}
     for config in args.configs:
         name, words = varied_option(config)
@@ -152,6 +155,7 @@ def runs_of(args: argparse.Namespace, pipe: StableDiffusionPipeline) -> dict[str
             label = f"{config}, {words.format(value)}" if len(values) > 1 else config
             own = argparse.Namespace(**vars(args) | first | ({name: value} if name else {}))
             runs[label] = Run(config, own, call_options(pipe, CONFIGURATIONS[config], own))
+            steps_of(pipe, runs[label])
     return runs
 
 
@@ -166,11 +170,12 @@ def varied_option(config: str) -> tuple[str, str]:
 
 
 def steps_of(pipe: StableDiffusionPipeline, run: Run) -> dict[str, int]:
-    """How many are full, shallow and skipped ones."""
+    """How many are full, shallow and skipped ones. Raises UserError: the scheduler or the cache cannot take them."""
     caching = {name: value for name, value in run.options.items() if name.startswith("cache_")}
     if "DeepCache" in run.flags:
         caching = {"cache_interval": run.args.interval}
     steps = run.options.get("num_inference_steps", run.args.steps)
+    check_steps(pipe.scheduler, steps)
     return (
         count_steps(pipe.scheduler, steps, caching)
         if caching

@@ -42,6 +42,7 @@ from runners.cli import ArgumentParser, file_path, finite_float, image_size, one
 from runners.devices import DTYPES, choose_dtype
 from runners.launch import result_of_ranks
 from runners.report import Report, format_table
+from runners.stable_diffusion.arguments import merge_ratio
 from runners.unet_cost import PROMPT_TOKENS
 from scripts.benchmarks.benchmark import (
     call_options,
@@ -99,7 +100,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--pixels", type=image_size, default=512, metavar="N", help="height and width (512)")
     add("--flags", nargs="*", choices=FLAGS, default=[], metavar="FLAG", help=f"accelerations of {' '.join(FLAGS)}")
     add("--interval", type=positive_int, default=2, metavar="N", help="of full steps with DC (2)")
-    add("--ratio", type=float, default=0.5, metavar="R", help="of merged tokens with TOME (0.5)")
+    add("--ratio", type=merge_ratio, default=0.5, metavar="R", help="of merged tokens with TOME (0.5)")
     add("--steps", type=positive_int, default=2, metavar="N", help="denoising steps of a turn (2)")
     add("--guidance_scale", type=finite_float, default=7.5, metavar="G", help="by which fast chooses its steps (7.5)")
     add("--schedule", type=file_path, metavar="FILE", help="of the steps of fast, as run_sd.py takes it")

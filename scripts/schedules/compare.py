@@ -7,7 +7,8 @@
 Every way draws the same pictures. PSNR and SSIM are to the picture of all steps, in the mean and in the worst tenth;
 of the demo model's scenes it is also seen by image analysis whether the right shapes are there. The cost is the share
 of the arithmetic of all steps in the UNet of Stable Diffusion 2.1, 512 x 512, whatever model draws; times are measured
-by scripts/benchmarks/benchmark.py --model sd2.1-base. Writes compare.json and compare.png to --output_dir.
+by scripts/benchmarks/benchmark.py --model sd2.1-base. Where a file beside the model has steps for --fast, there are
+rows for the steps by guidance, too, which the plot leaves out. Writes compare.json and compare.png to --output_dir.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from runners.cli import ArgumentParser, UserError, file_path, one_line_errors
 from runners.files import make_output_dir
 from runners.report import Report, format_table
 from runners.schedule_file import schedule_beside
-from runners.schedulers import SCHEDULERS, make_scheduler
+from runners.schedulers import SCHEDULERS, check_steps, make_scheduler
 from runners.unet_cost import step_flops
 from scripts.benchmarks.benchmark import SD21_BASE_UNET
 from scripts.demo_model.scenes import held_out_scenes, score_image
@@ -90,7 +91,7 @@ def methods(args: argparse.Namespace, scheduler: str, guidance_scale: float) -> 
         found |= {f"{solver} {n} steps": Method(steps=n, scheduler=solver) for n in FEWER_STEPS if n < args.steps}
     chosen = {name: way for name, way in found.items() if any(fnmatch(name, pattern) for pattern in args.only)}
     if not chosen:
-        raise UserError(f"--only {' '.join(args.only)}: there are {', '.join(found)}")
+        raise UserError(f"--only {' '.join(map(repr, args.only))}: there are {', '.join(map(repr, found))}")
     return {ALL_STEPS: Method(), **chosen}
 
 
@@ -130,14 +131,16 @@ def measure(
     costs = Costs(guidance_scale > 1)
     results: dict[str, Any] = {}
     reference = None
-    for name, method in methods(args, type(pipe.scheduler).__name__, guidance_scale).items():
+    ways = methods(args, type(pipe.scheduler).__name__, guidance_scale)
+    steps = {name: steps_of(pipe, args.steps, method) for name, method in ways.items()}  # all, before any is drawn
+    for name, method in ways.items():
         pictures = draw(pipe, drawing, method, f"guidance {guidance_scale:g}, {name}")
         reference = pictures if reference is None else reference
         found = distance(pictures, reference)
         pairs = zip(pictures, reference, strict=True)
         ssim = [structural_similarity(*pair, data_range=1, channel_axis=2) for pair in pairs]
         results[name] = {
-            **steps_of(pipe, args.steps, method),
+            **steps[name],
             "share": costs.share(pipe, args.steps, method),
             "psnr": found.psnr,
             "psnr_worst_tenth": found.worst_tenth,
@@ -181,6 +184,7 @@ def run(args: argparse.Namespace) -> None:
     pipe = load(args, report)
     if args.scheduler:
         pipe.scheduler = make_scheduler(args.scheduler, like=pipe.scheduler)
+    check_steps(pipe.scheduler, args.steps)
     results: dict[str, dict[str, Any]] = {}
     with torch.no_grad():
         for guidance_scale in args.guidance_scales:

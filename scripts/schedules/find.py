@@ -28,7 +28,7 @@ from runners.cli import ArgumentParser, UserError, file_path, one_line_errors
 from runners.files import write_json
 from runners.report import Report, format_table
 from runners.schedule_file import FILE_NAME, VERSION, Schedule
-from runners.schedulers import SCHEDULERS, make_scheduler
+from runners.schedulers import SCHEDULERS, check_steps, make_scheduler
 from runners.unet_cost import step_flops
 from scripts.schedules.drawing import RATIO, Distance, Drawing, Method, distance, draw
 from scripts.schedules.inputs import add_arguments, load, read_prompts_of
@@ -152,13 +152,23 @@ def schedule_of(
 def run(args: argparse.Namespace) -> None:
     prompts = read_prompts_of(args)
     report = Report()
+    if len({*prompts}) <= len(prompts) // 2:
+        report.warn(f"--prompts {args.prompts} has {len({*prompts})}: both halves draw them, with other seeds")
     pipe = load(args, report)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     own = pipe.scheduler
-    settings = {"prompts": args.num_prompts, "seed": args.seed, "device": str(pipe.device), "dtype": str(pipe.dtype)}
+    files = {"model_path": args.model_path, "prompts": args.prompts}
+    settings = {
+        **files,
+        "num_prompts": args.num_prompts,
+        "seed": args.seed,
+        "device": str(pipe.device),
+        "dtype": str(pipe.dtype),
+    }
     schedules, rows, details = [], [], []
     for scheduler in args.schedulers or [None]:
         pipe.scheduler = make_scheduler(scheduler, like=own) if scheduler else own
+        check_steps(pipe.scheduler, args.steps)
         for guidance_scale in args.guidance_scales:
             for schedule, measured in search(pipe, args, prompts, guidance_scale, report):
                 schedules.append(schedule._asdict())
@@ -170,9 +180,20 @@ def run(args: argparse.Namespace) -> None:
                 write_json(args.output, {"version": VERSION, **content})  # at once, as the search takes long
     if not schedules:
         raise UserError("no schedule reaches the goal of any row: with more --steps there is more to skip")
-    columns = ["guidance", "full", "shallow", "share", "chosen dB", "worst", "checked dB", "worst", "goal dB", "worst"]
+    columns = [
+        "guidance",
+        "full",
+        "shallow",
+        "share",
+        "chosen dB",
+        "worst",
+        "checked dB",
+        "worst",
+        "its goal dB",
+        "worst",
+    ]
     print(format_table(columns, rows))
-    print(f"the schedules are in {args.output}")
+    print(f"the schedules are in {args.output}, for run_sd.py --fast --schedule {args.output}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

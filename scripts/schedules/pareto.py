@@ -96,11 +96,14 @@ def plot(panels: dict[str, list[Point]], title: str, path: Path) -> None:
 
 def run(args: argparse.Namespace) -> None:
     make_output_dir(args.output.parent)
+    for flag, path in (("--quality", args.quality), ("--times", args.times)):
+        if not path.is_file():
+            raise UserError(f"{flag} {path}: there is no such file")
     quality, times = read_json(args.quality), read_json(args.times)
     try:
         panels = join(quality, times)
         title = "{steps} steps, {device}, {dtype}".format(**times["settings"])
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, ZeroDivisionError) as error:
         raise UserError(
             f"{args.quality} must be compare.py's and {args.times} benchmark.py's, of this version: {error!r}"
         ) from error

@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 from diffusers import DDIMScheduler
+from PIL import Image
 
 from runners.cache_options import FAST, count_steps, fast_options
 from runners.schedule_file import FILE_NAME, Schedule, choose_schedule, read_schedules
+from runners.stable_diffusion.fast import scheduler_of
 from runners.unet_cost import step_flops
 from tests.tiny_models import tiny_unet
 
@@ -22,6 +24,10 @@ ROW = Schedule("balanced", "DDIMScheduler", 8, 4.0, [0, 3], [5], 40.0, 35.0, 0.3
 def write(path: Path, *rows: Schedule, version: int = 1) -> Path:
     path.write_text(json.dumps({"version": version, "schedules": [row._asdict() for row in rows]}))
     return path
+
+
+def row_with(**fields: Any) -> str:
+    return json.dumps({"version": 1, "schedules": [ROW._asdict() | fields]})
 
 
 def report_of(folder: Path) -> dict[str, Any]:
@@ -76,7 +82,9 @@ def test_a_file_beside_the_model_is_found_and_its_steps_are_taken(
         "--guidance_scale",
         4,
     ]
-    assert run_sd(*arguments, "--steps", 8).code == 0
+    outcome = run_sd(*arguments, "--steps", 8)
+    assert outcome.code == 0
+    assert f"2 full steps, 1 shallow ones, 5 forecast whole; steps of {model / FILE_NAME}" in outcome.out
     report = report_of(tmp_path / "out")
     assert report["flags"]["fast"] == {"row": "balanced", "schedule": str(model / FILE_NAME)}
     assert (report["unet"]["full_steps"], report["unet"]["shallow_steps"]) == (2, 1)
@@ -84,6 +92,34 @@ def test_a_file_beside_the_model_is_found_and_its_steps_are_taken(
     assert report_of(tmp_path / "out")["flags"]["fast"]["schedule"] == "by guidance"
     outcome = run_sd(*arguments, "--steps", 9, "--schedule", model / FILE_NAME)
     assert outcome.code != 0 and "has none for --fast balanced with" in outcome.err
+
+
+def test_a_picture_that_is_changed_takes_steps_by_guidance(
+    run_sd: Callable, small_sd_dir: Path, tmp_path: Path
+) -> None:
+    """Its first steps are not taken, and the file numbers all."""
+    model = shutil.copytree(small_sd_dir, tmp_path / "model")
+    write(model / FILE_NAME, ROW._replace(scheduler=scheduler_of(model), steps=30, full_steps=[0, 3, 28]))
+    picture = tmp_path / "picture.png"
+    Image.new("RGB", (64, 64), "teal").save(picture)
+    arguments = ["--prompt", "a", "--fast", "--model_path", model, "--image", picture, "--steps", 30]
+    outcome = run_sd(*arguments, "--strength", 0.5)
+    assert outcome.code == 0, outcome.err
+    report = report_of(tmp_path / "out")
+    assert report["flags"]["fast"]["schedule"] == "by guidance"
+    assert sum(report["unet"][f"{kind}_steps"] for kind in ("full", "shallow", "skipped")) == 15
+    outcome = run_sd(*arguments, "--schedule", model / FILE_NAME)  # whose default strength skips some, too
+    assert outcome.code != 0 and "skips 6 of them" in outcome.err
+
+
+def test_the_scheduler_of_a_model_is_the_one_that_is_loaded(small_sd_dir: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(small_sd_dir, tmp_path / "model")
+    index = json.loads((model / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", "EulerDiscreteScheduler"]
+    (model / "model_index.json").write_text(json.dumps(index))
+    assert scheduler_of(model) == "EulerDiscreteScheduler"
+    (model / "model_index.json").write_text(json.dumps(index | {"scheduler": 3}))
+    assert scheduler_of(model) == ""
 
 
 def test_the_schedule_for_the_least_guidance_that_is_enough(tmp_path: Path) -> None:
@@ -106,6 +142,14 @@ def test_the_schedule_for_the_least_guidance_that_is_enough(tmp_path: Path) -> N
         ("no JSON", "is no file of schedules"),
         ('{"version": 1, "schedules": [{"name": "x"}]}', "is no file of schedules"),
         ('{"version": 2, "schedules": []}', "is of version 2"),
+        ("{}", "it has no 'version'"),
+        ("[" * 100_000, "is no file of schedules"),
+        (row_with(full_steps=3), "full_steps must be a list of whole numbers, not 3"),
+        (row_with(full_steps=["0"]), "full_steps must be a list"),
+        (row_with(shallow_steps=None), "shallow_steps must be a list"),
+        (row_with(shallow_steps=[3]), "none of them listed twice"),
+        (row_with(guidance_scale="7"), "guidance_scale must be a number"),
+        (row_with(psnr=float("nan")), "psnr must be a number"),
         (None, "cannot read"),
     ],
 )

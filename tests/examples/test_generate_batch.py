@@ -405,6 +405,7 @@ def test_a_cluster_s_best_devices_are_chosen(
         (["--prompts", "good.jsonl", "--workers", "0"], "argument --workers: must be 1 or more"),
         (["--prompts", "good.jsonl", "--model_path", "missing"], "missing does not exist"),
         (["--prompts", "good.jsonl", "--cache_schedule", "uniform"], "--cache_schedule uniform needs --DC"),
+        (["--prompts", "good.jsonl", "--fast", "--scheduler", "heun"], "Take another --scheduler, as ddim"),
         (["--prompts", "good.jsonl"], "Ray Data is not installed"),
     ],
 )

@@ -190,7 +190,7 @@ def test_what_has_no_effect_is_said(run_sd: Callable, tmp_path: Path) -> None:
         (
             ["--prompt", "a", "--cache_schedule", "0,1", "--steps", "2"],
             2,
-            "DeepCache has no effect: all 2 steps are full",
+            "--DC or --cache_schedule has no effect: all 2 steps",
         ),
         (["--prompt", "a", "--compare"], 2, "--compare needs an acceleration"),
         (["--prompt", "a", "--clip_model", "x"], 2, "--clip_model has no effect without --compare"),

@@ -246,6 +246,12 @@ def test_arguments_that_do_not_fit(tiny_sd: StableDiffusionPipeline, arguments: 
         ("DDPMScheduler", {}, "not with DDPMScheduler"),
         ("DDIMScheduler", {"prediction_type": "sample"}, "not 'sample'"),
         ("PNDMScheduler", {"skip_prk_steps": False}, "skip_prk_steps=True"),
+        ("EulerDiscreteScheduler", {"timestep_type": "continuous"}, "timesteps of training"),
+        (
+            "DDIMScheduler",
+            {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},
+            "guidance would be lost",
+        ),
     ],
 )
 def test_schedulers_that_take_no_forecast(

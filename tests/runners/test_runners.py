@@ -130,6 +130,7 @@ def test_latents_are_not_clipped_as_pixels_unless_the_model_says_so(name: str) -
 
 def test_pndm_begins_without_runge_kutta_unless_the_model_says_so() -> None:
     assert make_scheduler("pndm", like=DDIMScheduler()).config.skip_prk_steps
+    assert make_scheduler("pndm", like=PNDMScheduler()).config.skip_prk_steps  # the class's default is not the model's
     assert not make_scheduler("pndm", like=PNDMScheduler(skip_prk_steps=False)).config.skip_prk_steps
 
 

@@ -48,6 +48,23 @@ def test_each_value_is_timed_with_its_own_steps(
     assert all(name in printed for name in names)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--configs", "FA", "--schedule", "x.json"], "no effect without a configuration of --fast"),
+        (["--configs", "DC", "--interval", "1"], "has no effect: all 12 steps"),
+        (["--configs", "DDIM", "--fewer_steps", "5000"], "trained with 1000"),
+        (["--configs", "TOME", "--ratio", "nan"], "--ratio"),
+    ],
+)
+def test_what_cannot_be_timed_is_said_before(
+    tiny_sd_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit):
+        benchmark.main(["--model", str(tiny_sd_dir), "--device", "cpu", "--output_dir", str(tmp_path), *options])
+    assert message in capsys.readouterr().err
+
+
 def test_the_pipeline_is_left_as_it_was(tiny_sd_dir: Path) -> None:
     args = benchmark.parse_arguments(["--model", str(tiny_sd_dir), "--device", "cpu"])
     pipe = benchmark.make_pipeline(args, benchmark.DeviceManager("cpu"), benchmark.torch.float32)

@@ -100,6 +100,13 @@ class ForecastSolver:
             raise ValueError(f"`cache_forecast` needs a solver without noise, not {config.algorithm_type!r}.")
         if not config.get("skip_prk_steps", True):
             raise ValueError("`cache_forecast` needs a PNDMScheduler with `skip_prk_steps=True`.")
+        if config.get("timestep_type") == "continuous":
+            raise ValueError("`cache_forecast` needs the timesteps of training, not `timestep_type='continuous'`.")
+        if config.prediction_type == "v_prediction" and config.get("rescale_betas_zero_snr"):
+            raise ValueError(
+                "`cache_forecast` forecasts the noise, of which a first sample without signal says nothing "
+                "(`rescale_betas_zero_snr`): guidance would be lost in the steps after it."
+            )
 
 
 def signal_and_noise(scheduler: Any, times: Sequence[float]) -> dict[float, tuple[float, float]]:
