@@ -135,4 +135,4 @@ def test_ways_are_chosen_by_their_names(
     assert found["fast balanced"].options == own.options()
     with pytest.raises(SystemExit):
         compare.main([*options, "--only", "fest*"])
-    assert "there are fast quality, fast balanced" in capsys.readouterr().err
+    assert "there are 'fast quality', 'fast balanced'" in capsys.readouterr().err
