@@ -28,7 +28,7 @@ from skimage.metrics import structural_similarity
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from runners.cache_options import FAST, count_steps, fast_options
+from runners.cache_options import FAST, count_steps, fast_options, unet_times
 from runners.cli import ArgumentParser, UserError, file_path, one_line_errors
 from runners.files import make_output_dir
 from runners.report import Report, format_table
@@ -111,15 +111,16 @@ class Costs:
         self.rows = 2 if guided else 1
 
     def share(self, pipe: StableDiffusionPipeline, steps: int, method: Method) -> float:
+        calls = len(unet_times(pipe.scheduler, steps))  # of all steps; PNDM's are one more than steps
         if method.steps:
-            return method.steps / steps
+            return method.steps / calls
         cost = self.merged if method.ratio else self.plain
         if not method.options:
             return cost.full / self.plain.full
         counted = steps_of(pipe, steps, method)
         shallow_rows = 1 if method.options.get("cache_forecast") else self.rows
         spent = counted["full_steps"] * self.rows * cost.full + counted["shallow_steps"] * shallow_rows * cost.shallow
-        return spent / (sum(counted.values()) * self.rows * self.plain.full)
+        return spent / (calls * self.rows * self.plain.full)
 
 
 def measure(

@@ -23,7 +23,7 @@ from diffusers import StableDiffusionPipeline
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from runners.cache_options import count_steps, listed_options
+from runners.cache_options import count_steps, listed_options, unet_times
 from runners.cli import ArgumentParser, UserError, file_path, one_line_errors
 from runners.files import write_json
 from runners.report import Report, format_table
@@ -75,12 +75,13 @@ def candidates(pipe: StableDiffusionPipeline, args: argparse.Namespace, guidance
     part = cost.shallow / (cost.full * (2 if guidance_scale > 1 else 1))  # a shallow step is of one branch
     options = {"cache_schedule": [0], "cache_forecast": True}
     calls = sum(count_steps(pipe.scheduler, args.steps, options).values())
+    calls_of_all = len(unet_times(pipe.scheduler, args.steps))  # without forecasts PNDM calls once more
     found = {}
     for number in FULL_STEPS:
         full_steps = get_full_steps(calls, cache_schedule="early", cache_full_steps=number)
         for between in BETWEEN:
             shallow_steps = plan_between(calls, full_steps, between)
-            share = (len(full_steps) + part * len(shallow_steps)) / calls
+            share = (len(full_steps) + part * len(shallow_steps)) / calls_of_all
             if len(full_steps) < calls:
                 found[full_steps, shallow_steps] = Candidate(sorted(full_steps), sorted(shallow_steps), share)
     return sorted(found.values(), key=lambda candidate: candidate.share)
