@@ -91,11 +91,13 @@ def unet_times(scheduler: SchedulerMixin, steps: int, skipped: int = 0) -> list[
 def count_steps(scheduler: SchedulerMixin, steps: int, options: Mapping[str, Any], skipped: int = 0) -> dict[str, int]:
     """How many steps run the UNet whole, in its outer layers and not at all, with `options` from `cache_options`.
 
-    `skipped` is as for `unet_times`.
+    Without options all `steps` are full ones. `skipped` is as for `unet_times`.
 
     Raises:
         UserError: the schedule does not fit `steps` or `scheduler`, or saves nothing.
     """
+    if not options:
+        return {"full_steps": steps, "shallow_steps": 0, "skipped_steps": 0}
     # Of the fork, whose absence is said later
     from diffusers.models.unets.deep_cache import get_full_steps, plan_between
     from diffusers.models.unets.forecast_solver import ForecastSolver

@@ -117,6 +117,11 @@ def finite_float(text: str) -> float:
     return number
 
 
+def is_finite_number(value: object) -> bool:
+    """Of what a JSON file says, where true and false are no numbers."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def positive_float(text: str) -> float:
     number = finite_float(text)
     if number <= 0:

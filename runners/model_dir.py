@@ -4,7 +4,6 @@
 """
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +13,7 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 
-from runners.cli import UserError, is_out_of_memory
+from runners.cli import UserError, is_finite_number, is_out_of_memory
 from runners.weight_files import check_weights, digest_of_files, first_line, read_start
 
 Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
@@ -258,7 +257,7 @@ def guidance_scale_of(folder: Path) -> float:
     scale = defaults.pop("guidance_scale", GUIDANCE_SCALE)
     if defaults:
         raise UserError(f"{path}: {', '.join(defaults)} is unknown; it may say guidance_scale")
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
+    if not is_finite_number(scale):
         raise UserError(f"{path}: guidance_scale must be a number, not {scale!r}")
     return scale
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from runners.cache_options import listed_options
-from runners.cli import UserError
+from runners.cli import UserError, is_finite_number
 
 FILE_NAME = "schedules.json"  # beside the model
 VERSION = 1
@@ -65,7 +64,7 @@ def _checked(row: Schedule) -> Schedule:
         if not isinstance(getattr(row, name), str):
             raise TypeError(f"{name} must be text, not {getattr(row, name)!r}")
     for name in ("guidance_scale", "psnr", "psnr_worst_tenth", "share"):
-        if not _is_number(getattr(row, name)):
+        if not is_finite_number(getattr(row, name)):
             raise TypeError(f"{name} must be a number, not {getattr(row, name)!r}")
     for name in ("full_steps", "shallow_steps"):
         steps = getattr(row, name)
@@ -75,10 +74,6 @@ def _checked(row: Schedule) -> Schedule:
     if type(row.steps) is not int or len({*both}) < len(both):
         raise ValueError(f"steps must be a whole number and none of them listed twice: {row.steps!r}, {both}")
     return row
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def schedule_in(path: Path, name: str, scheduler: str, steps: int, guidance_scale: float) -> Schedule:

@@ -35,12 +35,12 @@ def choose_cache(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, st
     asked = args.fast, scheduler, args.steps, args.guidance_scale
     # Of a picture that is changed the first steps are not taken, and schedules number them all.
     skipped = args.steps - steps_drawn(args)
-    if args.schedule and skipped:
-        raise UserError(
-            f"--schedule {args.schedule} is for all --steps, and --image with --strength {args.strength:g} skips "
-            f"{skipped} of them: leave --schedule out, and --fast goes by guidance"
-        )
     if args.schedule:
+        if skipped:
+            raise UserError(
+                f"--schedule {args.schedule} is for all --steps, and --image with --strength {args.strength:g} skips "
+                f"{skipped} of them: leave --schedule out, and --fast goes by guidance"
+            )
         return schedule_in(args.schedule, *asked).options(), {"row": args.fast, "schedule": str(args.schedule)}
     found = None if skipped else schedule_beside(args.model_path, *asked)
     if found:

@@ -89,6 +89,7 @@ class Run(NamedTuple):
     config: str
     args: argparse.Namespace  # with one value of each option that takes several
     options: dict[str, Any]  # of the pipeline's calls
+    steps: dict[str, int]  # from `count_steps`
 
     @property
     def flags(self) -> tuple[str, ...]:
@@ -154,8 +155,8 @@ def runs_of(args: argparse.Namespace, pipe: StableDiffusionPipeline) -> dict[str
         for value in values:
             label = f"{config}, {words.format(value)}" if len(values) > 1 else config
             own = argparse.Namespace(**vars(args) | first | ({name: value} if name else {}))
-            runs[label] = Run(config, own, call_options(pipe, CONFIGURATIONS[config], own))
-            steps_of(pipe, runs[label])
+            options = call_options(pipe, CONFIGURATIONS[config], own)
+            runs[label] = Run(config, own, options, steps_of(pipe, CONFIGURATIONS[config], own, options))
     return runs
 
 
@@ -169,18 +170,16 @@ def varied_option(config: str) -> tuple[str, str]:
     return ("interval", "interval {}") if {"DC", "DeepCache"} & set(flags) else ("", "")
 
 
-def steps_of(pipe: StableDiffusionPipeline, run: Run) -> dict[str, int]:
-    """How many are full, shallow and skipped ones. Raises UserError: the scheduler or the cache cannot take them."""
-    caching = {name: value for name, value in run.options.items() if name.startswith("cache_")}
-    if "DeepCache" in run.flags:
-        caching = {"cache_interval": run.args.interval}
-    steps = run.options.get("num_inference_steps", run.args.steps)
+def steps_of(
+    pipe: StableDiffusionPipeline, flags: Sequence[str], args: argparse.Namespace, options: dict[str, Any]
+) -> dict[str, int]:
+    """See `count_steps`. Raises UserError: the scheduler or the cache cannot take them."""
+    caching = {name: value for name, value in options.items() if name.startswith("cache_")}
+    if "DeepCache" in flags:
+        caching = {"cache_interval": args.interval}
+    steps = options.get("num_inference_steps", args.steps)
     check_steps(pipe.scheduler, steps)
-    return (
-        count_steps(pipe.scheduler, steps, caching)
-        if caching
-        else {"full_steps": steps, "shallow_steps": 0, "skipped_steps": 0}
-    )
+    return count_steps(pipe.scheduler, steps, caching)
 
 
 def make_pipeline(args: argparse.Namespace, manager: DeviceManager, dtype: torch.dtype) -> StableDiffusionPipeline:
@@ -340,7 +339,7 @@ def measure(args: argparse.Namespace, manager: DeviceManager, dtype: torch.dtype
         label: {
             "config": run.config,
             **{name: getattr(run.args, name) for name in varied_option(run.config)[:1] if name},
-            **steps_of(eager, run),
+            **run.steps,
             "seconds": seconds[label],
             "speed_up": statistics.median(b / t for b, t in zip(seconds[BASELINE], seconds[label], strict=True)),
             "relative_error": ((latents[label].float() - plain).norm() / plain.norm()).item(),

@@ -95,13 +95,6 @@ def methods(args: argparse.Namespace, scheduler: str, guidance_scale: float) -> 
     return {ALL_STEPS: Method(), **chosen}
 
 
-def steps_of(pipe: StableDiffusionPipeline, steps: int, method: Method) -> dict[str, int]:
-    """How many are full, shallow and skipped ones."""
-    if method.options:
-        return count_steps(pipe.scheduler, steps, method.options)
-    return {"full_steps": method.steps or steps, "shallow_steps": 0, "skipped_steps": 0}
-
-
 class Costs:
     """Shares of the arithmetic of all steps, of the true UNet."""
 
@@ -117,7 +110,7 @@ class Costs:
         cost = self.merged if method.ratio else self.plain
         if not method.options:
             return cost.full / self.plain.full
-        counted = steps_of(pipe, steps, method)
+        counted = count_steps(pipe.scheduler, steps, method.options)
         shallow_rows = 1 if method.options.get("cache_forecast") else self.rows
         spent = counted["full_steps"] * self.rows * cost.full + counted["shallow_steps"] * shallow_rows * cost.shallow
         return spent / (calls * self.rows * self.plain.full)
@@ -133,7 +126,9 @@ def measure(
     results: dict[str, Any] = {}
     reference = None
     ways = methods(args, type(pipe.scheduler).__name__, guidance_scale)
-    steps = {name: steps_of(pipe, args.steps, method) for name, method in ways.items()}  # all, before any is drawn
+    steps = {  # of all ways, before any is drawn
+        name: count_steps(pipe.scheduler, method.steps or args.steps, method.options) for name, method in ways.items()
+    }
     for name, method in ways.items():
         pictures = draw(pipe, drawing, method, f"guidance {guidance_scale:g}, {name}")
         reference = pictures if reference is None else reference
