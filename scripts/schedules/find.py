@@ -7,27 +7,31 @@ For each guidance scale and each row of --fast, a few prompts are drawn with man
 closeness, to the pictures of all steps, that a known method reaches: quality that of DeepCache with interval 2,
 balanced that of tomesd and DeepCache with 3, turbo that of tomesd and DeepCache with 5. Of the schedules that reach
 the goal with 1 dB to spare on the first half of the prompts, the cheapest that does so on the other half as well is
-taken; what it reaches there is what the file promises. A file beside a model is found by --fast without --schedule.
+taken; what it reaches there is what the file promises. That much is to spare as the worst tenth of 16 prompts is two
+pictures: with 128 prompts --margin 0.25 will do. A file beside a model is found by --fast without --schedule;
+--keep adds to it.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from diffusers import StableDiffusionPipeline
+from diffusers import SchedulerMixin, StableDiffusionPipeline
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from runners.cache_options import count_steps, listed_options, unet_times
-from runners.cli import ArgumentParser, UserError, file_path, one_line_errors
+from runners.cli import ArgumentParser, UserError, file_path, finite_float, one_line_errors
 from runners.files import write_json
 from runners.report import Report, format_table
-from runners.schedule_file import FILE_NAME, VERSION, Schedule
+from runners.schedule_file import FILE_NAME, VERSION, Schedule, read_schedules
 from runners.schedulers import SCHEDULERS, check_steps, make_scheduler
 from runners.unet_cost import step_flops
 from scripts.schedules.drawing import RATIO, Distance, Drawing, Method, distance, draw
@@ -38,8 +42,8 @@ GOALS = {
     "balanced": Method({"cache_interval": 3}, ratio=RATIO),
     "turbo": Method({"cache_interval": 5}, ratio=RATIO),
 }
-MARGIN = 1.0  # dB beyond the goal, as other prompts are further off
 FULL_STEPS = range(5, 26)
+KEYS = ("name", "scheduler", "steps", "guidance_scale")  # of which a file has one schedule
 BETWEEN = ("skip", "mixed", "shallow")
 
 
@@ -58,6 +62,18 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--schedulers", nargs="+", choices=SCHEDULERS, metavar="NAME", help="(the model's)")
     add("--rows", nargs="+", choices=GOALS, default=list(GOALS), metavar="NAME", help=f"({' '.join(GOALS)})")
+    add(
+        "--margin",
+        type=finite_float,
+        default=1.0,
+        metavar="DB",
+        help="to spare beyond the goal, as other prompts are further off (1)",
+    )
+    add(
+        "--keep",
+        action="store_true",
+        help="what FILE has for other rows, schedulers, guidance scales and numbers of steps stays in it",
+    )
     default = Path("outputs/schedules") / FILE_NAME
     add("--output", type=file_path, default=default, metavar="FILE", help=f"({default})")
     args = parser.parse_args(arguments)
@@ -113,7 +129,7 @@ def search(
     chosen_by: dict[int, Distance] = {}
     for row in args.rows:
         name = f"{type(pipe.scheduler).__name__}, guidance {guidance_scale:g}, {row}"
-        goals = [half.distance(GOALS[row], f"{name}, goal").raised(MARGIN) for half in (choose, check)]
+        goals = [half.distance(GOALS[row], f"{name}, goal").raised(args.margin) for half in (choose, check)]
         for number, candidate in enumerate(tried):
             if number not in chosen_by:
                 chosen_by[number] = choose.distance(candidate.method(), f"{name}, {candidate.share:.3f}")
@@ -122,7 +138,7 @@ def search(
             checked = check.distance(candidate.method(), f"{name}, {candidate.share:.3f}")
             if checked.reaches(goals[1]):
                 schedule = schedule_of(row, candidate, checked, pipe, args, guidance_scale)
-                about = {"name": row, "scheduler": schedule.scheduler, "guidance_scale": guidance_scale}
+                about = {name: getattr(schedule, name) for name in KEYS}
                 yield schedule, about | {"chosen_by": chosen_by[number], "checked_by": checked, "goals": goals}
                 break
         else:
@@ -150,6 +166,26 @@ def schedule_of(
     )
 
 
+def read_kept(args: argparse.Namespace, schedulers: list[SchedulerMixin]) -> list[tuple[dict[str, Any], Any]]:
+    """With --keep the schedules of the file that are not searched for now, each with what was measured for it.
+
+    Raises UserError: there is no such file, or `find.py` did not write it.
+    """
+    if not args.keep:
+        return []
+    names = [type(scheduler).__name__ for scheduler in schedulers]
+    searched = {*itertools.product(args.rows, names, [args.steps], args.guidance_scales)}
+    schedules = [schedule._asdict() for schedule in read_schedules(args.output)]
+    measured = json.loads(args.output.read_text(encoding="utf-8")).get("measured", [])
+    if len(measured) != len(schedules):
+        raise UserError(f"--keep: {args.output} does not say what was measured for each of its schedules")
+    return [
+        (schedule, details)
+        for schedule, details in zip(schedules, measured, strict=True)
+        if tuple(schedule[key] for key in KEYS) not in searched
+    ]
+
+
 def run(args: argparse.Namespace) -> None:
     prompts = read_prompts_of(args)
     report = Report()
@@ -157,29 +193,25 @@ def run(args: argparse.Namespace) -> None:
         report.warn(f"--prompts {args.prompts} has {len({*prompts})}: both halves draw them, with other seeds")
     pipe = load(args, report)
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    own = pipe.scheduler
-    files = {"model_path": args.model_path, "prompts": args.prompts}
-    settings = {
-        **files,
-        "num_prompts": args.num_prompts,
-        "seed": args.seed,
-        "device": str(pipe.device),
-        "dtype": str(pipe.dtype),
-    }
-    schedules, rows, details = [], [], []
-    for scheduler in args.schedulers or [None]:
-        pipe.scheduler = make_scheduler(scheduler, like=own) if scheduler else own
-        check_steps(pipe.scheduler, args.steps)
+    schedulers = [make_scheduler(name, like=pipe.scheduler) for name in args.schedulers or []] or [pipe.scheduler]
+    for scheduler in schedulers:
+        check_steps(scheduler, args.steps)
+    found = read_kept(args, schedulers)
+    settings = {name: getattr(args, name) for name in ("model_path", "prompts", "num_prompts", "seed", "margin")}
+    settings |= {"device": str(pipe.device), "dtype": str(pipe.dtype)}
+    rows = []
+    for scheduler in schedulers:
+        pipe.scheduler = scheduler
         for guidance_scale in args.guidance_scales:
             for schedule, measured in search(pipe, args, prompts, guidance_scale, report):
-                schedules.append(schedule._asdict())
-                details.append(measured)
+                found.append((schedule._asdict(), measured | {"found_with": settings}))
                 numbers = [guidance_scale, len(schedule.full_steps), len(schedule.shallow_steps), schedule.share]
                 numbers += [*measured["chosen_by"], *measured["checked_by"], *measured["goals"][1]]
                 rows.append((f"{schedule.scheduler}, {schedule.name}", numbers, ".2f"))
-                content = {"schedules": schedules, "found_with": settings, "measured": details}
-                write_json(args.output, {"version": VERSION, **content})  # at once, as the search takes long
-    if not schedules:
+                schedules, details = zip(*found, strict=True)
+                content = {"version": VERSION, "schedules": schedules, "measured": details}
+                write_json(args.output, content)  # at once, as the search takes long
+    if not rows:
         raise UserError("no schedule reaches the goal of any row: with more --steps there is more to skip")
     columns = [
         "guidance",

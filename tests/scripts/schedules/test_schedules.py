@@ -66,6 +66,30 @@ def test_a_schedule_that_reaches_its_goal_is_written(
     assert "turbo" in capsys.readouterr().out
 
 
+def test_a_search_adds_to_a_file(
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(find, "GOALS", {"turbo": Method({"cache_schedule": [0]}), "quality": Method()})
+    monkeypatch.setattr(find, "FULL_STEPS", range(6, 8))
+    output = tmp_path / "schedules.json"
+    search = [*options, "--schedulers", "euler", "--output", str(output), "--rows"]
+    find.main([*search, "turbo", "--guidance_scales", "4"])
+    find.main([*search, "turbo", "--guidance_scales", "4", "2", "--margin", "-3", "--keep"])
+    assert [schedule.guidance_scale for schedule in read_schedules(output)] == [4, 2]
+    content = json.loads(output.read_text())
+    assert [measured["found_with"]["margin"] for measured in content["measured"]] == [-3, -3]
+    with pytest.raises(SystemExit):
+        find.main([*search, "quality", "--guidance_scales", "4", "--keep"])
+    assert "the goal of any row" in capsys.readouterr().err
+    assert json.loads(output.read_text()) == content
+    output.write_text(json.dumps(content | {"measured": []}))
+    with pytest.raises(SystemExit):
+        find.main([*search, "turbo", "--guidance_scales", "8", "--keep"])
+    assert "does not say what was measured" in capsys.readouterr().err
+    find.main([*search, "turbo", "--guidance_scales", "8"])
+    assert [schedule.guidance_scale for schedule in read_schedules(output)] == [8]
+
+
 def test_a_goal_out_of_reach_is_said(
     options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
