@@ -45,26 +45,26 @@ def weights(pipe: StableDiffusionPipeline) -> dict[str, torch.Tensor]:
     ],
 )
 def test_a_report_on_a_pipeline_is_what_is_there(
-    npu: torch.device, tiny_sd: StableDiffusionPipeline, preset: str, home: str
+    npu: torch.device, small_sd: StableDiffusionPipeline, preset: str, home: str
 ) -> None:
-    tiny_sd.to(npu)
-    expected = draw(tiny_sd)
-    tiny_sd.to(home)
-    before = weights(tiny_sd)
-    report = enable(tiny_sd, preset)
-    assert_reported(report, preset, tiny_sd)
+    small_sd.to(npu)
+    expected = draw(small_sd)
+    small_sd.to(home)
+    before = weights(small_sd)
+    report = enable(small_sd, preset)
+    assert_reported(report, preset, small_sd)
     for name in ("fused_kernels", "mixed_precision"):
         assert report[name].status == "applied"
     for name in PRESETS[preset] & {"quantized_weights", "streaming"}:
         assert report[name].status == "applied", report[name]
-    picture = draw(tiny_sd)
+    picture = draw(small_sd)
     assert picture.isfinite().all() and (picture - expected).abs().mean() < 0.1  # of the same scene
-    disable(tiny_sd)
-    assert_all_off(tiny_sd)
-    assert tiny_sd.device.type == home
-    after = weights(tiny_sd)
+    disable(small_sd)
+    assert_all_off(small_sd)
+    assert small_sd.device.type == home
+    after = weights(small_sd)
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
-    assert torch.equal(draw(tiny_sd.to(npu)), expected)
+    assert torch.equal(draw(small_sd.to(npu)), expected)
 
 
 @pytest.mark.parametrize("preset", PRESETS)

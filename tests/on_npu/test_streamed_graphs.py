@@ -1,15 +1,22 @@
-"""Blocks of streamed models as the chip's graphs: weights are arguments, so that equal blocks share one."""
+"""Blocks of streamed models as the chip's graphs: weights are arguments, so that equal blocks share one.
+
+SD2.1's topology, whose blocks are a dozen graphs, is slow:
+python -m emulator run --soc Ascend310P3 -- python -m pytest -m slow tests/on_npu/test_streamed_graphs.py
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
+from diffusers import UNet2DConditionModel
 
 from ascend.graphs.compile import compile_module
 from ascend.streaming import stop_streaming, stream_module
 from tests.on_npu.test_streaming import HALF, X, make_transformer
-from tests.tiny_models import CROSS_ATTENTION_DIM, tiny_unet
+from tests.tiny_models import CROSS_ATTENTION_DIM, small_unet, tiny_unet
 
 
 def test_eight_equal_blocks_are_one_graph_on_disk(npu: torch.device, tmp_path: Path) -> None:
@@ -28,12 +35,15 @@ def test_eight_equal_blocks_are_one_graph_on_disk(npu: torch.device, tmp_path: P
         stop_streaming(model)
 
 
+@pytest.mark.parametrize("make_unet", [small_unet, pytest.param(tiny_unet, marks=pytest.mark.slow)])
 @torch.no_grad()
-def test_a_streamed_unet_of_graphs_is_the_resident_one(npu: torch.device, tmp_path: Path) -> None:
+def test_a_streamed_unet_of_graphs_is_the_resident_one(
+    npu: torch.device, tmp_path: Path, make_unet: Callable[[], UNet2DConditionModel]
+) -> None:
     torch.manual_seed(1)
     inputs = [torch.randn(2, 4, 16, 16), torch.tensor(10), torch.randn(2, 7, CROSS_ATTENTION_DIM)]
     inputs = [x.to(npu, HALF) if x.is_floating_point() else x.to(npu) for x in inputs]
-    unet = tiny_unet().eval().to(npu, HALF)
+    unet = make_unet().eval().to(npu, HALF)
     expected = unet(*inputs).sample
     stream = stream_module(unet, npu)
     compile_module(unet, tmp_path)
