@@ -9,5 +9,7 @@ if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
         "activate a virtual environment or set PYTHON=/path/to/python" >&2
     exit 1
 fi
+python=$(command -v -- "$python")
+[[ $python == /* ]] || python=$PWD/$python # its name is used from other folders, too; PATH may have relative ones
 # -E: a diffusers on PYTHONPATH is not the installed one.
 exec "$python" -E -B "$here/scripts/fork/apply_patch.py" "$@"

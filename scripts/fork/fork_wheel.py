@@ -1,6 +1,6 @@
 """The fork as a wheel: a pinned upstream wheel, the patches on top of it, and the build that joins them.
 
-    diffusers-0.42.1 (patches/upstream.toml) + patches/*.patch + patches/new/  ->  diffusers-0.42.1+npu.12
+    diffusers-0.42.1 (patches/upstream.toml) + patches/*.patch + patches/new/  ->  diffusers-0.42.1+npu.13
 
 apply_patch.sh installs that wheel, scripts/fork/edit_patches.sh edits the patches. Needs git, pip and the package
 `wheel`.

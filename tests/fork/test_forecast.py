@@ -36,6 +36,22 @@ def ddim(pipe: StableDiffusionPipeline, name: str = "DDIMScheduler", **options: 
     return pipe
 
 
+@pytest.mark.parametrize("asked_for", [["latents"], []])
+def test_a_cache_that_callbacks_under_inference_mode_empty_says_so(
+    tiny_sd: StableDiffusionPipeline, asked_for: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    calls = calls_of(ddim(tiny_sd))
+    options = FAST | {"callback_on_step_end": lambda *_: {}, "callback_on_step_end_tensor_inputs": asked_for}
+    draw(tiny_sd, **options)
+    full_steps = len([call for call in calls if call[1]])
+    assert "inference_mode" not in caplog.text
+    calls.clear()
+    with torch.inference_mode():
+        draw(tiny_sd, **options)
+    assert caplog.text.count("torch.inference_mode") == len(asked_for)
+    assert len([call for call in calls if call[1]]) == (STEPS if asked_for else full_steps)
+
+
 def test_a_line_is_followed_where_it_led_before() -> None:
     forecast = Forecast()
     value = torch.tensor([[1.0, 2.0], [3.0, 4.0]])

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from ...utils import logging
 from .change_watch import ChangeWatch, denoising_loop
 from .deep_cache import get_full_steps, plan_between
 from .forecast import Forecast, NoiseForecast
@@ -32,6 +33,9 @@ from .prompt_projection import project_prompt
 
 if TYPE_CHECKING:
     from ...pipelines.pipeline_utils import DiffusionPipeline
+
+
+logger = logging.get_logger(__name__)
 
 
 class Denoiser:
@@ -110,6 +114,7 @@ class Denoiser:
         self._watch = ChangeWatch() if any(callback is not None for callback in callbacks) else None
         self._models: nn.ModuleList | None = None
         self._callback_tensor_inputs = frozenset(callback_tensor_inputs or ())
+        self._has_warned = False
         self._project(prompt_embeds)
 
     def loop(self) -> AbstractContextManager[None]:
@@ -182,6 +187,13 @@ class Denoiser:
             given["prompt_embeds"] = prompt_embeds
         leaves = pytree.tree_leaves(given)  # several ControlNets have a list of pictures
         is_rewritable = any(isinstance(leaf, torch.Tensor) and leaf.is_inference() for leaf in leaves)
+        if is_rewritable and self._branch is not None and not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "No step reuses another one: torch does not count what is written into tensors under"
+                " `torch.inference_mode`, and the callback is given some. Use `torch.no_grad`, or ask for no tensors by"
+                " `callback_on_step_end_tensor_inputs=[]`."
+            )
         if has_changed or is_rewritable:
             self._project(prompt_embeds)
             self._forget()
