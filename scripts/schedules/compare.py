@@ -28,15 +28,15 @@ from skimage.metrics import structural_similarity
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from runners.cache_options import FAST, count_steps, fast_options, unet_times
+from runners.cache_options import FAST, count_steps, fast_options
 from runners.cli import ArgumentParser, UserError, file_path, one_line_errors
 from runners.files import make_output_dir
 from runners.report import Report, format_table
 from runners.schedule_file import schedule_beside
 from runners.schedulers import SCHEDULERS, check_steps, make_scheduler
-from runners.unet_cost import step_flops
 from scripts.benchmarks.benchmark import SD21_BASE_UNET
 from scripts.demo_model.scenes import held_out_scenes, score_image
+from scripts.schedules.costs import Costs
 from scripts.schedules.drawing import RATIO, Drawing, Method, distance, draw, worst_tenth
 from scripts.schedules.inputs import add_arguments, load, read_prompts_of
 from scripts.schedules.panels import plot_panels
@@ -46,7 +46,6 @@ BY_GUIDANCE = "by guidance"  # where a file beside the model has other steps
 INTERVALS = (2, 3, 4, 5, 8)
 FEWER_STEPS = (8, 10, 12, 15, 20, 25, 30, 40)
 SOLVERS = ("ddim", "dpm++", "unipc")
-MERGING = {"ratio": RATIO, "max_downsample": 1}  # the blocks that tomesd chooses
 COLUMNS = {
     "share": "share",
     "psnr": "PSNR",
@@ -95,34 +94,13 @@ def methods(args: argparse.Namespace, scheduler: str, guidance_scale: float) -> 
     return {ALL_STEPS: Method(), **chosen}
 
 
-class Costs:
-    """Shares of the arithmetic of all steps, of the true UNet."""
-
-    def __init__(self, guided: bool) -> None:
-        self.plain = step_flops(SD21_BASE_UNET, LATENTS, LATENTS)
-        self.merged = step_flops(SD21_BASE_UNET, LATENTS, LATENTS, merging=MERGING)
-        self.rows = 2 if guided else 1
-
-    def share(self, pipe: StableDiffusionPipeline, steps: int, method: Method) -> float:
-        calls = len(unet_times(pipe.scheduler, steps))  # of all steps; PNDM's are one more than steps
-        if method.steps:
-            return method.steps / calls
-        cost = self.merged if method.ratio else self.plain
-        if not method.options:
-            return cost.full / self.plain.full
-        counted = count_steps(pipe.scheduler, steps, method.options)
-        shallow_rows = 1 if method.options.get("cache_forecast") else self.rows
-        spent = counted["full_steps"] * self.rows * cost.full + counted["shallow_steps"] * shallow_rows * cost.shallow
-        return spent / (calls * self.rows * self.plain.full)
-
-
 def measure(
     pipe: StableDiffusionPipeline, args: argparse.Namespace, prompts: list[str], guidance_scale: float
 ) -> dict[str, Any]:
     """For each method its distances, share and, of the demo model's scenes, the share of right pictures."""
     drawing = Drawing(prompts, args.seed, args.steps, guidance_scale, args.batch_size)
     scenes = None if args.prompts else held_out_scenes(args.num_prompts, args.seed)
-    costs = Costs(guidance_scale > 1)
+    costs = Costs(SD21_BASE_UNET, LATENTS, guidance_scale > 1)
     results: dict[str, Any] = {}
     reference = None
     ways = methods(args, type(pipe.scheduler).__name__, guidance_scale)

@@ -18,6 +18,7 @@ PEAK = 1.0  # of pictures as floating-point numbers
 IDENTICAL = 100.0  # dB, of pictures without a difference
 WORST = 0.1  # share of the pictures
 RATIO = 0.5  # of merged tokens, where a method is measured against tomesd
+MAX_DOWNSAMPLE = 1  # in the blocks that tomesd chooses
 
 
 class Method(NamedTuple):
@@ -63,7 +64,7 @@ def draw(pipe: StableDiffusionPipeline, drawing: Drawing, method: Method, name: 
     pictures = []
     with ExitStack() as undo:
         if method.ratio:
-            enable_token_merging(pipe, ratio=method.ratio, max_downsample=1)
+            enable_token_merging(pipe, ratio=method.ratio, max_downsample=MAX_DOWNSAMPLE)
             undo.callback(disable_token_merging, pipe)
         if method.scheduler:
             undo.callback(setattr, pipe, "scheduler", pipe.scheduler)

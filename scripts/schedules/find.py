@@ -7,9 +7,9 @@ For each guidance scale and each row of --fast, a few prompts are drawn with man
 closeness, to the pictures of all steps, that a known method reaches: quality that of DeepCache with interval 2,
 balanced that of tomesd and DeepCache with 3, turbo that of tomesd and DeepCache with 5. Of the schedules that reach
 the goal with 1 dB to spare on the first half of the prompts, the cheapest that does so on the other half as well is
-taken; what it reaches there is what the file promises. That much is to spare as the worst tenth of 16 prompts is two
-pictures: with 128 prompts --margin 0.25 will do. A file beside a model is found by --fast without --schedule;
---keep adds to it.
+taken, if it costs less than that method; what it reaches there is what the file promises. That much is to spare as
+the worst tenth of 16 prompts is two pictures: with 128 prompts --margin 0.25 will do. A file beside a model is found
+by --fast without --schedule; --keep adds to it.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from diffusers import SchedulerMixin, StableDiffusionPipeline
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from runners.cache_options import count_steps, listed_options, unet_times
+from runners.cache_options import count_steps, listed_options
 from runners.cli import ArgumentParser, UserError, file_path, finite_float, one_line_errors
 from runners.files import write_json
 from runners.report import Report, format_table
 from runners.schedule_file import FILE_NAME, VERSION, Schedule, read_schedules
 from runners.schedulers import SCHEDULERS, check_steps, make_scheduler
-from runners.unet_cost import step_flops
+from scripts.schedules.costs import Costs
 from scripts.schedules.drawing import RATIO, Distance, Drawing, Method, distance, draw
 from scripts.schedules.inputs import add_arguments, load, read_prompts_of
 
@@ -50,7 +50,7 @@ BETWEEN = ("skip", "mixed", "shallow")
 class Candidate(NamedTuple):
     full_steps: list[int]
     shallow_steps: list[int]
-    share: float  # of the arithmetic of all steps
+    share: float = 0.0  # of the arithmetic of all steps
 
     def method(self) -> Method:
         return Method(listed_options(self.full_steps, self.shallow_steps))
@@ -82,24 +82,21 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def candidates(pipe: StableDiffusionPipeline, args: argparse.Namespace, guidance_scale: float) -> list[Candidate]:
+def candidates(pipe: StableDiffusionPipeline, args: argparse.Namespace, costs: Costs) -> list[Candidate]:
     """All that are tried, the cheapest first."""
     from diffusers.models.unets.deep_cache import get_full_steps, plan_between
 
-    config = pipe.unet.config
-    cost = step_flops(config, config.sample_size, config.sample_size)
-    part = cost.shallow / (cost.full * (2 if guidance_scale > 1 else 1))  # a shallow step is of one branch
     options = {"cache_schedule": [0], "cache_forecast": True}
     calls = sum(count_steps(pipe.scheduler, args.steps, options).values())
-    calls_of_all = len(unet_times(pipe.scheduler, args.steps))  # without forecasts PNDM calls once more
     found = {}
     for number in FULL_STEPS:
         full_steps = get_full_steps(calls, cache_schedule="early", cache_full_steps=number)
         for between in BETWEEN:
             shallow_steps = plan_between(calls, full_steps, between)
-            share = (len(full_steps) + part * len(shallow_steps)) / calls_of_all
             if len(full_steps) < calls:
-                found[full_steps, shallow_steps] = Candidate(sorted(full_steps), sorted(shallow_steps), share)
+                candidate = Candidate(sorted(full_steps), sorted(shallow_steps))
+                share = costs.share(pipe, args.steps, candidate.method())
+                found[full_steps, shallow_steps] = candidate._replace(share=share)
     return sorted(found.values(), key=lambda candidate: candidate.share)
 
 
@@ -125,12 +122,15 @@ def search(
         Half(pipe, Drawing(part, seed, args.steps, guidance_scale, args.batch_size), what)
         for what, (part, seed) in parts.items()
     )
-    tried = candidates(pipe, args, guidance_scale)
+    config = pipe.unet.config
+    costs = Costs(config, config.sample_size, guidance_scale > 1)
+    tried = candidates(pipe, args, costs)
     chosen_by: dict[int, Distance] = {}
     for row in args.rows:
         name = f"{type(pipe.scheduler).__name__}, guidance {guidance_scale:g}, {row}"
         goals = [half.distance(GOALS[row], f"{name}, goal").raised(args.margin) for half in (choose, check)]
-        for number, candidate in enumerate(tried):
+        cost = costs.share(pipe, args.steps, GOALS[row])
+        for number, candidate in enumerate(candidate for candidate in tried if candidate.share < cost):
             if number not in chosen_by:
                 chosen_by[number] = choose.distance(candidate.method(), f"{name}, {candidate.share:.3f}")
             if not chosen_by[number].reaches(goals[0]):
@@ -142,7 +142,7 @@ def search(
                 yield schedule, about | {"chosen_by": chosen_by[number], "checked_by": checked, "goals": goals}
                 break
         else:
-            report.warn(f"{name}: no schedule reaches the goal, so --fast {row} goes by guidance there")
+            report.warn(f"{name}: no cheaper schedule reaches the goal, so --fast {row} goes by guidance there")
 
 
 def schedule_of(

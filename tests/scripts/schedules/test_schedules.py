@@ -13,7 +13,9 @@ from diffusers import StableDiffusionPipeline
 
 from runners.schedule_file import Schedule, read_schedules
 from runners.schedulers import make_scheduler
+from scripts.benchmarks.benchmark import SD21_BASE_UNET
 from scripts.schedules import compare, find
+from scripts.schedules.costs import Costs
 from scripts.schedules.drawing import Distance, Drawing, Method, distance, draw
 
 STEPS = 12
@@ -52,11 +54,10 @@ def test_a_way_of_drawing_leaves_the_pipeline_as_it_was(small_sd: StableDiffusio
 def test_a_schedule_that_reaches_its_goal_is_written(
     options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(find, "GOALS", {"turbo": Method({"cache_schedule": [0]})})
+    monkeypatch.setattr(find, "GOALS", {"turbo": Method({"cache_interval": 2})})
     output = tmp_path / "found" / "schedules.json"
-    find.main(
-        [*options, "--guidance_scales", "4", "--rows", "turbo", "--schedulers", "euler", "--output", str(output)]
-    )
+    rows = ["--guidance_scales", "4", "--rows", "turbo", "--schedulers", "euler", "--margin", "-20"]
+    find.main([*options, *rows, "--output", str(output)])
     [schedule] = read_schedules(output)
     assert schedule.scheduler == "EulerDiscreteScheduler"
     assert (schedule.name, schedule.steps, schedule.guidance_scale) == ("turbo", STEPS, 4.0)
@@ -69,25 +70,23 @@ def test_a_schedule_that_reaches_its_goal_is_written(
 def test_a_search_adds_to_a_file(
     options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(find, "GOALS", {"turbo": Method({"cache_schedule": [0]}), "quality": Method()})
-    monkeypatch.setattr(find, "FULL_STEPS", range(6, 8))
+    monkeypatch.setattr(find, "GOALS", {"turbo": Method({"cache_interval": 2}), "quality": Method()})
+    monkeypatch.setattr(find, "FULL_STEPS", range(5, 6))
     output = tmp_path / "schedules.json"
-    search = [*options, "--schedulers", "euler", "--output", str(output), "--rows"]
-    find.main([*search, "turbo", "--guidance_scales", "4"])
-    find.main([*search, "turbo", "--guidance_scales", "4", "2", "--margin", "-3", "--keep"])
-    assert [schedule.guidance_scale for schedule in read_schedules(output)] == [4, 2]
+    search = [*options, "--schedulers", "euler", "--margin", "-20", "--output", str(output), "--rows"]
+    find.main([*search, "turbo", "--guidance_scales", "4", "3"])
+    find.main([*search, "turbo", "--guidance_scales", "4", "2", "--margin", "-21", "--keep"])
     content = json.loads(output.read_text())
-    assert [measured["found_with"]["margin"] for measured in content["measured"]] == [-3, -3]
+    assert [schedule.guidance_scale for schedule in read_schedules(output)] == [3, 4, 2]
+    assert [measured["found_with"]["margin"] for measured in content["measured"]] == [-20, -21, -21]
     with pytest.raises(SystemExit):
-        find.main([*search, "quality", "--guidance_scales", "4", "--keep"])
+        find.main([*search, "quality", "--guidance_scales", "4", "--margin", "1", "--keep"])
     assert "the goal of any row" in capsys.readouterr().err
     assert json.loads(output.read_text()) == content
     output.write_text(json.dumps(content | {"measured": []}))
     with pytest.raises(SystemExit):
         find.main([*search, "turbo", "--guidance_scales", "8", "--keep"])
     assert "does not say what was measured" in capsys.readouterr().err
-    find.main([*search, "turbo", "--guidance_scales", "8"])
-    assert [schedule.guidance_scale for schedule in read_schedules(output)] == [8]
 
 
 def test_a_goal_out_of_reach_is_said(
@@ -97,21 +96,23 @@ def test_a_goal_out_of_reach_is_said(
     monkeypatch.setattr(find, "FULL_STEPS", range(6, 8))
     with pytest.raises(SystemExit):
         find.main([*options, "--guidance_scales", "4", "--rows", "quality", "--output", str(tmp_path / "x.json")])
-    assert "quality: no schedule reaches the goal" in (said := capsys.readouterr().err)
+    assert "quality: no cheaper schedule reaches the goal" in (said := capsys.readouterr().err)
     assert "the goal of any row" in said
     assert not (tmp_path / "x.json").exists()
 
 
 def test_candidates_are_tried_from_the_cheapest_on(small_sd: StableDiffusionPipeline, options: list[str]) -> None:
     args = find.parse_arguments(options)
-    shares = [candidate.share for candidate in find.candidates(small_sd, args, 4.0)]
+    shares, without_guidance = (
+        [candidate.share for candidate in find.candidates(small_sd, args, Costs(small_sd.unet.config, 16, guided))]
+        for guided in (True, False)
+    )
     assert shares == sorted(shares) and shares[-1] < 1
-    without_guidance = [candidate.share for candidate in find.candidates(small_sd, args, 1.0)]
     assert sum(without_guidance) > sum(shares)  # where a shallow step has no second branch to leave out
 
 
 def test_the_costs_are_those_of_the_true_unet(tiny_sd: StableDiffusionPipeline) -> None:
-    costs = compare.Costs(guided=True)
+    costs = Costs(SD21_BASE_UNET, 64, guided=True)
     assert costs.plain.full == pytest.approx(0.8e12, rel=0.02)
     share = costs.share
     skip: dict[str, Any] = {"cache_schedule": [0, 10], "cache_forecast": True, "cache_between": "skip"}
