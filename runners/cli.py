@@ -119,7 +119,10 @@ def finite_float(text: str) -> float:
 
 def is_finite_number(value: object) -> bool:
     """Of what a JSON file says, where true and false are no numbers."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        return False
 
 
 def positive_float(text: str) -> float:

@@ -48,7 +48,10 @@ def read_schedules(path: Path) -> list[Schedule]:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["version"] != VERSION:
             raise UserError(f"{path} is of version {content['version']}, and version {VERSION} is read here")
-        return [_checked(Schedule(**row)) for row in content["schedules"]]
+        schedules = [_checked(Schedule(**row)) for row in content["schedules"]]
+        if len({schedule[:4] for schedule in schedules}) < len(schedules):
+            raise ValueError("two are for the same name, scheduler, steps and guidance scale")
+        return schedules
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -73,6 +76,8 @@ def _checked(row: Schedule) -> Schedule:
     both = row.full_steps + row.shallow_steps
     if type(row.steps) is not int or len({*both}) < len(both):
         raise ValueError(f"steps must be a whole number and none of them listed twice: {row.steps!r}, {both}")
+    if 0 not in row.full_steps or not all(0 <= step <= row.steps for step in both):  # PNDM has a call more than steps
+        raise ValueError(f"the first of {row.steps} steps must be full, and none beyond the last listed: {both}")
     return row
 
 

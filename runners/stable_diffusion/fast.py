@@ -41,6 +41,11 @@ def choose_cache(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, st
                 f"--schedule {args.schedule} is for all --steps, and --image with --strength {args.strength:g} skips "
                 f"{skipped} of them: leave --schedule out, and --fast goes by guidance"
             )
+        if not scheduler:
+            raise UserError(
+                f"--schedule {args.schedule} has steps for each scheduler, and which one {args.model_path} has is not "
+                "known before it is loaded: name it by --scheduler, or its configuration by --config"
+            )
         return schedule_in(args.schedule, *asked).options(), {"row": args.fast, "schedule": str(args.schedule)}
     found = None if skipped else schedule_beside(args.model_path, *asked)
     if found:

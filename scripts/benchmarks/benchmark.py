@@ -7,7 +7,8 @@
 
 Each round runs every configuration once, so that a machine that slows down slows all of them; a speed-up is a ratio
 within a round, and its median over the rounds is reported. Only the denoising loop is timed: text encoder and VAE are
-the same for all. Writes benchmark.json and benchmark.png to --output_dir.
+the same for all. How far latents are from the plain ones is said for the first guidance scale. Writes benchmark.json
+and benchmark.png to --output_dir.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, SchedulerMixin, StableDiffusionPipeline, UNet2DConditionModel
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,7 +33,7 @@ sys.path.insert(0, str(ROOT))
 from ascend.device import DeviceManager
 from ascend.graphs.compile import compile_pipeline
 from processors import disable_flash_attention, disable_token_merging, enable_flash_attention, enable_token_merging
-from runners.cache_options import FAST, count_steps, fast_options
+from runners.cache_options import FAST, count_steps, fast_options, listed_options
 from runners.cli import (
     ArgumentParser,
     UserError,
@@ -142,6 +143,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     args.configs = [BASELINE, *(name for name in configs if name != BASELINE)]
     if args.schedule and not any(name.startswith("fast") for name in args.configs):
         parser.error(f"--schedule {args.schedule} has no effect without a configuration of --fast in --configs")
+    if len({scale > 1 for scale in args.guidance_scale}) > 1:
+        parser.error(
+            f"--guidance_scale {args.guidance_scale}: one branch is half of the work, so time those up to 1 apart"
+        )
     return args
 
 
@@ -155,8 +160,9 @@ def runs_of(args: argparse.Namespace, pipe: StableDiffusionPipeline) -> dict[str
         for value in values:
             label = f"{config}, {words.format(value)}" if len(values) > 1 else config
             own = argparse.Namespace(**vars(args) | first | ({name: value} if name else {}))
-            options = call_options(pipe, CONFIGURATIONS[config], own)
-            runs[label] = Run(config, own, options, steps_of(pipe, CONFIGURATIONS[config], own, options))
+            options = call_options(pipe.scheduler, CONFIGURATIONS[config], own)
+            steps = steps_of(pipe.scheduler, CONFIGURATIONS[config], own, options)
+            runs[label] = Run(config, own, options, steps)
     return runs
 
 
@@ -171,15 +177,26 @@ def varied_option(config: str) -> tuple[str, str]:
 
 
 def steps_of(
-    pipe: StableDiffusionPipeline, flags: Sequence[str], args: argparse.Namespace, options: dict[str, Any]
+    scheduler: SchedulerMixin, flags: Sequence[str], args: argparse.Namespace, options: dict[str, Any]
 ) -> dict[str, int]:
     """See `count_steps`. Raises UserError: the scheduler or the cache cannot take them."""
     caching = {name: value for name, value in options.items() if name.startswith("cache_")}
     if "DeepCache" in flags:
         caching = {"cache_interval": args.interval}
     steps = options.get("num_inference_steps", args.steps)
-    check_steps(pipe.scheduler, steps)
-    return count_steps(pipe.scheduler, steps, caching)
+    check_steps(scheduler, steps)
+    return count_steps(scheduler, steps, caching)
+
+
+def sd21_scheduler() -> DDIMScheduler:
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
 
 
 def make_pipeline(args: argparse.Namespace, manager: DeviceManager, dtype: torch.dtype) -> StableDiffusionPipeline:
@@ -196,14 +213,7 @@ def make_pipeline(args: argparse.Namespace, manager: DeviceManager, dtype: torch
             ),
             text_encoder=None,
             tokenizer=None,
-            scheduler=DDIMScheduler(
-                beta_start=0.00085,
-                beta_end=0.012,
-                beta_schedule="scaled_linear",
-                clip_sample=False,
-                set_alpha_to_one=False,
-                steps_offset=1,
-            ),
+            scheduler=sd21_scheduler(),
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
@@ -250,14 +260,14 @@ def switched_on(pipe: StableDiffusionPipeline, flags: Sequence[str], args: argpa
         yield
 
 
-def call_options(pipe: StableDiffusionPipeline, flags: Sequence[str], args: argparse.Namespace) -> dict[str, Any]:
+def call_options(scheduler: SchedulerMixin, flags: Sequence[str], args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of the pipeline's calls that the flags are."""
     for row in FAST:
         if f"fast {row}" in flags:
             if not args.schedule:
                 return fast_options(row, args.guidance_scale)
-            scheduler = type(pipe.scheduler).__name__
-            return schedule_in(args.schedule, row, scheduler, args.steps, args.guidance_scale).options()
+            name = type(scheduler).__name__
+            return schedule_in(args.schedule, row, name, args.steps, args.guidance_scale).options()
     if SOLVERS.keys() & set(flags):
         return {"num_inference_steps": args.fewer_steps}
     return {"cache_interval": args.interval} if "DC" in flags else {}
@@ -265,8 +275,8 @@ def call_options(pipe: StableDiffusionPipeline, flags: Sequence[str], args: argp
 
 def warm_up_options(options: dict[str, Any]) -> dict[str, Any]:
     """Those of a short call that does each kind of step that a call with `options` may do."""
-    each_kind = {"cache_schedule": [0, 2], "cache_between": [1, 3]} if "cache_forecast" in options else {}
-    return options | each_kind | {"num_inference_steps": WARM_UP_STEPS}
+    each_kind = listed_options([0, 2], [1, 3]) if "cache_forecast" in options else options
+    return each_kind | {"num_inference_steps": WARM_UP_STEPS}
 
 
 def random_prompts(pipe: StableDiffusionPipeline, generator: torch.Generator) -> torch.Tensor:
@@ -318,7 +328,10 @@ def compiled_pipelines(
 
 
 def measure(args: argparse.Namespace, manager: DeviceManager, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
-    """Of each run the seconds of every round, the median speed-up and the distance to the plain latents."""
+    """Of each run the seconds of every round, the median speed-up and the distance to the plain latents.
+
+    The distance is None where guidance is another one than that of the plain latents.
+    """
     eager = make_pipeline(args, manager, dtype)
     runs = runs_of(args, eager)
     seconds: dict[str, list[float]] = {label: [] for label in runs}
@@ -334,7 +347,7 @@ def measure(args: argparse.Namespace, manager: DeviceManager, dtype: torch.dtype
                     taken, latents[label] = denoise(pipe, run.args, manager, run.options)
                 seconds[label].append(taken)
 
-    plain = latents[BASELINE].float()
+    plain, scale = latents[BASELINE].float(), runs[BASELINE].args.guidance_scale
     return {
         label: {
             "config": run.config,
@@ -342,7 +355,9 @@ def measure(args: argparse.Namespace, manager: DeviceManager, dtype: torch.dtype
             **run.steps,
             "seconds": seconds[label],
             "speed_up": statistics.median(b / t for b, t in zip(seconds[BASELINE], seconds[label], strict=True)),
-            "relative_error": ((latents[label].float() - plain).norm() / plain.norm()).item(),
+            "relative_error": ((latents[label].float() - plain).norm() / plain.norm()).item()
+            if run.args.guidance_scale == scale
+            else None,
         }
         for label, run in runs.items()
     }

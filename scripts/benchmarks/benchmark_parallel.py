@@ -48,6 +48,8 @@ from scripts.benchmarks.benchmark import (
     call_options,
     denoise,
     make_pipeline,
+    sd21_scheduler,
+    steps_of,
     switched_on,
     warm_up_options,
 )
@@ -109,6 +111,13 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.set_defaults(model="sd2.1-base", seed=0)
     args = parser.parse_args(arguments)
     args.height = args.width = args.pixels
+    caches = [flag for flag in args.flags if flag == "DC" or flag.startswith("fast")]
+    if len(caches) > 1:
+        parser.error(
+            f"--flags {' '.join(map(repr, caches))}: each says which steps are full ones, so take one of them"
+        )
+    if args.schedule and not any(flag.startswith("fast") for flag in caches):
+        parser.error(f"--schedule {args.schedule} has no effect without fast in --flags")
     if "DC" in args.flags and args.steps % args.interval:
         parser.error(f"--steps {args.steps} must be a multiple of --interval {args.interval}, to time whole intervals")
     return args
@@ -123,7 +132,7 @@ def measure(args: argparse.Namespace) -> None:
     pipe = make_pipeline(args, manager, dtype)
     seconds: dict[str, list[float]] = {"one": [], "two": [], "apart": []}
     one_branch = argparse.Namespace(**vars(args) | {"guidance_scale": 1.0})
-    turn = call_options(pipe, args.flags, args)
+    turn = call_options(pipe.scheduler, args.flags, args)
     with process_group(manager.device, branch_size=2) as mesh, switched_on(pipe, args.flags, args):
         if "dynamo" in args.flags:
             compile_pipeline(pipe)
@@ -205,6 +214,8 @@ def run(args: argparse.Namespace, arguments: Sequence[str]) -> None:
     if args.output:
         measure(args)
         return
+    scheduler = sd21_scheduler()
+    steps_of(scheduler, args.flags, args, call_options(scheduler, args.flags, args))  # fails before any rank is there
     result = result_of_ranks([0, 1], [__file__, *arguments])
     times = Times(**result["times"])
     one, two = times.picture(times.one), times.picture(times.two)

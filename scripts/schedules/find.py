@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 
 from runners.cache_options import count_steps, listed_options
 from runners.cli import ArgumentParser, UserError, file_path, finite_float, one_line_errors
-from runners.files import write_json
+from runners.files import make_output_dir, write_json
 from runners.report import Report, format_table
 from runners.schedule_file import FILE_NAME, VERSION, Schedule, read_schedules
 from runners.schedulers import SCHEDULERS, check_steps, make_scheduler
@@ -142,7 +142,7 @@ def search(
                 yield schedule, about | {"chosen_by": chosen_by[number], "checked_by": checked, "goals": goals}
                 break
         else:
-            report.warn(f"{name}: no cheaper schedule reaches the goal, so --fast {row} goes by guidance there")
+            report.warn(f"{name}: no cheaper schedule reaches the goal, so none is written")
 
 
 def schedule_of(
@@ -177,7 +177,7 @@ def read_kept(args: argparse.Namespace, schedulers: list[SchedulerMixin]) -> lis
     searched = {*itertools.product(args.rows, names, [args.steps], args.guidance_scales)}
     schedules = [schedule._asdict() for schedule in read_schedules(args.output)]
     measured = json.loads(args.output.read_text(encoding="utf-8")).get("measured", [])
-    if len(measured) != len(schedules):
+    if not isinstance(measured, list) or len(measured) != len(schedules):
         raise UserError(f"--keep: {args.output} does not say what was measured for each of its schedules")
     return [
         (schedule, details)
@@ -188,14 +188,17 @@ def read_kept(args: argparse.Namespace, schedulers: list[SchedulerMixin]) -> lis
 
 def run(args: argparse.Namespace) -> None:
     prompts = read_prompts_of(args)
+    make_output_dir(args.output.parent)
+    if args.output.is_dir():
+        raise UserError(f"--output {args.output} is a folder: name a file in it")
     report = Report()
     if len({*prompts}) <= len(prompts) // 2:
         report.warn(f"--prompts {args.prompts} has {len({*prompts})}: both halves draw them, with other seeds")
     pipe = load(args, report)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     schedulers = [make_scheduler(name, like=pipe.scheduler) for name in args.schedulers or []] or [pipe.scheduler]
     for scheduler in schedulers:
         check_steps(scheduler, args.steps)
+        count_steps(scheduler, args.steps, listed_options([0], []))  # whether it takes forecasts
     found = read_kept(args, schedulers)
     settings = {name: getattr(args, name) for name in ("model_path", "prompts", "num_prompts", "seed", "margin")}
     settings |= {"device": str(pipe.device), "dtype": str(pipe.dtype)}
@@ -212,7 +215,10 @@ def run(args: argparse.Namespace) -> None:
                 content = {"version": VERSION, "schedules": schedules, "measured": details}
                 write_json(args.output, content)  # at once, as the search takes long
     if not rows:
-        raise UserError("no schedule reaches the goal of any row: with more --steps there is more to skip")
+        raise UserError(
+            f"no schedule reaches the goal of any row, and {args.output} is as it was: "
+            "with more --steps there is more to skip"
+        )
     columns = [
         "guidance",
         "full",

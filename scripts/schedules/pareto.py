@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from runners.cache_options import FAST
-from runners.cli import ArgumentParser, UserError, file_path, one_line_errors
+from runners.cli import ArgumentParser, UserError, file_path, is_finite_number, one_line_errors
 from runners.files import make_output_dir
 from runners.model_dir import read_json
 from runners.report import format_table
@@ -78,7 +78,10 @@ def join(quality: dict[str, Any], times: dict[str, Any]) -> dict[str, list[Point
                     f"--quality {found[KINDS[0]]} and {found[KINDS[1]]}; give both the same --steps and schedules"
                 )
             share = statistics.median(t / b for t, b in zip(row["seconds"], baseline, strict=True))
-            points.append(Point(row["config"], name, share, found["psnr"], found["psnr_worst_tenth"]))
+            quality_of = found["psnr"], found["psnr_worst_tenth"]
+            if not all(map(is_finite_number, quality_of)):
+                raise ValueError(f"PSNR {quality_of}")
+            points.append(Point(row["config"], name, share, *quality_of))
     panels = {scale: points for scale, points in panels.items() if any(p.config.startswith("fast") for p in points)}
     if not panels:
         raise UserError("--quality and --times have no guidance scale of --fast in common")

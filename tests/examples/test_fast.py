@@ -150,6 +150,13 @@ def test_the_schedule_for_the_least_guidance_that_is_enough(tmp_path: Path) -> N
         (row_with(shallow_steps=[3]), "none of them listed twice"),
         (row_with(guidance_scale="7"), "guidance_scale must be a number"),
         (row_with(psnr=float("nan")), "psnr must be a number"),
+        (row_with(guidance_scale=10**400), "guidance_scale must be a number"),
+        (
+            row_with(full_steps=[1, 5]),
+            "file.json is no file of schedules, as scripts/schedules/find.py writes them: the",
+        ),
+        (row_with(full_steps=[0, 60]), "none beyond the last listed"),
+        (json.dumps({"version": 1, "schedules": [ROW._asdict()] * 2}), "two are for the same name"),
         (None, "cannot read"),
     ],
 )
@@ -170,6 +177,7 @@ def test_a_file_of_something_else_is_one_line(
         (["--fast", "turbo", "--forecast"], "--forecast has no meaning beside --fast"),
         (["--forecast", "skip"], "--forecast needs --DC"),
         (["--schedule", "x.json"], "no effect without --fast"),
+        (["--fast", "--schedule", "x.json", "--model_path", __file__], "name it by --scheduler"),
         (["--fast", "--scheduler", "euler_a"], "not with EulerAncestral"),
         (["--DC", "4", "--cache_schedule", "early:4"], "counts the full steps"),
     ],

@@ -157,6 +157,9 @@ def test_a_quadratic_schedule_of_power_one_is_uniform() -> None:
         ({"cache_schedule": [1, 2]}, "must contain step 0"),
         ({"cache_schedule": "quadratic", "cache_center": 10}, "must lie in 0 to 9, but is 10"),
         ({"cache_schedule": "quadratic", "cache_power": 0.5}, "at least 1, but is 0.5"),
+        ({"cache_schedule": [0], "cache_power": 2.0}, "no effect without `cache_schedule='quadratic'`"),
+        ({"cache_interval": 2, "cache_center": 0}, "no effect without `cache_schedule='quadratic'`"),
+        ({"cache_interval": 2, "cache_full_steps": 5}, "no effect without `cache_schedule='early'`"),
     ],
 )
 def test_a_schedule_that_cannot_be_is_refused(arguments: dict[str, object], message: str) -> None:

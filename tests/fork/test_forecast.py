@@ -246,6 +246,8 @@ def test_guidance_that_ends_starts_anew(tiny_sd: StableDiffusionPipeline) -> Non
     [
         ({"cache_forecast": True}, "has no effect: all steps are full ones"),
         ({"cache_interval": 3, "cache_between": "skip"}, "needs `cache_forecast=True`"),
+        ({"cache_between": "skip"}, "has no effect: all steps are full ones"),
+        ({"cache_interval": 3, **FAST}, "`cache_interval=3` has no effect"),
         ({"eta": 0.5, **FAST}, "needs `eta=0`, not 0.5"),
     ],
 )

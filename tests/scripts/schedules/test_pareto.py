@@ -78,7 +78,13 @@ def test_the_picture_is_written_or_what_is_wrong_is_said(
     assert picture.stat().st_size > 1000
     assert "DeepCache 3 (DeepCache)" in capsys.readouterr().out
     none_in_common: dict[str, Any] = {"results": {}}
-    for wrong, said in (({}, "of this"), (none_in_common, "in common"), ({"results": {"4": 3}}, "of this")):
+    no_number = {"results": {"4": {"fast balanced": drawn(10, 40) | {"psnr": "x"}}}}
+    for wrong, said in (
+        ({}, "of this"),
+        (no_number, "PSNR"),
+        (none_in_common, "in common"),
+        ({"results": {"4": 3}}, "of this"),
+    ):
         files[0].write_text(json.dumps(wrong))
         with pytest.raises(SystemExit):
             pareto.main(options)

@@ -87,6 +87,10 @@ def test_a_search_adds_to_a_file(
     with pytest.raises(SystemExit):
         find.main([*search, "turbo", "--guidance_scales", "8", "--keep"])
     assert "does not say what was measured" in capsys.readouterr().err
+    for wrong, message in ((["--output", str(tmp_path)], "is a folder"), (["--schedulers", "ddpm"], "not with DDPM")):
+        with pytest.raises(SystemExit):
+            find.main([*search, "turbo", *wrong])
+        assert message in capsys.readouterr().err
 
 
 def test_a_goal_out_of_reach_is_said(

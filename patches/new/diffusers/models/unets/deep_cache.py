@@ -40,6 +40,8 @@ _EARLY = {
     14: (0, 2, 4, 6, 8, 11, 15, 20, 25, 30, 36, 42, 46, 48),
 }
 _EARLY_OF = 50
+_FULL_STEPS = 12
+_POWER = 1.4  # of the paper
 _MIXED = 3  # one step in so many between full ones is shallow
 
 _DIVISIBLE_BLOCKS = ("CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")
@@ -92,8 +94,8 @@ def get_full_steps(
     cache_interval: int = 1,
     cache_schedule: str | Sequence[int] = "uniform",
     cache_center: int | None = None,
-    cache_power: float = 1.4,
-    cache_full_steps: int = 12,
+    cache_power: float = _POWER,
+    cache_full_steps: int = _FULL_STEPS,
 ) -> frozenset[int]:
     """
     The indices of the UNet calls that run the whole model.
@@ -116,10 +118,15 @@ def get_full_steps(
             How many of the steps the schedule `"early"` runs whole, fewer where they would fall together.
 
     Raises:
-        `ValueError`: for an interval below 1, an unknown schedule, a power below 1, a centre or a step out of range.
+        `ValueError`: for an interval below 1, an unknown schedule, a power below 1, a centre or a step out of range,
+            and where `cache_center`, `cache_power` or `cache_full_steps` is given to a schedule that has no use for it.
     """
     if cache_interval < 1:
         raise ValueError(f"`cache_interval` must be at least 1, but is {cache_interval}.")
+    if cache_schedule != "quadratic" and (cache_center is not None or cache_power != _POWER):
+        raise ValueError("`cache_center` and `cache_power` have no effect without `cache_schedule='quadratic'`.")
+    if cache_schedule != "early" and cache_full_steps != _FULL_STEPS:
+        raise ValueError(f"`cache_full_steps={cache_full_steps}` has no effect without `cache_schedule='early'`.")
     if not isinstance(cache_schedule, str):
         return _explicit_steps(num_steps, cache_schedule)
     if cache_schedule == "uniform":

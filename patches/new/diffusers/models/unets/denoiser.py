@@ -96,6 +96,11 @@ class Denoiser:
         self._times = self.host_timesteps.tolist()
         self._solver = ForecastSolver(pipe.scheduler, self._times, step_kwargs) if cache_forecast else None
         calls = self._solver.calls if self._solver else range(len(timesteps))
+        if cache_interval is not None and (not isinstance(cache_schedule, str) or cache_schedule == "early"):
+            raise ValueError(
+                f"`cache_interval={cache_interval}` has no effect beside a `cache_schedule` that lists or counts full"
+                " steps."
+            )
         if cache_interval is None:
             cache_interval = pipe.unet.cache_interval
         full_steps = get_full_steps(
@@ -105,6 +110,8 @@ class Denoiser:
         is_cached = len(full_steps) < len(calls)
         if cache_forecast and not is_cached:
             raise ValueError("`cache_forecast` has no effect: all steps are full ones. Choose a `cache_schedule`.")
+        if not is_cached and cache_between != "shallow":
+            raise ValueError(f"`cache_between={cache_between!r}` has no effect: all steps are full ones.")
         if not cache_forecast and len(full_steps) + len(shallow_steps) < len(calls):
             raise ValueError(f"`cache_between={cache_between!r}` leaves steps out, which needs `cache_forecast=True`.")
         self._full_steps = {calls[step] for step in full_steps}
