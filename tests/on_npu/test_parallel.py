@@ -27,8 +27,9 @@ LAUNCH = [ROOT / "examples/launch.py", "--device_list", "0,1", "--"]
 
 
 def draw(command: list[object], model: Path, output_dir: Path) -> np.ndarray:
-    options = ["--model_path", model, "--steps", 3, "--height", 64, "--width", 64, "--output_dir", output_dir]
-    line = [sys.executable, *command, *options, "--FA", "--TOME", "--DC", 2]
+    options = ["--model_path", model, "--steps", 6, "--height", 64, "--width", 64, "--output_dir", output_dir]
+    forecast = ["--scheduler", "ddim", "--cache_schedule", "0,2,4", "--forecast", "mixed"]  # DeepCache: the next test
+    line = [sys.executable, *command, *options, "--FA", "--TOME", *forecast]
     subprocess.run([str(part) for part in line], check=True, capture_output=True, text=True)
     return np.stack([np.asarray(Image.open(path)) for path in sorted(output_dir.glob("*.png"))]).astype(int)
 
@@ -42,6 +43,7 @@ def test_two_chips_draw_the_pictures_of_one(npu: torch.device, chip: str, tiny_s
     # A batch of half the size may sum in another order, and half precision rounds what comes of it.
     assert np.abs(alone - together).mean() < 1.5
     report = json.loads((tmp_path / "two/report.json").read_text())
+    assert (report["unet"]["full_steps"], report["unet"]["shallow_steps"]) == (3, 3)
     assert report["devices"] == {"all": 2, "for each picture": 2} and report["device"]["chip"] == chip
 
 
