@@ -77,6 +77,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     default = Path("outputs/schedules") / FILE_NAME
     add("--output", type=file_path, default=default, metavar="FILE", help=f"({default})")
     args = parser.parse_args(arguments)
+    for name in ("guidance_scales", "schedulers", "rows"):  # a file has one schedule of each kind
+        setattr(args, name, list(dict.fromkeys(getattr(args, name) or [])))
     if args.num_prompts < 2:
         parser.error("--num_prompts 1: there must be one to choose by and one to check by")
     return args
@@ -138,7 +140,7 @@ def search(
             checked = check.distance(candidate.method(), f"{name}, {candidate.share:.3f}")
             if checked.reaches(goals[1]):
                 schedule = schedule_of(row, candidate, checked, pipe, args, guidance_scale)
-                about = {name: getattr(schedule, name) for name in KEYS}
+                about = {key: getattr(schedule, key) for key in KEYS}
                 yield schedule, about | {"chosen_by": chosen_by[number], "checked_by": checked, "goals": goals}
                 break
         else:
@@ -195,7 +197,7 @@ def run(args: argparse.Namespace) -> None:
     if len({*prompts}) <= len(prompts) // 2:
         report.warn(f"--prompts {args.prompts} has {len({*prompts})}: both halves draw them, with other seeds")
     pipe = load(args, report)
-    schedulers = [make_scheduler(name, like=pipe.scheduler) for name in args.schedulers or []] or [pipe.scheduler]
+    schedulers = [make_scheduler(name, like=pipe.scheduler) for name in args.schedulers] or [pipe.scheduler]
     for scheduler in schedulers:
         check_steps(scheduler, args.steps)
         count_steps(scheduler, args.steps, listed_options([0], []))  # whether it takes forecasts

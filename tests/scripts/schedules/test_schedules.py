@@ -74,7 +74,7 @@ def test_a_search_adds_to_a_file(
     monkeypatch.setattr(find, "FULL_STEPS", range(5, 6))
     output = tmp_path / "schedules.json"
     search = [*options, "--schedulers", "euler", "--margin", "-20", "--output", str(output), "--rows"]
-    find.main([*search, "turbo", "--guidance_scales", "4", "3"])
+    find.main([*search, "turbo", "turbo", "--guidance_scales", "4", "4.0", "3"])
     find.main([*search, "turbo", "--guidance_scales", "4", "2", "--margin", "-21", "--keep"])
     content = json.loads(output.read_text())
     assert [schedule.guidance_scale for schedule in read_schedules(output)] == [3, 4, 2]
