@@ -110,7 +110,7 @@ def count_steps(scheduler: SchedulerMixin, steps: int, options: Mapping[str, Any
         calls = len(ForecastSolver(scheduler, times, {}).calls if forecast else times)
     except ValueError as error:
         raise UserError(
-            f"--forecast and --fast: {error} Take another --scheduler, as ddim or dpm++, or --DC without --forecast."
+            f"--forecast and --fast: {error} Take another --scheduler, as ddim or dpm++, or --DC alone."
         ) from error
     try:
         full_steps = get_full_steps(calls, **schedule)

@@ -88,7 +88,8 @@ def schedule_in(path: Path, name: str, scheduler: str, steps: int, guidance_scal
         raise UserError(
             f"--schedule {path} has none for --fast {name} with {scheduler}, --steps {steps} and "
             f"--guidance_scale {guidance_scale:g} or more: find one by scripts/schedules/find.py --rows {name} "
-            f"--steps {steps} --guidance_scales {guidance_scale:g}, or leave --schedule out"
+            f"--steps {steps} --guidance_scales {guidance_scale:g} --keep --output {path}, with --model_path and "
+            "--schedulers as here, or leave --schedule out"
         )
     return found
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from ascend.sizes import byte_size
 from processors.kernels.select import check_kernels, kernel_names
 from processors.merging.processor import check_ratio
-from runners.cache_options import BETWEEN, DEFAULT_INTERVAL, FAST, cache_interval, cache_schedule
+from runners.cache_options import BETWEEN, DEFAULT_INTERVAL, FAST, MODERATE_GUIDANCE, cache_interval, cache_schedule
 from runners.cli import (
     ArgumentParser,
     UserError,
@@ -187,7 +187,11 @@ def add_acceleration_arguments(parser: ArgumentParser) -> None:
         choices=FAST,
         const="balanced",
         metavar="HOW",
-        help=f"few full steps, the others forecast: {', '.join(FAST)} (balanced)",
+        help="few full steps, the others forecast, in the place of --DC: "
+        + ", ".join(
+            f"{row} ({few} of them, {more} beyond guidance {MODERATE_GUIDANCE:g})" for row, (few, more) in FAST.items()
+        )
+        + ", or those of a model's own file (balanced)",
     )
     add(
         "--schedule",

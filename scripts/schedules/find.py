@@ -218,8 +218,8 @@ def run(args: argparse.Namespace) -> None:
                 write_json(args.output, content)  # at once, as the search takes long
     if not rows:
         raise UserError(
-            f"no schedule reaches the goal of any row, and {args.output} is as it was: "
-            "with more --steps there is more to skip"
+            f"no schedule reaches the goal of any row, so nothing is written to {args.output}: with more "
+            "--num_prompts a smaller --margin will do, and with more --steps there is more to skip"
         )
     columns = [
         "guidance",
