@@ -50,7 +50,7 @@ BETWEEN = ("skip", "mixed", "shallow")
 class Candidate(NamedTuple):
     full_steps: list[int]
     shallow_steps: list[int]
-    share: float = 0.0  # of the arithmetic of all steps
+    share: float  # of the arithmetic of all steps
 
     def method(self) -> Method:
         return Method(listed_options(self.full_steps, self.shallow_steps))
@@ -88,17 +88,16 @@ def candidates(pipe: StableDiffusionPipeline, args: argparse.Namespace, costs: C
     """All that are tried, the cheapest first."""
     from diffusers.models.unets.deep_cache import get_full_steps, plan_between
 
-    options = {"cache_schedule": [0], "cache_forecast": True}
-    calls = sum(count_steps(pipe.scheduler, args.steps, options).values())
+    calls = sum(count_steps(pipe.scheduler, args.steps, listed_options([0], [])).values())
     found = {}
     for number in FULL_STEPS:
         full_steps = get_full_steps(calls, cache_schedule="early", cache_full_steps=number)
         for between in BETWEEN:
             shallow_steps = plan_between(calls, full_steps, between)
             if len(full_steps) < calls:
-                candidate = Candidate(sorted(full_steps), sorted(shallow_steps))
-                share = costs.share(pipe, args.steps, candidate.method())
-                found[full_steps, shallow_steps] = candidate._replace(share=share)
+                listed = sorted(full_steps), sorted(shallow_steps)
+                share = costs.share(pipe, args.steps, Method(listed_options(*listed)))
+                found[full_steps, shallow_steps] = Candidate(*listed, share)
     return sorted(found.values(), key=lambda candidate: candidate.share)
 
 

@@ -96,13 +96,13 @@ class Denoiser:
         self._times = self.host_timesteps.tolist()
         self._solver = ForecastSolver(pipe.scheduler, self._times, step_kwargs) if cache_forecast else None
         calls = self._solver.calls if self._solver else range(len(timesteps))
-        if cache_interval is not None and (not isinstance(cache_schedule, str) or cache_schedule == "early"):
+        if cache_interval is None:
+            cache_interval = pipe.unet.cache_interval
+        elif not isinstance(cache_schedule, str) or cache_schedule == "early":
             raise ValueError(
                 f"`cache_interval={cache_interval}` has no effect beside a `cache_schedule` that lists or counts full"
                 " steps."
             )
-        if cache_interval is None:
-            cache_interval = pipe.unet.cache_interval
         full_steps = get_full_steps(
             len(calls), cache_interval, cache_schedule, cache_center, cache_power, cache_full_steps
         )
